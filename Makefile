@@ -1,0 +1,34 @@
+# The two commands of the README, and those of a developer. All use .venv and need no root.
+SHELL := bash
+PYTEST := .venv/bin/python -m pytest
+unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+
+.PHONY: quickstart test lint types clean venv
+
+quickstart:
+	@bash launch/quickstart.sh
+
+venv:
+	@bash launch/setup_venv.sh quickstart dev
+
+# Every test is in exactly one tier; the quick one comes first.
+test: venv
+	@echo "--- unit"
+	@$(PYTEST) -m "not (distributed or slow or real)"
+	@echo "--- distributed and slow"
+	@$(PYTEST) -m "(distributed or slow) and not real"
+	@echo "--- real: SmolLM2"
+	@$(PYTEST) -m real
+
+lint: venv
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/shellcheck launch/*.sh .ci/run
+
+types: venv
+	.venv/bin/mypy
+
+# Leaves .venv and runs/ alone.
+clean:
+	rm -rf build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -not -path './.venv/*' -prune -exec rm -rf {} +

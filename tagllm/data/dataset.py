@@ -1,0 +1,230 @@
+"""From a config to examples on disk: read, split by key, tokenise once, memory-map.
+
+Everything made here is cached under digests of what it was made from, so a second run starts at once.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tagllm.config import SPLITS, DataConfig, SourceConfig, Split, digest_of
+from tagllm.data.encode import Encoder, Example, TagLayout, Unusable
+from tagllm.data.sources import load_rows
+from tagllm.data.splits import split_record, split_rows
+from tagllm.errors import UserError
+from tagllm.files import write_durably
+from tagllm.template import Template
+
+FORMAT = 1
+CHUNK_ROWS = 1000
+_LISTED_ERRORS = 5
+
+
+class BadRow(NamedTuple):
+    file: str
+    line: int
+    reason: str
+
+
+class Examples:
+    """The examples of one split of one source, memory-mapped. `uids` are the same in every run on the same rows."""
+
+    def __init__(self, table: Any, source: int) -> None:
+        self._table, self._first_uid = table, (source + 1) << 40
+
+    def __len__(self) -> int:
+        return len(self._table)
+
+    def __getitem__(self, index: int) -> Example:
+        row = self._table[index]
+        return Example(
+            np.array(row["ids"], np.int32), np.array(row["marks"], np.uint8), np.array(row["target"], np.float32),
+            row["head"], row["read_at"], row["function_at"], row["tokens_cut"],
+        )  # fmt: skip
+
+    def uid(self, index: int) -> int:
+        return self._first_uid + int(self._table[index]["row"])
+
+    def targets(self) -> np.ndarray:
+        """(n, K) of rows with a target; empty without a head."""
+        return np.array([row for row in self._table["target"] if len(row)], np.float32)
+
+
+class Data(NamedTuple):
+    """All splits of all sources, and what there is to report about them."""
+
+    splits: dict[Split, list[Examples]]
+    record: dict[str, Any]
+    bad_rows: list[BadRow]
+
+    @property
+    def digest(self) -> str:
+        return digest_of(self.record)
+
+
+class Prompts(NamedTuple):
+    """What turns rows into ids, the same for all sources of a run."""
+
+    layout: TagLayout
+    tokenizer: Any
+    max_tokens: int
+
+    def digest(self) -> str:
+        return digest_of([FORMAT, self.layout, tokenizer_digest(self.tokenizer), self.max_tokens])
+
+
+def tokenizer_digest(tokenizer: Any) -> str:
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    return digest_of(backend.to_str() if backend else sorted(tokenizer.get_vocab().items()))
+
+
+def prepare(config: DataConfig, templates: Sequence[Template], prompts: Prompts, cache: Path) -> Data:
+    """Reads, splits and tokenises every source.
+
+    Raises:
+        UserError: unreadable rows (unless `on_bad_row: skip`), a missing column, an empty split, overlapping splits, or
+            more rows without a label than `max_unlabelled_share`.
+    """
+    splits: dict[Split, list[Examples]] = {split: [] for split in SPLITS}
+    record: dict[str, Any] = {}
+    bad_rows: list[BadRow] = []
+    for at, (source, template) in enumerate(zip(config.sources, templates, strict=True)):
+        where = f"data.sources.{at}"
+        rows = load_rows(source, cache)
+        check_columns(source, template, rows.columns, prompts.layout, f"{where} ({rows.name})")
+        table = rows.table.select(_short_enough(rows.table, source))
+        keys = _keys(table, source, template, rows.columns)
+        found = split_rows(table, keys, source, f"{where} ({rows.name})")
+        bad_rows += [
+            BadRow(row["_file"], row["_line"], row["_bad"])
+            for row in (table.filter(lambda bad: bad != "", input_columns="_bad") if rows.num_bad else [])
+        ]
+        encoder = Encoder(template, source, prompts.layout, prompts.tokenizer, prompts.max_tokens)
+        stem = [digest_of([source.model_dump(exclude={"weight"}), prompts.digest()]), split_record(found, keys)]
+        record[str(at)] = {
+            "name": rows.name, "rows": len(rows.table), "left_out_by_max_characters": len(rows.table) - len(table),
+            "splits": stem[1],
+        }  # fmt: skip
+        for split in SPLITS:
+            file = (
+                cache / f"examples-{digest_of([*stem, split, Path(rows.table.cache_files[0]['filename']).name])}.arrow"
+            )
+            if not file.exists():
+                _write_examples(file, table, found[split], encoder)
+            examples, report = _read_examples(file, at)
+            bad_rows += [BadRow(*row) for row in report["bad_rows"]]
+            record[str(at)][split] = {"examples": len(examples), "sha256": file.stem.removeprefix("examples-")} | {
+                key: report[key] for key in ("unlabelled", "rows_cut", "tokens_cut")
+            }
+            _refuse_unlabelled(config, report, len(examples), f"{where} ({rows.name}), {split}")
+            splits[split].append(examples)
+    if bad_rows and config.on_bad_row == "error":
+        _refuse(bad_rows)
+    return Data(splits, record, bad_rows)
+
+
+def check_columns(
+    source: SourceConfig, template: Template, columns: Sequence[str], layout: TagLayout, where: str
+) -> None:
+    """Raises UserError for every column that the template, the target, the key or a filter needs and is not there."""
+    output = [source.output] if template.has_output else []
+    needed = dict.fromkeys(
+        [*template.fields, *output, *source.target, *source.split.by, *source.max_characters, *source.fields]
+    )
+    problems = [
+        f"{where}: there is no column {name!r}. The columns are {', '.join(columns)}."
+        for name in needed
+        if name not in columns
+    ]
+    if problems:
+        raise UserError(*problems)
+
+
+def _short_enough(table: Any, source: SourceConfig) -> np.ndarray:
+    import pyarrow.compute as pc
+
+    keep = np.ones(len(table), bool)
+    for column, limit in source.max_characters.items():
+        lengths = pc.fill_null(pc.utf8_length(table.data.column(column).cast("string")), 0)
+        keep &= lengths.to_numpy() <= limit
+    return np.flatnonzero(keep)
+
+
+def _keys(table: Any, source: SourceConfig, template: Template, columns: Sequence[str]) -> list[str]:
+    """What the split goes by: the given columns, a recipe's own `key`, or all fields of the template."""
+    by = source.split.by or (["key"] if source.recipe and "key" in columns else template.fields)
+    if len(by) == 1:
+        return ["" if value is None else str(value) for value in table[by[0]]]
+    values = zip(*(table[name] for name in by), strict=True)
+    return ["\0".join("" if value is None else str(value) for value in row) for row in values]
+
+
+def _write_examples(file: Path, table: Any, indices: np.ndarray, encoder: Encoder) -> None:
+    """Examples as one Arrow file, and beside it a JSON of what was cut, unusable or wrong."""
+    import pyarrow as pa
+
+    lists = {"ids": pa.int32(), "marks": pa.uint8(), "target": pa.float32()}
+    numbers = ("head", "read_at", "function_at", "tokens_cut", "row")
+    schema = pa.schema([*((k, pa.list_(v)) for k, v in lists.items()), *((k, pa.int64()) for k in numbers)])
+    report: dict[str, Any] = {"bad_rows": [], "unlabelled": 0, "rows_cut": 0, "tokens_cut": 0}
+    unfinished = file.with_name(f"{file.stem}.tmp-{uuid.uuid4().hex}")
+    with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        for chunk in _encoded(table, indices, encoder, report):
+            writer.write_batch(pa.RecordBatch.from_pylist(chunk, schema=schema))
+    write_durably(unfinished.with_suffix(".json.tmp"), json.dumps(report).encode())
+    unfinished.with_suffix(".json.tmp").replace(file.with_suffix(".json"))
+    unfinished.replace(file)
+
+
+def _encoded(
+    table: Any, indices: np.ndarray, encoder: Encoder, report: dict[str, Any]
+) -> Iterator[list[dict[str, Any]]]:
+    for start in range(0, len(indices), CHUNK_ROWS):
+        chosen = indices[start : start + CHUNK_ROWS]
+        rows = table.select(chosen).to_list()
+        examples = []
+        for index, row, result in zip(chosen, rows, encoder.encode(rows), strict=True):
+            if isinstance(result, Unusable):
+                if result.unlabelled:
+                    report["unlabelled"] += 1
+                else:
+                    report["bad_rows"].append([row["_file"], row["_line"], result.reason])
+                continue
+            report["rows_cut"] += result.tokens_cut > 0
+            report["tokens_cut"] += result.tokens_cut
+            examples.append({**result._asdict(), "row": int(index)})
+        yield examples
+
+
+def _read_examples(file: Path, source: int) -> tuple[Examples, dict[str, Any]]:
+    import datasets
+
+    report: dict[str, Any] = json.loads(file.with_suffix(".json").read_text())
+    return Examples(datasets.Dataset.from_file(str(file)), source), report
+
+
+def _refuse_unlabelled(config: DataConfig, report: dict[str, Any], num_examples: int, where: str) -> None:
+    total = report["unlabelled"] + num_examples
+    if total and report["unlabelled"] / total > config.max_unlabelled_share:
+        raise UserError(
+            f"{where}: {report['unlabelled']} of {total} rows have no room for tags, fixed text and answer in "
+            f"data.max_tokens; at most {config.max_unlabelled_share:.1%} may (data.max_unlabelled_share). "
+            "Raise data.max_tokens, shorten the template, or leave long rows out with max_characters."
+        )
+    if not num_examples and total:
+        raise UserError(f"{where}: no row gives an example; see the bad rows of this split.")
+
+
+def _refuse(bad_rows: list[BadRow]) -> None:
+    lines = [f"{row.file}, line {row.line}: {row.reason}." for row in bad_rows[:_LISTED_ERRORS]]
+    more = f" (the first {_LISTED_ERRORS} are above)" if len(bad_rows) > _LISTED_ERRORS else ""
+    raise UserError(
+        *lines,
+        f"data: {len(bad_rows)} rows cannot be used{more}; mend them, or set data.on_bad_row=skip to leave them out.",
+    )

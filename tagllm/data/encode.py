@@ -1,0 +1,202 @@
+"""Rows -> examples: token ids with a mark per position, the target, and where the head reads.
+
+Tag rows are the ids V, V+1, ... after the vocabulary, in the order of the layout; nothing is glued into the tokenizer.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tagllm.config import FieldConfig, HeadConfig, SourceConfig
+from tagllm.template import FIELD, OUTPUT, SPAN, TAG, Template, field_text, fit, marks_of, truncate
+
+
+class TagLayout(NamedTuple):
+    """Where the rows of each tag stand: frozen tags first, learned ones behind them.
+
+    `heads` lists the function tags that own a head, in the order of their indices.
+    """
+
+    vocabulary_size: int
+    kinds: dict[str, str]
+    lengths: dict[str, int]
+    learned: tuple[str, ...]
+    heads: dict[str, HeadConfig]
+
+    @classmethod
+    def of(
+        cls, vocabulary_size: int, kinds: Mapping[str, str], lengths: Mapping[str, int], learned: Iterable[str],
+        heads: Mapping[str, HeadConfig],
+    ) -> TagLayout:  # fmt: skip
+        learned = tuple(learned)
+        order = [name for name in kinds if name not in learned] + list(learned)
+        return cls(
+            vocabulary_size, {name: kinds[name] for name in order}, {name: lengths[name] for name in order},
+            learned, dict(heads),
+        )  # fmt: skip
+
+    def ids(self, name: str) -> range:
+        first = self.vocabulary_size
+        for other, length in self.lengths.items():
+            if other == name:
+                return range(first, first + length)
+            first += length
+        raise KeyError(name)
+
+    @property
+    def first_learned_id(self) -> int:
+        """Ids from here on are learned."""
+        return self.vocabulary_size + sum(n for name, n in self.lengths.items() if name not in self.learned)
+
+
+class Example(NamedTuple):
+    """One row as the model sees it.
+
+    `target` holds numbers (regression) or one class index; empty without a head. `head` indexes `TagLayout.heads` or is
+    -1; `read_at` is the position of the last row of the function tag that owns it. `function_at` is where the last
+    function tag starts, or the length of the prompt: everything before is what a probe on the frozen LLM may see.
+    """
+
+    ids: NDArray[np.int32]
+    marks: NDArray[np.uint8]
+    target: NDArray[np.float32]
+    head: int
+    read_at: int
+    function_at: int
+    tokens_cut: int
+
+
+class Unusable(NamedTuple):
+    """Why a row gives no example. `unlabelled`: truncation would have left no label (not the row's own mistake)."""
+
+    reason: str
+    unlabelled: bool = False
+
+
+class Encoder:
+    """Turns rows of one source into examples. Values are tokenised in batches, fixed text once.
+
+    Args:
+        labelled: False when predicting: neither target nor {output} is asked of a row.
+    """
+
+    def __init__(
+        self, template: Template, source: SourceConfig, layout: TagLayout, tokenizer: Any, max_tokens: int,
+        labelled: bool = True,
+    ) -> None:  # fmt: skip
+        self.source, self.layout, self.tokenizer, self.max_tokens = source, layout, tokenizer, max_tokens
+        parts = template.parts
+        if not labelled:  # generation starts where {output} stood
+            parts = parts[: next((i for i, p in enumerate(parts) if p.value == "output" and p.kind == "field"), None)]
+        self.template, self.labelled = template._replace(parts=parts), labelled
+        self.marks = marks_of(self.template, layout.kinds)
+        self.fixed = {part.value: self._tokens([part.value])[0] for part in parts if part.kind == "text"}
+        functions = [i for i, p in enumerate(parts) if p.kind == "tag" and layout.kinds[p.value] == "function"]
+        self.function_part = functions[-1] if functions else None
+        owner = next((parts[i].value for i in reversed(functions) if parts[i].value in layout.heads), None)
+        self.head = list(layout.heads).index(owner) if owner else -1
+        self.head_part = max(i for i in functions if parts[i].value == owner) if owner else None
+        self.spec = layout.heads[owner] if owner else None
+        start = tokenizer("a").input_ids
+        self.bos = [tokenizer.bos_token_id] if start and start[0] == tokenizer.bos_token_id else []
+        ends_with_output = bool(parts) and parts[-1].kind == "field" and parts[-1].value == "output"
+        self.eos = [tokenizer.eos_token_id] if ends_with_output else []
+
+    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
+        ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False).input_ids if texts else []
+        return ids
+
+    def encode(self, rows: Sequence[Mapping[str, Any]]) -> list[Example | Unusable]:
+        """One result per row, in order."""
+        reasons: list[str] = [""] * len(rows)
+        columns: dict[str, list[list[int]]] = {}
+        for part in self.template.parts:
+            if part.kind == "field" and part.value not in columns:
+                texts = [self._text(row, part.value, reasons, i) for i, row in enumerate(rows)]
+                config = self.source.fields.get(part.value, FieldConfig())
+                columns[part.value] = self._tokens([field_text(text, part, config) for text in texts])
+        results: list[Example | Unusable] = []
+        for i, row in enumerate(rows):
+            target = self._target(row, reasons, i)
+            values = {name: ids[i] for name, ids in columns.items()}
+            results.append(Unusable(reasons[i]) if reasons[i] else self._assemble(values, target))
+        return results
+
+    def _text(self, row: Mapping[str, Any], name: str, reasons: list[str], i: int) -> str:
+        column = self.source.output if name == "output" else name
+        value = row.get(column)
+        text = "" if value is None else str(value)
+        if not text.strip():
+            reasons[i] = reasons[i] or f"{column} is empty; the template needs it"
+        return text
+
+    def _target(self, row: Mapping[str, Any], reasons: list[str], i: int) -> NDArray[np.float32]:
+        target = np.zeros(0, np.float32)
+        if self.spec is None or not self.labelled:
+            return target
+        values = [row.get(column) for column in self.source.target]
+        if self.spec.classes:
+            if str(values[0]) not in self.spec.classes:
+                reasons[i] = reasons[i] or (
+                    f"{self.source.target[0]} is {values[0]!r}; it must be one of {', '.join(self.spec.classes)}"
+                )
+                return target
+            return np.array([self.spec.classes.index(str(values[0]))], np.float32)
+        numbers = [_number(value) for value in values]
+        for column, value, number in zip(self.source.target, values, numbers, strict=True):
+            if not math.isfinite(number):
+                reasons[i] = reasons[i] or f"{column} is {value!r}; it must be a finite number"
+        return np.array(numbers, np.float32)
+
+    def _assemble(self, values: Mapping[str, list[int]], target: NDArray[np.float32]) -> Example | Unusable:
+        parts = self.template.parts
+        inputs = [i for i, part in enumerate(parts) if part.kind == "field" and self.marks[i] != OUTPUT]
+        configs = [self.source.fields.get(parts[i].value, FieldConfig()) for i in inputs]
+        whole = [values[parts[i].value] for i in inputs]
+        capped = [
+            truncate(ids, config.max_tokens or len(ids), config.truncate)
+            for ids, config in zip(whole, configs, strict=True)
+        ]
+        pieces = [self._fixed_ids(i, values) for i in range(len(parts))]
+        rest = len(self.bos) + sum(map(len, pieces)) + len(self.eos)
+        fitted = fit(capped, [config.truncate for config in configs], self.max_tokens - rest)
+        if fitted is None:
+            return Unusable(
+                f"the fixed text, tags and answer alone take {rest} tokens; the limit is {self.max_tokens}", True
+            )
+        for i, ids in zip(inputs, fitted, strict=True):
+            pieces[i] = ids
+        starts = np.cumsum([len(self.bos), *map(len, pieces)])
+        ids = [*self.bos, *(token for piece in pieces for token in piece), *self.eos]
+        marks = np.repeat(
+            np.array([0, *self.marks, OUTPUT], np.uint8), [len(self.bos), *map(len, pieces), len(self.eos)]
+        )
+        return Example(
+            np.array(ids, np.int32),
+            marks,
+            target,
+            self.head,
+            int(starts[self.head_part + 1]) - 1 if self.head_part is not None else -1,
+            int(starts[self.function_part]) if self.function_part is not None else len(ids),
+            sum(map(len, whole)) - sum(map(len, fitted)),
+        )
+
+    def _fixed_ids(self, part_at: int, values: Mapping[str, list[int]]) -> Sequence[int]:
+        part, mark = self.template.parts[part_at], self.marks[part_at]
+        if mark == TAG:
+            return self.layout.ids(part.value)
+        if mark == OUTPUT:
+            return values["output"]
+        return [] if mark in (SPAN, FIELD) else self.fixed[part.value]
+
+
+def _number(value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        return math.nan

@@ -1,0 +1,127 @@
+"""Named data sets that pip brings: real rows for the quickstart and the tests, without a download."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tagllm.config import Split
+from tagllm.errors import UserError, did_you_mean
+
+RecipeRow = tuple[Split | None, dict[str, Any]]
+"""The split the data set itself gives the row (None: it gives none) and its values."""
+
+
+class Recipe(NamedTuple):
+    name: str
+    description: str
+    licence: str
+    package: str
+    """The installed package the rows come from; its version is part of what identifies the rows."""
+    columns: dict[str, type]
+    rows: Callable[[], Iterator[RecipeRow]]
+
+
+def recipe_of(name: str) -> Recipe:
+    """The recipe called `name`.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    if name not in RECIPES:
+        raise UserError(f"recipe: {name!r} is no named data set. {did_you_mean(name, RECIPES)}")
+    return RECIPES[name]
+
+
+def pair_key(*parts: str) -> str:
+    """A short key of the parts, the same on every machine."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def _packaged(recipe: str, package: str, path: str, requirement: str) -> Path:
+    """A data file below an installed package, found without importing it."""
+    spec = find_spec(package)
+    folders = list(spec.submodule_search_locations or []) if spec else []
+    for folder in folders:
+        if (Path(folder) / path).is_file():
+            return Path(folder) / path
+    what = f"package {package} has no {path}" if folders else f"package {package} is not installed"
+    raise UserError(f"recipe {recipe}: {what}; the rows are read from there. Run: pip install {requirement}")
+
+
+def _rdkit_nci() -> Iterator[RecipeRow]:
+    path = _packaged("rdkit-nci", "rdkit", "Data/NCI/first_5K.smi", "rdkit==2026.9.1")
+    from rdkit import Chem, rdBase
+    from rdkit.Chem import QED
+
+    qed: Callable[[Chem.Mol], float] = QED.qed
+    seen: set[str] = set()
+    for line in path.read_text().splitlines():
+        smiles = line.split()[0]
+        with rdBase.BlockLogs():
+            molecule: Chem.Mol | None = Chem.MolFromSmiles(smiles)
+            if molecule is None:
+                continue
+            key = Chem.MolToSmiles(molecule)
+            if key in seen:
+                continue
+            seen.add(key)
+            value = qed(molecule)
+        yield None, {"smiles": smiles, "key": key, "qed": value}
+
+
+def _pydta_pairs(recipe: str) -> Iterator[tuple[Split, str, str, float]]:
+    path = _packaged(recipe, "pydta", "data/dta_sample_data/dta_sample_data.json", "--no-deps pydta==0.0.3")
+    splits = json.loads(path.read_text())
+    names: dict[str, Split] = {"train": "train", "val": "valid", "test": "test"}
+    for theirs, split in names.items():
+        for smiles, sequence, affinity in zip(*splits[theirs], strict=True):
+            yield split, smiles, sequence, float(affinity)
+
+
+def _pydta() -> Iterator[RecipeRow]:
+    for split, smiles, sequence, affinity in _pydta_pairs("pydta"):
+        key = pair_key(smiles, sequence)
+        yield split, {"smiles": smiles, "sequence": sequence, "affinity": affinity, "key": key}
+
+
+def _pydta_proteins() -> Iterator[RecipeRow]:
+    for sequence in dict.fromkeys(sequence for _, _, sequence, _ in _pydta_pairs("pydta-proteins")):
+        yield None, {"sequence": sequence, "key": pair_key(sequence)}
+
+
+RECIPES: dict[str, Recipe] = {
+    recipe.name: recipe
+    for recipe in (
+        Recipe(
+            "rdkit-nci",
+            "NCI molecules with their drug-likeness (QED), computed exactly by rdkit; one row per canonical SMILES, "
+            "which is the key; the SMILES that rdkit cannot parse are left out",
+            "BSD-3-Clause (rdkit)",
+            "rdkit",
+            {"smiles": str, "key": str, "qed": float},
+            _rdkit_nci,
+        ),
+        Recipe(
+            "pydta",
+            "drug-target affinities of ligand-protein pairs with the splits of the package; no pair stands in two of "
+            "them, so none is dropped; ligands and proteins do recur; most affinities are a censored floor of 5.0",
+            "MIT (pydta)",
+            "pydta",
+            {"smiles": str, "sequence": str, "affinity": float, "key": str},
+            _pydta,
+        ),
+        Recipe(
+            "pydta-proteins",
+            "the different protein sequences of pydta, unlabelled; no splits of their own",
+            "MIT (pydta)",
+            "pydta",
+            {"sequence": str, "key": str},
+            _pydta_proteins,
+        ),
+    )
+}

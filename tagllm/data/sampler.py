@@ -1,0 +1,89 @@
+"""Which rows make a step: a function of (seed, step) alone, never of the number of ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+
+Item = TypeVar("Item")
+
+
+class Draw(NamedTuple):
+    """One row: of which source, and its index there."""
+
+    source: int
+    row: int
+
+
+class Sampler:
+    """Draws rows from several sources as one endless stream, epoch after epoch.
+
+    An epoch has as many draws as there are rows. With one source (or proportional mixing) each row comes exactly once
+    per epoch; with other shares each source runs through its own permutations at its own pace.
+
+    Args:
+        sizes: rows of each source.
+        shares: how often each source is drawn, in any unit; None draws in proportion to the rows.
+    """
+
+    def __init__(self, sizes: Sequence[int], shares: Sequence[float] | None, rows_per_step: int, seed: int) -> None:
+        self.sizes, self.rows_per_step, self.seed = list(sizes), rows_per_step, seed
+        self.rows_per_epoch = sum(sizes)
+        self.draws = list(sizes) if shares is None else _apportion(shares, self.rows_per_epoch)
+        self._epochs: dict[int, list[Draw]] = {}
+
+    def step(self, step: int) -> list[Draw]:
+        """The rows of one optimizer step."""
+        first = step * self.rows_per_step
+        return [self._at(position) for position in range(first, first + self.rows_per_step)]
+
+    def _at(self, position: int) -> Draw:
+        epoch, offset = divmod(position, self.rows_per_epoch)
+        if epoch not in self._epochs:
+            self._epochs = {epoch - 1: self._epochs.get(epoch - 1, []), epoch: self._order(epoch)}
+        return self._epochs[epoch][offset]
+
+    def _order(self, epoch: int) -> list[Draw]:
+        sources = np.repeat(np.arange(len(self.sizes)), self.draws)
+        np.random.default_rng([self.seed, 0, epoch]).shuffle(sources)
+        rows = np.empty(len(sources), np.int64)
+        for source, (size, draws) in enumerate(zip(self.sizes, self.draws, strict=True)):
+            positions = np.arange(epoch * draws, (epoch + 1) * draws)
+            rows[sources == source] = self._permuted(source, size, positions)
+        return [Draw(int(source), int(row)) for source, row in zip(sources, rows, strict=True)]
+
+    def _permuted(self, source: int, size: int, positions: np.ndarray) -> np.ndarray:
+        rows = np.empty(len(positions), np.int64)
+        for cycle in np.unique(positions // size):
+            here = positions // size == cycle
+            order = np.random.default_rng([self.seed, 1, source, int(cycle)]).permutation(size)
+            rows[here] = order[positions[here] % size]
+        return rows
+
+
+def _apportion(shares: Sequence[float], total: int) -> list[int]:
+    """Whole numbers in the ratio of `shares` that add up to `total` (largest remainders)."""
+    exact = np.array(shares, float) / sum(shares) * total
+    whole = np.floor(exact).astype(int)
+    for at in np.argsort(whole - exact, kind="stable")[: total - whole.sum()]:
+        whole[at] += 1
+    return [int(draws) for draws in whole]
+
+
+def deal(rows: Sequence[Item], homes: Sequence[int], num_ranks: int) -> list[list[Item]]:
+    """Deals the rows of a step to ranks, equally many each, every row to its home rank where that has room.
+
+    A row that comes to the same rank in every epoch finds its remembered prefix there.
+    """
+    room = len(rows) // num_ranks
+    hands: list[list[Item]] = [[] for _ in range(num_ranks)]
+    guests = []
+    for row, home in zip(rows, homes, strict=True):
+        hand = hands[home % num_ranks]
+        (hand if len(hand) < room else guests).append(row)
+    for hand in hands:
+        while len(hand) < room:
+            hand.append(guests.pop(0))
+    return hands

@@ -1,0 +1,25 @@
+"""The one exception a user should ever see, and how several of them are told together."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake the user can mend. Printed without a traceback, one line per problem; exit status 2.
+
+    Each line says where, what, the value, the rule and the way out.
+    """
+
+    def __init__(self, *problems: str) -> None:
+        self.problems = [" ".join(problem.split()) for problem in problems]
+        super().__init__("\n".join(self.problems))
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """`Known: Protein, SMILES. Did you mean Protein?` for an unknown `name`."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.6)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    return f"Known: {', '.join(names) or 'none'}.{hint}"

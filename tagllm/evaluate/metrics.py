@@ -1,0 +1,59 @@
+"""Metrics of held-out predictions, from torchmetrics."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float32]
+
+
+def value_metrics(values_nK: Floats, targets_nK: Floats, classes: bool) -> dict[str, float]:
+    """Regression: MSE, MAE, R2, Pearson, Spearman, averaged over outputs. Classes: accuracy, macro F1, cross entropy.
+
+    Rows whose target is missing (NaN) do not count; nothing is returned where no row has one.
+    """
+    if classes:
+        return _class_metrics(values_nK, targets_nK[:, 0])
+    per_output = []
+    for k in range(targets_nK.shape[1]):
+        known = np.isfinite(targets_nK[:, k]) & np.isfinite(values_nK[:, k])
+        if known.sum() >= 2:
+            per_output.append(_regression(values_nK[known, k], targets_nK[known, k]))
+    return {name: float(np.mean([one[name] for one in per_output])) for name in (per_output[0] if per_output else {})}
+
+
+def _regression(values_n: Floats, targets_n: Floats) -> dict[str, float]:
+    from torchmetrics.functional import (
+        mean_absolute_error,
+        mean_squared_error,
+        pearson_corrcoef,
+        r2_score,
+        spearman_corrcoef,
+    )
+
+    values, targets = torch.from_numpy(values_n).double(), torch.from_numpy(targets_n).double()
+    flat = bool(values.std() < 1e-12)  # a constant prediction has no correlation; torchmetrics would warn and give NaN
+    return {
+        "mse": float(mean_squared_error(values, targets)),
+        "mae": float(mean_absolute_error(values, targets)),
+        "r2": float(r2_score(values, targets)),
+        "pearson": 0.0 if flat else float(pearson_corrcoef(values, targets)),
+        "spearman": 0.0 if flat else float(spearman_corrcoef(values, targets)),
+    }
+
+
+def _class_metrics(logits_nK: Floats, targets_n: Floats) -> dict[str, float]:
+    from torchmetrics.functional.classification import multiclass_accuracy, multiclass_f1_score
+
+    known = np.isfinite(targets_n)
+    if not known.any():
+        return {}
+    logits, targets = torch.from_numpy(logits_nK[known]), torch.from_numpy(targets_n[known]).long()
+    classes = logits.shape[1]
+    return {
+        "accuracy": float(multiclass_accuracy(logits, targets, classes, average="micro")),
+        "f1": float(multiclass_f1_score(logits, targets, classes, average="macro")),
+        "cross_entropy": float(torch.nn.functional.cross_entropy(logits, targets)),
+    }

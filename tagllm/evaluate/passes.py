@@ -1,0 +1,114 @@
+"""One pass over examples without a gradient: losses, head values, features. Spread over the ranks, results on all.
+
+n rows, K head outputs, D hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tagllm.data.batch import Batch, Collator, Counts, count
+from tagllm.data.dataset import Examples
+from tagllm.data.encode import Example
+from tagllm.data.sampler import Draw
+from tagllm.model.loss import Weights
+from tagllm.model.tagged import Output
+from tagllm.train.ranks import Ranks
+
+Floats = NDArray[np.float32]
+Forward = Callable[[Batch], Output]
+
+
+class Pass(NamedTuple):
+    """Rows in the order of the draws. Features are empty (n, 0) unless asked for."""
+
+    sums: tuple[float, float, float]
+    counts: Counts
+    values_nK: Floats
+    targets_nK: Floats
+    last_nD: Floats
+    mean_nD: Floats
+    prefix_last_nD: Floats
+
+    def loss(self, weights: Weights) -> float:
+        """The weighted loss, each term over its count."""
+        return sum(w * s / c for w, s, c in zip(weights, self.sums, self.counts, strict=True) if c)
+
+    def features(self, reads: str) -> Floats:
+        """What a head with `reads` sees (n, F)."""
+        return {
+            "last": self.last_nD,
+            "mean": self.mean_nD,
+            "both": np.concatenate([self.last_nD, self.mean_nD], axis=1),
+        }[reads]
+
+
+def all_draws(sources: Sequence[Examples], limit: int | None = None) -> list[Draw]:
+    draws = [Draw(at, row) for at, examples in enumerate(sources) for row in range(len(examples))]
+    return draws[:limit]
+
+
+def run_over(
+    forward: Forward,
+    sources: Sequence[Examples],
+    draws: Sequence[Draw],
+    collate: Collator,
+    ranks: Ranks,
+    rows_per_batch: int,
+    features: bool = False,
+) -> Pass:
+    """Every rank takes its own rows (the home rank of training, so remembered prefixes are met again) and equally many
+    batches; a rank with fewer repeats one and drops the result."""
+    mine = [i for i, draw in enumerate(draws) if home_of(draw) % ranks.size == ranks.rank]
+    examples = {i: sources[draws[i].source][draws[i].row] for i in mine}
+    mine.sort(key=lambda i: len(examples[i].ids))
+    batches = [mine[at : at + rows_per_batch] for at in range(0, len(mine), rows_per_batch)]
+    num_batches = max(ranks.gather(len(batches)))
+    sums, counts = np.zeros(3), np.zeros(3, int)
+    parts: list[tuple[list[int], list[Floats]]] = []
+    filler = _filler(sources)
+    for at in range(num_batches):
+        if at >= len(batches):
+            forward(collate([filler], [-1]))
+            continue
+        chosen = batches[at]
+        uids = [sources[draws[i].source].uid(draws[i].row) for i in chosen]
+        batch = collate([examples[i] for i in chosen], uids)
+        output = forward(batch)
+        sums += [float(term) for term in output.sums]
+        counts += count(batch)
+        parts.append((chosen, _columns(output, batch, features)))
+    everything = [part for one in ranks.gather(parts) for part in one]
+    total = ranks.sum([*sums, *counts])
+    columns = _in_order(everything, len(draws))
+    return Pass((total[0], total[1], total[2]), Counts(*(int(n) for n in total[3:])), *columns)
+
+
+def home_of(draw: Draw) -> int:
+    return draw.source + draw.row
+
+
+def _filler(sources: Sequence[Examples]) -> Example:
+    return next(examples[0] for examples in sources if len(examples))
+
+
+def _columns(output: Output, batch: Batch, features: bool) -> list[Floats]:
+    kept = [output.values_BK, batch.target_BK]
+    wanted = [output.last_BD, output.mean_BD, output.prefix_last_BD]
+    kept += wanted if features else [tensor[:, :0] for tensor in wanted]
+    return [tensor.detach().float().cpu().numpy() for tensor in kept]
+
+
+def _in_order(parts: Sequence[tuple[list[int], list[Floats]]], n: int) -> list[Floats]:
+    columns = []
+    for at in range(5):
+        width = parts[0][1][at].shape[1]
+        column = np.zeros((n, width), np.float32)
+        for chosen, values in parts:
+            column[chosen] = values[at]
+        columns.append(column)
+    return columns

@@ -1,0 +1,248 @@
+"""Durable files, for checkpoints and tag libraries: whole under their name or not there; one writer a folder."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import shutil
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import safetensors.torch
+import torch
+
+from tagllm.errors import UserError
+
+MAX_JSON_BYTES = 16 << 20
+"""Ours are kilobytes; a parsed hostile one takes some 25 times its size in memory."""
+_CANNOT_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
+_log = logging.getLogger(__name__)
+
+
+class DamagedFile(UserError):
+    """A file that is missing, unreadable or not what it should be; names the file and the reason."""
+
+    def __init__(self, path: Path, reason: object) -> None:
+        self.path, self.reason = path, str(reason).strip().rstrip(".")
+        super().__init__(f"{path}: cannot be used: {self.reason}. Restore it from a copy, or write it anew.")
+
+
+def sha256_file(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Writes `data` and returns once the disk has it. The name itself lasts only after `fsync_folder`.
+
+    Raises:
+        OSError: the disk is full, read-only or broken; what was written so far stays under `path`.
+    """
+    file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+    try:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[os.write(file, rest) :]
+        os.fsync(file)
+    finally:
+        os.close(file)
+
+
+def fsync_folder(path: Path) -> None:
+    """Makes creations, renames and removals of names in `path` last."""
+    folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def replace_file(tmp: Path, final: Path) -> None:
+    """Gives `tmp`, written durably before, the name `final`: readers see the old file or the new one."""
+    os.replace(tmp, final)
+    fsync_folder(final.parent)
+
+
+def replace_folder(tmp: Path, final: Path) -> None:
+    """Gives `tmp` (same parent; its files written durably) the name `final`, and removes what stood there.
+
+    Readers see the old folder or the new one. Where the file system cannot exchange two names (NFS), an existing
+    `final` is away for the moment between two renames, and a crash just then leaves it as `<tmp>-old`.
+    """
+    fsync_folder(tmp)
+    old = None
+    if not final.exists():
+        os.rename(tmp, final)
+    elif _exchange(tmp, final):
+        old = tmp
+    else:
+        old = tmp.with_name(f"{tmp.name}-old")
+        os.rename(final, old)
+        os.rename(tmp, final)
+    fsync_folder(final.parent)
+    if old is not None:
+        remove_folder(old)
+
+
+def remove_folder(path: Path) -> None:
+    """Removes a folder that nobody needs any more; if that fails it stays, with a warning in the log."""
+    try:
+        shutil.rmtree(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        _log.warning("%s: not removed: %s. Nothing reads it; delete it by hand if it stays.", path, error)
+
+
+def json_bytes(value: Any) -> bytes:
+    """The one way we write JSON: sorted, so that equal values give equal bytes."""
+    return (json.dumps(value, indent=1, sort_keys=True) + "\n").encode()
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object (all our files are objects).
+
+    Raises:
+        DamagedFile: missing, unreadable, over `MAX_JSON_BYTES`, not UTF-8, not JSON, or no object.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_JSON_BYTES + 1)
+        if len(data) > MAX_JSON_BYTES:
+            raise DamagedFile(path, f"it has over {MAX_JSON_BYTES} bytes, more than we ever write")
+        value = json.loads(data.decode())
+    except FileNotFoundError:
+        raise DamagedFile(path, "there is no such file") from None
+    except OSError as error:
+        raise DamagedFile(path, error.strerror or error) from None
+    except (ValueError, RecursionError) as error:
+        raise DamagedFile(path, f"it is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise DamagedFile(path, f"it holds a {type(value).__name__}; it must hold an object {{...}}")
+    return value
+
+
+def tensor_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """The safetensors form of dense `tensors` of any device and stride; two may share their storage.
+
+    Equal tensors give equal bytes, but only with at most one entry of `metadata`: safetensors shuffles several.
+    """
+    copies = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+    return safetensors.torch.save(copies, dict(metadata) if metadata else None)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Writes `tensors` durably under `path`.
+
+    Raises:
+        OSError: as `write_durably`.
+    """
+    write_durably(path, tensor_bytes(tensors, metadata))
+
+
+def load_tensors(path: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a safetensors file, on the CPU, in memory of their own. Values (NaN rows) are not looked at.
+
+    Raises:
+        DamagedFile: missing, unreadable, or not safetensors.
+    """
+    try:
+        return safetensors.torch.load(path.read_bytes())
+    except FileNotFoundError:
+        raise DamagedFile(path, "there is no such file") from None
+    except OSError as error:
+        raise DamagedFile(path, error.strerror or error) from None
+    except Exception as error:  # noqa: BLE001 -- anybody's bytes: safetensors and torch raise many kinds
+        raise DamagedFile(path, f"it is not a safetensors file: {error}") from None
+
+
+class RunLock:
+    """One writer per run folder: `with RunLock(run): ...`. The kernel frees it when the process dies, however it does.
+
+    Raises:
+        UserError: on entering, if another process holds it (named by host and pid), or the folder cannot be locked.
+    """
+
+    def __init__(self, run: Path) -> None:
+        self.path = run / ".lock"
+        self._file = -1
+
+    def __enter__(self) -> Self:
+        assert self._file not in _held, "entered twice"
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            _held.add(self._file)
+            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            os.ftruncate(self._file, 0)
+            os.pwrite(self._file, json_bytes({"host": socket.gethostname(), "pid": os.getpid()}), 0)
+        except BlockingIOError:
+            holder = self._holder()
+            self.release()
+            raise UserError(
+                f"{self.path.parent}: another process is writing here: {holder}. A run folder has one writer. "
+                "Wait for it, stop it, or give another output folder (output=...)."
+            ) from None
+        except OSError as error:
+            self.release()
+            raise UserError(
+                f"{self.path}: cannot be locked: {error}. The output folder must be writable and on a file system "
+                "with locks (Lustre: mounted with -o flock). Give another one (output=...)."
+            ) from None
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Closes the lock. The file stays: removing it would let two writers lock two files of one name."""
+        if self._file in _held:  # not so in a forked child, where the number may be another file's by now
+            _held.remove(self._file)
+            os.close(self._file)
+        self._file = -1
+
+    def _holder(self) -> str:
+        try:
+            holder = read_json(self.path)
+        except DamagedFile:  # between its lock and its line
+            return "one that has just begun"
+        return f"pid {holder.get('pid')} on host {holder.get('host')}"
+
+
+_held: set[int] = set()
+
+
+def _drop_inherited_locks() -> None:
+    # A forked loader worker shares the lock; one that outlives the trainer would lock out its successor.
+    for file in _held:
+        os.close(file)
+    _held.clear()
+
+
+os.register_at_fork(after_in_child=_drop_inherited_locks)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swaps two names in one step. False where kernel or file system cannot. (No `os` function does it.)"""
+    libc = ctypes.CDLL(None, use_errno=True)
+    if not hasattr(libc, "renameat2"):
+        return False
+    at_fdcwd, rename_exchange = -100, 2
+    if libc.renameat2(at_fdcwd, os.fsencode(one), at_fdcwd, os.fsencode(other), rename_exchange) == 0:
+        return True
+    code = ctypes.get_errno()
+    if code in _CANNOT_EXCHANGE:
+        return False
+    raise OSError(code, os.strerror(code), str(other))

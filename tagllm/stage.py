@@ -1,0 +1,146 @@
+"""A stage as data: what a config means before any weight is loaded.
+
+Which tags there are and which are learned, the parsed templates, the loss weights. `check` needs no more than this.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+from tagllm.config import RunConfig
+from tagllm.data.batch import Collator
+from tagllm.data.encode import TagLayout
+from tagllm.errors import UserError, did_you_mean
+from tagllm.model.loss import Weights
+from tagllm.tags import NAME, Tag, TagLibrary
+from tagllm.template import OUTPUT, SPAN, Template, marks_of, parse_template
+
+
+class Stage(NamedTuple):
+    config: RunConfig
+    loaded: dict[str, Tag]
+    libraries: dict[str, TagLibrary]
+    kinds: dict[str, str]
+    templates: list[Template]
+    weights: Weights
+
+    @property
+    def learned(self) -> list[str]:
+        return [name for name, tag in self.config.tags.items() if tag.learned]
+
+    @property
+    def terms(self) -> tuple[int, ...]:
+        """Marks whose tokens are supervised."""
+        return tuple(m for m, weight in ((SPAN, self.weights.span), (OUTPUT, self.weights.output)) if weight)
+
+    def layout(self, vocabulary_size: int) -> TagLayout:
+        tags = self.config.tags
+        lengths = {n: len(self.loaded[n].rows_PD) if n in self.loaded else tags[n].length for n in tags}
+        heads = {}
+        for name in tags:
+            head = self.loaded[name].head if name in self.loaded else None
+            spec = head.spec if head else tags[name].head
+            if spec is not None:
+                heads[name] = spec
+        return TagLayout.of(vocabulary_size, self.kinds, lengths, self.learned, heads)
+
+    def collator(self, layout: TagLayout) -> Collator:
+        frozen = self.config.prefix == "frozen"
+        widest = max((head.outputs for head in layout.heads.values()), default=0)
+        return Collator(layout.first_learned_id, self.terms, widest, frozen, int(frozen))
+
+
+def read_stage(config: RunConfig, where: str) -> Stage:
+    """Loads the libraries and checks everything that can be checked without the backbone.
+
+    Raises:
+        UserError: every problem found, one per line.
+    """
+    problems: list[str] = []
+    libraries: dict[str, TagLibrary] = {}
+    loaded: dict[str, Tag] = {}
+    for name, tag in config.tags.items():
+        if not NAME.fullmatch(name):
+            problems.append(f"{where}: tags.{name}: a tag's name is letters, digits, - and _, a letter first.")
+        if tag.load is not None:
+            try:
+                library = libraries.setdefault(tag.load, TagLibrary.load(Path(tag.load)))
+                loaded[name] = library.get(name, f"{where}: tags.{name}.load: {tag.load}")
+            except UserError as error:
+                problems += error.problems
+    kinds = {n: loaded[n].kind if n in loaded else tag.kind for n, tag in config.tags.items()}
+    templates = []
+    for at, source in enumerate(config.data.sources):
+        try:
+            templates.append(parse_template(source.template, kinds, f"{where}: data.sources.{at}.template"))
+        except UserError as error:
+            problems += error.problems
+    stage = Stage(config, loaded, libraries, kinds, templates, Weights(0.0, 0.0, 0.0))
+    if not problems:
+        stage = stage._replace(weights=_weights(stage))
+        problems += _contradictions(stage, where)
+    if problems:
+        raise UserError(*problems)
+    return stage
+
+
+def _weights(stage: Stage) -> Weights:
+    """Given weights, or 1 for the terms a stage calls for: output and value where there are any, else the spans."""
+    loss, heads = stage.config.loss, stage.layout(0).heads
+    has_output = any(template.has_output for template in stage.templates)
+    has_value = any(name in heads for template in stage.templates for name in template.tags)
+    defaults = Weights(float(not has_output and not has_value), float(has_output), float(has_value))
+    given = (loss.span, loss.output, loss.value)
+    return Weights(*(default if value is None else value for default, value in zip(defaults, given, strict=True)))
+
+
+def _contradictions(stage: Stage, where: str) -> list[str]:
+    """Settings that cannot be honoured together."""
+    config, heads = stage.config, stage.layout(0).heads
+    problems = []
+    used = {name for template in stage.templates for name in template.tags}
+    for name in config.tags:
+        if name not in used:
+            problems.append(f"{where}: tags.{name} stands in no template; put <{name}> in one, or drop the tag.")
+    if not stage.learned:
+        problems.append(f"{where}: tags: none is learned; leave `load` out of one, or set learn: true.")
+    for at, (source, template) in enumerate(zip(config.data.sources, stage.templates, strict=True)):
+        place = f"{where}: data.sources.{at}"
+        owners = {name for name in template.tags if name in heads}
+        if len(owners) > 1:
+            problems.append(
+                f"{place}.template: {', '.join(sorted(owners))} all have heads; one per template can answer."
+            )
+        wanted = heads[next(iter(owners))] if owners else None
+        width = 0 if wanted is None else 1 if wanted.classes else wanted.outputs
+        if len(source.target) != width and len(owners) < 2:
+            problems.append(
+                f"{place}.target names {len(source.target)} columns ({', '.join(source.target) or 'none'}); the head of "
+                f"{', '.join(owners) or 'the template (it has none)'} needs {width}."
+            )
+        unknown = [name for name in source.fields if name not in (*template.fields, "output")]
+        problems += [
+            f"{place}.fields.{name}: the template has no {{{name}}}. {did_you_mean(name, template.fields)}"
+            for name in unknown
+        ]
+        if not set(template.tags) & set(stage.learned):
+            problems.append(f"{place}.template has none of the learned tags ({', '.join(stage.learned)}).")
+        if not owners and not set(marks_of(template, stage.kinds)) & set(stage.terms):
+            problems.append(
+                f"{place}: nothing in the prompt is supervised; the template needs {{output}}, a tag with a head, or a "
+                "field right behind a domain tag with loss.span > 0."
+            )
+    return problems
+
+
+def check_world(config: RunConfig, num_ranks: int, where: str) -> None:
+    """Raises UserError unless the rows of a step divide evenly."""
+    rows, micro = config.optim.rows_per_step, config.optim.rows_per_micro_batch
+    unit = micro * num_ranks
+    if rows % unit:
+        near = sorted({max(rows // unit, 1) * unit, (rows // unit + 1) * unit})
+        raise UserError(
+            f"{where}: optim.rows_per_step is {rows}; it must be a multiple of rows_per_micro_batch x ranks = {micro} x "
+            f"{num_ranks} = {unit}. Try {' or '.join(map(str, near))}."
+        )

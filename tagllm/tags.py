@@ -1,0 +1,236 @@
+"""Tags, heads and the library they are kept in: names <-> rows, initial values, saving, loading, adding.
+
+Shapes: p rows of a tag, D hidden size, K outputs of a head, F features a head reads (D, or 2 D for `both`).
+"""
+
+from __future__ import annotations
+
+import re
+import uuid
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from tagllm.config import HeadConfig
+from tagllm.errors import UserError, did_you_mean
+from tagllm.files import (
+    DamagedFile,
+    fsync_folder,
+    json_bytes,
+    load_tensors,
+    read_json,
+    replace_folder,
+    save_tensors,
+    sha256_file,
+    write_durably,
+)
+
+FORMAT = 1
+NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear map from hidden states to standardised targets; `mean` and `std` undo the standardisation."""
+
+    spec: HeadConfig
+    weight_KF: Tensor
+    bias_K: Tensor
+    mean_K: Tensor
+    std_K: Tensor
+
+    @classmethod
+    def new(cls, spec: HeadConfig, hidden_size: int) -> Head:
+        features = hidden_size * (2 if spec.reads == "both" else 1)
+        outputs = spec.outputs
+        zeros = torch.zeros(outputs)
+        return cls(spec, torch.zeros(outputs, features), zeros, zeros.clone(), torch.ones(outputs))
+
+
+@dataclass(frozen=True)
+class Tag:
+    """`rows_PD` in fp32; `about` says how it came to be (stage, template, metrics, ...), for people and for predict."""
+
+    name: str
+    kind: str
+    rows_PD: Tensor
+    head: Head | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+class BackboneIdentity(NamedTuple):
+    """What a tag must know of the LLM it was trained for. `fingerprint` is a hash over the token embedding."""
+
+    name: str
+    architecture: str
+    hidden_size: int
+    vocabulary_size: int
+    fingerprint: str
+
+    def require_same(self, other: BackboneIdentity, where: str) -> None:
+        """Raises UserError unless `other` is the same backbone, whatever name or path it was loaded from."""
+        if self[1:] == other[1:]:
+            return
+        raise UserError(
+            f"{where}: its tags were trained for {_identity(self)} but the backbone is {_identity(other)}; tags fit "
+            "only the backbone they were trained on. Load that backbone, or train the tags anew."
+        )
+
+
+def _identity(backbone: BackboneIdentity) -> str:
+    return (
+        f"{backbone.name} ({backbone.architecture}, d {backbone.hidden_size}, vocabulary "
+        f"{backbone.vocabulary_size}, fingerprint {backbone.fingerprint[:12]})"
+    )
+
+
+@dataclass(frozen=True)
+class TagLibrary:
+    """Tags of one backbone. On disk a folder: library.json, tags.safetensors, README.md; never a pickle."""
+
+    backbone: BackboneIdentity
+    tags: dict[str, Tag] = field(default_factory=dict)
+
+    def add(self, tag: Tag) -> TagLibrary:
+        """The library with one more tag (or a new version of it); the tensors of the others are the same objects."""
+        return replace(self, tags={**self.tags, tag.name: tag})
+
+    def get(self, name: str, where: str) -> Tag:
+        if name not in self.tags:
+            raise UserError(f'{where}: it holds no tag "{name}". {did_you_mean(name, self.tags)}')
+        return self.tags[name]
+
+    def save(self, folder: Path) -> None:
+        """Writes the folder whole or not at all; an older library of the same name is replaced."""
+        temporary = folder.parent / f".tmp-{folder.name}-{uuid.uuid4().hex}"
+        temporary.mkdir(parents=True)
+        tensors = {}
+        for tag in self.tags.values():
+            tensors[f"{tag.name}.rows"] = tag.rows_PD.float().contiguous()
+            if tag.head is not None:
+                for part in ("weight_KF", "bias_K", "mean_K", "std_K"):
+                    tensors[f"{tag.name}.head.{part[:-2].rstrip('_')}"] = getattr(tag.head, part).float().contiguous()
+        save_tensors(temporary / "tags.safetensors", tensors)
+        document = {
+            "format": FORMAT,
+            "backbone": self.backbone._asdict(),
+            "sha256": {"tags.safetensors": sha256_file(temporary / "tags.safetensors")},
+            "tags": {name: _describe(tag) for name, tag in self.tags.items()},
+        }
+        write_durably(temporary / "library.json", json_bytes(document))
+        write_durably(temporary / "README.md", self.card().encode())
+        fsync_folder(temporary)
+        replace_folder(temporary, folder)
+
+    @classmethod
+    def load(cls, folder: Path, backbone: BackboneIdentity | None = None) -> TagLibrary:
+        """Reads and checks a library.
+
+        Raises:
+            UserError: not a library, a damaged file, a shape or sha256 that differs, or another backbone.
+        """
+        if not (folder / "library.json").is_file():
+            raise UserError(f"{folder}: not a tag library (no library.json). A run keeps its own in RUN/library.")
+        try:
+            return cls._read(folder, backbone)
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise DamagedFile(folder / "library.json", f"not a tag library: {error!r}") from None
+
+    @classmethod
+    def _read(cls, folder: Path, backbone: BackboneIdentity | None) -> TagLibrary:
+        document = read_json(folder / "library.json")
+        if document["format"] != FORMAT:
+            raise UserError(
+                f"{folder}/library.json: format is {document['format']}; this version reads format {FORMAT}. "
+                "Update tagllm."
+            )
+        file = folder / "tags.safetensors"
+        expected, found = document["sha256"][file.name], sha256_file(file)
+        if expected != found:
+            raise DamagedFile(file, f"sha256 is {found[:12]}, library.json says {expected[:12]}")
+        identity = BackboneIdentity(**document["backbone"])
+        if backbone is not None:
+            identity.require_same(backbone, str(folder))
+        tensors = load_tensors(file)
+        described = document["tags"]
+        tags = {name: _rebuild(folder, name, described[name], tensors, identity) for name in described}
+        return cls(identity, tags)
+
+    def card(self) -> str:
+        """A README for people who find the folder."""
+        lines = [
+            "# Tag library",
+            "",
+            f"Input tags for `{self.backbone.name}` ({self.backbone.architecture}, d {self.backbone.hidden_size}).",
+            "They stand in a prompt like words; the backbone stays as it is. Made with tagllm (Tag-LLM, ICML 2024).",
+            "",
+            "| tag | kind | rows | head | template |",
+            "|---|---|---|---|---|",
+        ]
+        for tag in self.tags.values():
+            head = f"{tag.head.spec.type}, {tag.head.spec.outputs}" if tag.head else ""
+            template = str(tag.about.get("template", "")).replace("|", "\\|")
+            lines.append(f"| `<{tag.name}>` | {tag.kind} | {len(tag.rows_PD)} | {head} | `{template}` |")
+        return "\n".join(lines) + "\n"
+
+
+def _describe(tag: Tag) -> dict[str, Any]:
+    head = tag.head.spec.model_dump(mode="json") if tag.head else None
+    return {"kind": tag.kind, "length": len(tag.rows_PD), "head": head, "about": tag.about}
+
+
+def _rebuild(
+    folder: Path, name: str, described: dict[str, Any], tensors: dict[str, Tensor], backbone: BackboneIdentity
+) -> Tag:
+    if not NAME.fullmatch(name) or described["kind"] not in ("domain", "function"):
+        raise ValueError(f"tag {name!r} of kind {described['kind']!r}")
+
+    file = folder / "tags.safetensors"
+
+    def tensor(part: str, *shape: int) -> Tensor:
+        found = tensors.get(f"{name}.{part}")
+        if found is None or tuple(found.shape) != shape or found.dtype != torch.float32:
+            actual = "missing" if found is None else f"{tuple(found.shape)} {found.dtype}"
+            raise DamagedFile(file, f"{name}.{part} is {actual}; it must be {shape} float32")
+        if not found.isfinite().all():
+            raise DamagedFile(file, f"{name}.{part} holds numbers that are not finite")
+        return found
+
+    rows = tensor("rows", described["length"], backbone.hidden_size)
+    head = None
+    if described["head"] is not None:
+        spec = HeadConfig(**described["head"])
+        features = backbone.hidden_size * (2 if spec.reads == "both" else 1)
+        outputs = spec.outputs
+        head = Head(
+            spec,
+            tensor("head.weight", outputs, features),
+            tensor("head.bias", outputs),
+            tensor("head.mean", outputs),
+            tensor("head.std", outputs),
+        )
+    return Tag(name, described["kind"], rows, head, dict(described["about"]))
+
+
+def initial_rows(init: str, length: int, embedding_VD: Tensor, text_ids: list[int], seed: int) -> Tensor:
+    """First values of a new tag, fp32 (length, D).
+
+    `mean`: the direction of the mean token embedding at the mean token norm, plus a little noise so that rows differ
+    (the authors' fixed ratio belongs to LLaMA-7B; here both are measured). `vocabulary`: random tokens. `normal`:
+    Gaussian with the spread of the embedding. `text:…`: the tokens of a text, repeated to the length.
+    """
+    random = torch.Generator().manual_seed(seed)
+    vocabulary = len(embedding_VD)
+    if init == "vocabulary":
+        return embedding_VD[torch.randint(vocabulary, (length,), generator=random)].float()
+    if init.startswith("text:"):
+        return embedding_VD[torch.tensor([text_ids[i % len(text_ids)] for i in range(length)])].float()
+    sample_ND = embedding_VD[torch.randperm(vocabulary, generator=random)[:20_000]].float()
+    noise_PD = torch.randn(length, sample_ND.shape[1], generator=random) * sample_ND.std(dim=0)
+    if init == "normal":
+        return noise_PD
+    mean_D = sample_ND.mean(dim=0)
+    return mean_D / mean_D.norm() * sample_ND.norm(dim=1).mean() + 0.1 * noise_PD

@@ -1,0 +1,158 @@
+"""Prompt templates: `"The molecule is <SMILES> {smiles}. Its drug-likeness is <QED>"` -> parts -> token ids.
+
+A domain tag and the field right behind it form a span. White space before a field belongs to the field, so that its
+value is tokenised as in running text; white space before a tag is dropped.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+from tagllm.config import FieldConfig
+from tagllm.errors import UserError, did_you_mean
+
+TEXT, SPAN, OUTPUT, FIELD, TAG = range(5)
+"""Marks of a position: fixed text, a field behind a domain tag, {output}, another field, a tag row."""
+
+_TOKEN = re.compile(r"\\(?P<escaped>[<{}\\])|<(?P<tag>[^<>{}\s]+)>|\{(?P<field>[^<>{}]*)\}")
+
+
+class Part(NamedTuple):
+    """`value` is literal text, a tag's name or a field's name; `space` stood before a field."""
+
+    kind: Literal["text", "tag", "field"]
+    value: str
+    space: str = ""
+
+
+class Template(NamedTuple):
+    text: str
+    parts: tuple[Part, ...]
+
+    @property
+    def tags(self) -> list[str]:
+        return [part.value for part in self.parts if part.kind == "tag"]
+
+    @property
+    def fields(self) -> list[str]:
+        """Names of the input fields, each once, in order; without `output`."""
+        return list(dict.fromkeys(p.value for p in self.parts if p.kind == "field" and p.value != "output"))
+
+    @property
+    def has_output(self) -> bool:
+        return any(part == ("field", "output", part.space) for part in self.parts)
+
+    def without(self, dropped: Callable[[str], bool]) -> Template:
+        """The same prompt with some tags left out, as controls and baselines need it."""
+        return self._replace(parts=tuple(p for p in self.parts if p.kind != "tag" or not dropped(p.value)))
+
+    def renamed(self, old: str, new: str) -> Template:
+        """The same prompt with one tag in the place of another."""
+        swapped = (p._replace(value=new) if (p.kind, p.value) == ("tag", old) else p for p in self.parts)
+        return self._replace(parts=tuple(swapped))
+
+
+def parse_template(text: str, known_tags: Mapping[str, str], where: str = "template") -> Template:
+    """Splits a template into parts. `known_tags` maps names to kinds (domain, function).
+
+    `\\<`, `\\{`, `\\}` and `\\\\` stand for the characters themselves.
+
+    Raises:
+        UserError: an unknown tag, an empty or doubled `{output}`, a brace without its other half, or no tag and no
+            field at all; every problem at once.
+    """
+    parts: list[Part] = []
+    problems: list[str] = []
+    literal, at = "", 0
+    for match in _TOKEN.finditer(text):
+        literal, at = literal + _plain(text[at : match.start()], problems, where), match.end()
+        if match["escaped"]:
+            literal += match["escaped"]
+        elif match["tag"] is not None:
+            if match["tag"] not in known_tags:
+                problems.append(f'{where}: "{match["tag"]}" is no tag. {did_you_mean(match["tag"], known_tags)}')
+            _append_text(parts, literal.rstrip())
+            parts.append(Part("tag", match["tag"]))
+            literal = ""
+        else:
+            if not match["field"].strip():
+                problems.append(f"{where}: {{}} names no column; write {{column}}, or \\{{ for a brace.")
+            kept = literal.rstrip()
+            _append_text(parts, kept)
+            parts.append(Part("field", match["field"].strip(), literal[len(kept) :]))
+            literal = ""
+    _append_text(parts, literal + _plain(text[at:], problems, where))
+    outputs = sum(part.kind == "field" and part.value == "output" for part in parts)
+    if outputs > 1:
+        problems.append(f"{where}: {{output}} stands {outputs} times; it may stand once.")
+    if not any(part.kind == "field" for part in parts):
+        problems.append(f"{where}: {text!r} has no {{field}}; every row would give the same prompt.")
+    if problems:
+        raise UserError(*problems)
+    return Template(text, tuple(parts))
+
+
+def _append_text(parts: list[Part], literal: str) -> None:
+    if literal:
+        parts.append(Part("text", literal))
+
+
+def _plain(literal: str, problems: list[str], where: str) -> str:
+    if "{" in literal or "}" in literal:
+        problems.append(f"{where}: a brace without its other half in {literal!r}; write \\{{ for a brace.")
+    return literal
+
+
+def marks_of(template: Template, kinds: Mapping[str, str]) -> list[int]:
+    """The mark of each part. A field is SPAN when a domain tag stands right before it."""
+    marks = []
+    for before, part in zip((None, *template.parts), template.parts, strict=False):
+        if part.kind == "text":
+            marks.append(TEXT)
+        elif part.kind == "tag":
+            marks.append(TAG)
+        elif part.value == "output":
+            marks.append(OUTPUT)
+        else:
+            behind_domain = before is not None and before.kind == "tag" and kinds[before.value] == "domain"
+            marks.append(SPAN if behind_domain else FIELD)
+    return marks
+
+
+def field_text(value: str, part: Part, config: FieldConfig) -> str:
+    """The text of a field as it is tokenised."""
+    if config.characters == "spaced":
+        return " " + " ".join(value.strip())
+    return part.space + value
+
+
+def truncate(ids: Sequence[int], length: int, side: str) -> list[int]:
+    """Cuts a value to `length` tokens, at its end, its start, or in the middle."""
+    if len(ids) <= length:
+        return list(ids)
+    if side == "start":
+        return list(ids[len(ids) - length :])
+    if side == "middle":
+        head = (length + 1) // 2
+        return [*ids[:head], *ids[len(ids) - (length - head) :]]
+    return list(ids[:length])
+
+
+def fit(fields: Sequence[Sequence[int]], sides: Sequence[str], budget: int) -> list[list[int]] | None:
+    """Truncates the longest fields first until all fit into `budget` tokens; None when they cannot.
+
+    The policy in words: the longest field is levelled down to the next longest, and so on; a tag, the fixed text and
+    {output} are never touched, and no field vanishes.
+    """
+    if sum(map(len, fields)) <= budget:
+        return [list(ids) for ids in fields]
+    if budget < len(fields):
+        return None
+    caps = [len(ids) for ids in fields]
+    low, high = 1, max(caps)
+    while low < high:  # the largest common cap that fits
+        middle = (low + high + 1) // 2
+        low, high = (middle, high) if sum(min(cap, middle) for cap in caps) <= budget else (low, middle - 1)
+    return [truncate(ids, min(len(ids), low), side) for ids, side in zip(fields, sides, strict=True)]

@@ -1,0 +1,106 @@
+"""Puts a stage together: backbone, tags, examples, model. Train, eval and predict all start here."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from tagllm.config import BackboneConfig, RunConfig, Split
+from tagllm.data.dataset import Data, Examples, Prompts, prepare, tokenizer_digest
+from tagllm.data.encode import TagLayout
+from tagllm.errors import UserError
+from tagllm.model.backbone import Backbone, load_backbone, resolve
+from tagllm.model.smollm2 import cache_folder
+from tagllm.model.tagged import TaggedModel
+from tagllm.stage import Stage
+from tagllm.tags import Head, Tag, initial_rows
+from tagllm.train.ranks import Ranks
+
+
+class Built(NamedTuple):
+    stage: Stage
+    backbone: Backbone
+    layout: TagLayout
+    tags: dict[str, Tag]
+    data: Data
+    model: TaggedModel
+
+    @property
+    def config(self) -> RunConfig:
+        return self.stage.config
+
+    def examples(self, split: Split) -> list[Examples]:
+        return self.data.splits[split]
+
+    def identity(self) -> dict[str, str]:
+        """What a checkpoint of this run must agree on to be gone on from."""
+        return {
+            "backbone": self.backbone.identity.fingerprint,
+            "tokenizer": tokenizer_digest(self.backbone.tokenizer),
+            "data": self.data.digest,
+            "config": self.config.digest(),
+        }
+
+
+def build(stage: Stage, ranks: Ranks) -> Built:
+    """Loads the backbone, tokenises the data (rank 0 first) and makes the tags.
+
+    Raises:
+        UserError: on all ranks alike.
+    """
+    config = stage.config
+    backbone = open_backbone(config.backbone, ranks)
+    for path, library in stage.libraries.items():
+        library.backbone.require_same(backbone.identity, path)
+    layout = stage.layout(backbone.vocabulary_size)
+    limit = config.data.max_tokens or backbone.max_tokens
+    if limit > backbone.max_tokens:
+        raise UserError(f"data.max_tokens is {limit}; the backbone takes at most {backbone.max_tokens}. Lower it.")
+    prompts = Prompts(layout, backbone.tokenizer, limit)
+    ranks.on_rank_zero(lambda: prepare(config.data, stage.templates, prompts, cache_folder()) and None)
+    data = prepare(config.data, stage.templates, prompts, cache_folder())  # cached by rank 0: this maps it
+    tags = stage.loaded | {
+        name: _new_tag(stage, name, backbone, data) for name in config.tags if name not in stage.loaded
+    }
+    reads_tokens = bool(stage.weights.span or stage.weights.output)
+    sharded = config.engine.zero_stage == 3
+    remember = 0 if sharded or config.prefix == "full" else int(config.remember_gib * 2**30)
+    model = TaggedModel(backbone.model, tags, layout, remember, reads_tokens).to(ranks.device)
+    return Built(stage, backbone, layout, tags, data, model)
+
+
+def open_backbone(config: BackboneConfig, ranks: Ranks) -> Backbone:
+    """`resolve` may download or convert, which one rank does before the others read the result."""
+    ranks.on_rank_zero(lambda: resolve(config.model))
+    return load_backbone(config, ranks.device)
+
+
+def _new_tag(stage: Stage, name: str, backbone: Backbone, data: Data) -> Tag:
+    config = stage.config.tags[name]
+    embedding_VD = backbone.model.get_input_embeddings().weight.detach().cpu()
+    text = config.init.removeprefix("text:") if config.init.startswith("text:") else ""
+    text_ids = backbone.tokenizer(text, add_special_tokens=False).input_ids if text else []
+    if config.init.startswith("text:") and not text_ids:
+        raise UserError(f"tags.{name}.init is {config.init!r}; the text after `text:` gives no token. Write a word.")
+    seed = int(np.random.SeedSequence([stage.config.seed, *name.encode()]).generate_state(1)[0])
+    rows = initial_rows(config.init, config.length, embedding_VD, text_ids, seed)
+    head = Head.new(config.head, embedding_VD.shape[1]) if config.head else None
+    if head is not None and not head.spec.classes:
+        targets = np.concatenate([_targets_of(stage, name, data, at) for at in range(len(stage.templates))])
+        mean, std = targets.mean(axis=0), targets.std(axis=0)
+        if not (std > 0).all():
+            raise UserError(
+                f"tags.{name}.head: the target is the same in all training rows; there is nothing to learn."
+            )
+        head = Head(head.spec, head.weight_KF, head.bias_K, torch.from_numpy(mean), torch.from_numpy(std))
+    return Tag(name, config.kind, rows, head)
+
+
+def _targets_of(stage: Stage, name: str, data: Data, source: int) -> np.ndarray:
+    """Training targets of one source if its template has the tag."""
+    outputs = stage.config.tags[name].head.outputs  # type: ignore[union-attr]  # asked only of tags with a head
+    if name not in stage.templates[source].tags:
+        return np.zeros((0, outputs), np.float32)
+    return data.splits["train"][source].targets().reshape(-1, outputs)

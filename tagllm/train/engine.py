@@ -1,0 +1,234 @@
+"""The door to DeepSpeed: the only module that imports it.
+
+DeepSpeed runs in its fp32 mode at every ZeRO stage and never casts: frozen weights keep their own dtype, learned rows,
+heads and moments are fp32.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tagllm.config import EngineConfig, OptimConfig
+from tagllm.data.batch import Batch
+from tagllm.errors import UserError
+from tagllm.model.tagged import Output, TaggedModel
+from tagllm.train.ranks import Ranks
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+BUCKET_ELEMENTS = 1_000_000  # DeepSpeed's default reserves 1 GB for gradients of a few kilobytes
+PERSIST_ELEMENTS = 1_000_000  # tags, heads and norms stay resident; "auto" is exactly one ten-row tag of a 7B model
+
+
+class Engine:
+    """Forward, backward and step over all ranks, and the learned state as plain tensors."""
+
+    def __init__(self, model: TaggedModel, optim: OptimConfig, config: EngineConfig, ranks: Ranks) -> None:
+        if not torch.cuda.is_available():
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        import deepspeed
+
+        deepspeed.utils.logger.setLevel(logging.ERROR)
+        # Compiled at every first start (two minutes, and a crash without a compiler) for a call we never make.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        self.config, self.ranks, self.model = config, ranks, model
+        self.num_micro_batches = optim.rows_per_step // (optim.rows_per_micro_batch * ranks.size)
+        groups = [
+            {"params": [model.tags.learned_TD], "lr": optim.tag_lr, "base_lr": optim.tag_lr},
+            {"params": _learned(model.heads), "lr": optim.head_lr, "base_lr": optim.head_lr},
+        ]
+        groups = [group for group in groups if group["params"]]  # an empty group crashes ZeRO
+        optimizer = torch.optim.AdamW(groups, betas=optim.betas, weight_decay=optim.weight_decay, foreach=False)
+        self._engine, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=self._settings(optim), dist_init_required=False
+        )
+        self._names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
+        self._make_moments()
+
+    def _settings(self, optim: OptimConfig) -> dict[str, Any]:
+        stage = self.config.zero_stage
+        own = {
+            "train_batch_size": self.num_micro_batches * self.ranks.size,
+            "train_micro_batch_size_per_gpu": 1,  # a micro-batch is one item to DeepSpeed; rows are our business
+            "gradient_accumulation_steps": self.num_micro_batches,
+            "gradient_clipping": optim.clip or 0.0,
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "zero_optimization": {
+                "stage": stage,
+                "reduce_bucket_size": BUCKET_ELEMENTS,
+                "allgather_bucket_size": BUCKET_ELEMENTS,
+                "stage3_param_persistence_threshold": PERSIST_ELEMENTS,
+                "overlap_comm": False,
+            },
+        }
+        if self.config.deepspeed is None:
+            return own
+        return _merged(own, _read_deepspeed(self.config.deepspeed), self.config.deepspeed)
+
+    def __call__(self, batch: Batch) -> Output:
+        output: Output = self._engine(batch.to(self.ranks.device))
+        return output
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Forward passes without a graph, outside the accounting of training."""
+        self._engine.eval()
+        with torch.no_grad():
+            yield
+        self._engine.train()
+        self.model.backbone.eval()
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradient. `loss` is over global counts, so DeepSpeed's mean over ranks is undone here."""
+        self._engine.backward(loss * self.ranks.size, scale_wrt_gas=False)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()
+
+    def step(self, lr_factor: float) -> float:
+        """One optimizer step at `lr_factor` times each base learning rate; returns the gradient norm before clipping."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = group["base_lr"] * lr_factor
+        if self.config.zero_stage == 0:
+            norm = nn.utils.get_total_norm([p.grad for _, p in self._parameters() if p.grad is not None])
+            self._engine.step()
+            return float(norm)
+        self._engine.step()
+        return float(self._engine.get_global_grad_norm())
+
+    def learned(self) -> dict[str, Tensor]:
+        """Learned rows and heads, whole, fp32, on the CPU. Collective."""
+        return {name: self._whole(parameter).cpu() for name, parameter in self._parameters()}
+
+    def state(self) -> dict[str, Tensor]:
+        """`learned` and both moments of each. Collective."""
+        moments = {
+            f"{name}.{key}": self._moment(parameter, key).cpu()
+            for name, parameter in self._parameters()
+            for key in MOMENTS
+        }
+        return {**self.learned(), **moments}
+
+    def restore(self, state: dict[str, Tensor], step: int) -> None:
+        """Takes back what `state` gave, on any number of ranks and at any ZeRO stage. Collective."""
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        for inner in self._inner.state.values():
+            inner["step"].fill_(step)
+        for name, parameter in self._parameters():
+            value = state[name].to(self.ranks.device)
+            moments = {key: state[f"{name}.{key}"].to(self.ranks.device) for key in MOMENTS}
+            self.overwrite({name: value})
+            for key, moment in moments.items():
+                if self.config.zero_stage == 0:
+                    self._inner.state[parameter][key].copy_(moment)
+                else:
+                    safe_set_full_fp32_param(parameter, value)
+                    safe_set_full_optimizer_state(parameter, moment, key)
+
+    def overwrite(self, values: dict[str, Tensor]) -> None:
+        """Sets learned parameters (a head fitted in closed form) and leaves the moments. Collective."""
+        import deepspeed
+        from deepspeed.utils import safe_set_full_fp32_param
+
+        gathered = deepspeed.zero.GatheredParameters
+        for name, parameter in self._parameters():
+            if name not in values:
+                continue
+            value = values[name].to(self.ranks.device)
+            with torch.no_grad(), gathered([parameter], modifier_rank=0, enabled=self.config.zero_stage == 3):
+                parameter.data.copy_(value)
+            if self.config.zero_stage:
+                safe_set_full_fp32_param(parameter, value)
+
+    @property
+    def _inner(self) -> torch.optim.Optimizer:
+        """The AdamW below ZeRO's wrapper, whose parameters are flat shards."""
+        inner: torch.optim.Optimizer = self._engine.basic_optimizer
+        return inner
+
+    def _parameters(self) -> list[tuple[str, nn.Parameter]]:
+        named = [(self._names.get(id(p)), p) for p in self.model.parameters()]
+        return [(name, parameter) for name, parameter in named if name is not None]
+
+    def _whole(self, parameter: nn.Parameter) -> Tensor:
+        if self.config.zero_stage == 0:
+            return parameter.detach().float().clone()
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        return _shaped(safe_get_full_fp32_param(parameter), parameter)
+
+    def _moment(self, parameter: nn.Parameter, key: str) -> Tensor:
+        if self.config.zero_stage == 0:
+            moment: Tensor = self._inner.state[parameter][key].clone()
+            return moment
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        return _shaped(safe_get_full_optimizer_state(parameter, key), parameter)
+
+    def _make_moments(self) -> None:
+        """torch makes moments at the first step; a resumed run needs them before."""
+        for group in self._inner.param_groups:
+            for shard in group["params"]:
+                self._inner.state[shard] = {"step": torch.tensor(0.0)} | {k: torch.zeros_like(shard) for k in MOMENTS}
+        if self.config.zero_stage in (1, 2):
+            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _learned(module: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in module.parameters() if parameter.requires_grad]
+
+
+def _shaped(value: Tensor, parameter: nn.Parameter) -> Tensor:
+    return value.detach().float().view(getattr(parameter, "ds_shape", parameter.shape)).clone()
+
+
+def _read_deepspeed(path: str) -> dict[str, Any]:
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"engine.deepspeed: {path} cannot be read as JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"engine.deepspeed: {path} holds a {type(settings).__name__}; it must be a JSON object.")
+    return settings
+
+
+def _merged(own: dict[str, Any], theirs: dict[str, Any], where: str, at: str = "") -> dict[str, Any]:
+    """Their settings on top of ours. Batch sizes, clipping, precision and optimizer belong to our config."""
+    clashes = []
+    merged = dict(own)
+    for key, value in theirs.items():
+        place = f"{at}{key}"
+        if place in _OURS and value not in (own.get(key), "auto"):
+            clashes.append(
+                f"engine.deepspeed: {where} sets {place} to {value!r}; set {_OURS[place]} in the config instead."
+            )
+        elif isinstance(value, dict) and isinstance(own.get(key), dict):
+            merged[key] = _merged(own[key], value, where, f"{place}.")
+        elif value != "auto":
+            merged[key] = value
+    if clashes:
+        raise UserError(*clashes)
+    return merged
+
+
+_OURS = {
+    "train_batch_size": "optim.rows_per_step",
+    "train_micro_batch_size_per_gpu": "optim.rows_per_micro_batch",
+    "gradient_accumulation_steps": "optim.rows_per_step",
+    "gradient_clipping": "optim.clip",
+    "optimizer": "optim.tag_lr and optim.head_lr",
+    "scheduler": "optim.schedule",
+    "zero_optimization.stage": "engine.zero_stage",
+    "bf16": "backbone.dtype",
+    "fp16": "backbone.dtype",
+}

@@ -1,0 +1,79 @@
+"""The ranks of a run: who I am, and the few collectives the trainer needs. Alone it is a world of one.
+
+torchrun and deepspeed both set RANK, LOCAL_RANK and WORLD_SIZE.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from tagllm.errors import UserError
+
+Result = TypeVar("Result")
+
+
+class SharedError(UserError):
+    """A user error that every rank raises alike; only rank 0 prints it."""
+
+
+class Ranks(NamedTuple):
+    rank: int
+    size: int
+    device: torch.device
+
+    @classmethod
+    def start(cls, timeout_s: int) -> Ranks:
+        """Joins the process group of the launcher, or makes a group of one."""
+        rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        local = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed insists on it
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.set_device(local)
+        if not dist.is_initialized():
+            how: dict[str, Any] = {"store": dist.HashStore()} if size == 1 else {"init_method": "env://"}
+            dist.init_process_group(
+                "nccl" if cuda else "gloo", rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s), **how
+            )
+        return cls(rank, size, torch.device("cuda", local) if cuda else torch.device("cpu"))
+
+    def sum(self, values: Sequence[float]) -> list[float]:
+        """Element-wise sum over the ranks, in float64."""
+        if self.size == 1:
+            return list(values)
+        # NCCL reduces on the device, gloo on the host
+        total = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return list(total.tolist())
+
+    def gather(self, value: Any) -> list[Any]:
+        """The value of every rank, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def on_rank_zero(self, function: Callable[[], Result]) -> Result:
+        """Runs `function` on rank 0 and gives its result to all; a UserError there is raised on all ranks."""
+        outcome: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                outcome = [function(), None]
+            except UserError as error:
+                outcome = [None, error.problems]
+        if self.size > 1:
+            dist.broadcast_object_list(outcome, src=0)
+        if outcome[1] is not None:
+            raise SharedError(*outcome[1])
+        result: Result = outcome[0]
+        return result
+
+    def stop(self) -> None:
+        if dist.is_initialized():
+            dist.destroy_process_group()

@@ -1,0 +1,100 @@
+"""What stands in a run folder, and that it holds one run only.
+
+config.yaml  versions.json  splits.json  bad_rows.jsonl  metrics.jsonl  tensorboard/  checkpoints/  library/  last/
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from tagllm.config import RunConfig, parse_config
+from tagllm.data.dataset import Data
+from tagllm.errors import UserError
+from tagllm.files import json_bytes, replace_file, write_durably
+
+_LIBRARIES = ("tagllm", "torch", "transformers", "deepspeed", "datasets", "tokenizers", "safetensors", "rdkit")
+
+
+class RunFolder:
+    """Paths and small files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoints = path / "checkpoints"
+        self.library = path / "library"
+        """The result: the best state on validation, refitted where that is better."""
+        self.last = path / "last"
+        """The state of the last step."""
+
+    def claim(self, config: RunConfig) -> None:
+        """Writes the resolved config and versions, or checks that the folder holds this very run.
+
+        Raises:
+            UserError: the folder holds something else.
+        """
+        file = self.path / "config.yaml"
+        if file.is_file():
+            held = read_config(self.path)
+            if held.digest() != config.digest():
+                raise UserError(
+                    f"output: {self.path} already holds another run (its config digest is {held.digest()[:12]}, this "
+                    f"one's is {config.digest()[:12]}; they differ in {', '.join(_differences(held, config))}). "
+                    "Give another output=FOLDER, or remove that one."
+                )
+        elif any(p.name != ".lock" for p in self.path.iterdir()) if self.path.is_dir() else False:
+            raise UserError(f"output: {self.path} is not empty and holds no run. Give another output=FOLDER.")
+        self._write("config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
+        self._write("versions.json", json_bytes(versions()))
+
+    def record(self, data: Data) -> None:
+        """The splits and the rows that could not be used."""
+        self._write("splits.json", json_bytes(data.record))
+        rows = "".join(json.dumps(row._asdict()) + "\n" for row in data.bad_rows)
+        self._write("bad_rows.jsonl", rows.encode())
+
+    def _write(self, name: str, content: bytes) -> None:
+        temporary = self.path / f".tmp-{name}"
+        write_durably(temporary, content)
+        replace_file(temporary, self.path / name)
+
+
+def read_config(run: Path) -> RunConfig:
+    """The resolved config of a run.
+
+    Raises:
+        UserError: the folder holds no run, or its config is of another version of tagllm.
+    """
+    file = run / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"{run}: holds no run (no config.yaml). Train one with: tagllm train CONFIG")
+    try:
+        values = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read: {error}") from None
+    return parse_config(values, str(file))
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found
+
+
+def _differences(one: RunConfig, other: RunConfig) -> list[str]:
+    def flat(value: Any, at: str = "") -> dict[str, Any]:
+        if isinstance(value, dict):
+            return {k: v for key, inner in value.items() for k, v in flat(inner, f"{at}.{key}" if at else key).items()}
+        return {at: value}
+
+    a, b = flat(one.model_dump(mode="json")), flat(other.model_dump(mode="json"))
+    return [key for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key) and key != "output"]

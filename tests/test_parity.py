@@ -1,0 +1,106 @@
+"""Losses and gradients of the authors' released code, and our own tiny reference for where that is not at hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from tagllm.config import HeadConfig
+from tagllm.data.batch import Collator
+from tagllm.data.encode import Example, TagLayout
+from tagllm.model.loss import Weights
+from tagllm.model.tagged import TaggedModel
+from tagllm.tags import Head, Tag
+from tagllm.template import OUTPUT, SPAN, TAG, TEXT
+from tests import tiny
+
+REFERENCE = Path(__file__).parents[2] / "shared" / "parity" / "reference.safetensors"
+CASES = {"domain_lm": ("A", "B"), "function_regression": ("F",), "function_text": ("F",)}
+
+
+@pytest.fixture(scope="module")
+def reference() -> dict[str, torch.Tensor]:
+    if not REFERENCE.is_file():
+        pytest.skip("the authors' numbers (shared/parity) are not beside this checkout")
+    with safe_open(REFERENCE, "pt") as file:
+        return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def build(reference: dict[str, torch.Tensor], learned: tuple[str, ...]) -> TaggedModel:
+    config = LlamaConfig(
+        vocab_size=320, hidden_size=64, intermediate_size=176, num_hidden_layers=3, num_attention_heads=4,
+        rms_norm_eps=1e-6, tie_word_embeddings=False, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
+    )  # fmt: skip
+    llama: Any = LlamaForCausalLM(config)
+    llama.load_state_dict({n.removeprefix("backbone."): t for n, t in reference.items() if n.startswith("backbone.")})
+    spec = HeadConfig()
+    head = Head(spec, reference["head"], torch.zeros(1), torch.zeros(1), torch.ones(1))
+    kinds = {"A": "domain", "B": "domain", "F": "function"}
+    rows = dict(zip("ABF", reference["tags"].split(5), strict=False))
+    made = {n: Tag(n, kinds[n], rows[n], head if n == "F" else None) for n in kinds}
+    # The reference numbers its rows A, B, F; with A and B learned or frozen together the layout does too.
+    layout = TagLayout.of(320, kinds, dict.fromkeys(kinds, 5), learned, {"F": spec})
+    return TaggedModel(llama.eval().requires_grad_(False), made, layout, 0, reads_tokens=True)
+
+
+def examples(reference: dict[str, torch.Tensor], case: str, layout: TagLayout) -> list[Example]:
+    """The reference's rows in our layout: same tags, renumbered, padding dropped."""
+    made = []
+    theirs = {320 + 5 * i + row: name for i, name in enumerate("ABF") for row in range(5)}
+    for i, mask in enumerate(reference[f"{case}.in.attention_mask"].bool()):
+        ids = reference[f"{case}.in.input_ids"][i][mask].tolist()
+        labels = reference[f"{case}.in.labels"][i][mask].tolist()
+        ids = [layout.ids(theirs[t])[(t - 320) % 5] if t in theirs else t for t in ids]
+        marks = [TAG if t >= 320 else TEXT if label == -100 else SPAN for t, label in zip(ids, labels, strict=True)]
+        regression = case == "function_regression"
+        target = reference[f"{case}.in.label_reg"][i : i + 1].numpy() if regression else np.zeros(0, np.float32)
+        read_at = len(ids) - 4 if regression else -1
+        made.append(
+            Example(np.array(ids, np.int32), np.array(marks, np.uint8), target, 0 if regression else -1, read_at, 0, 0)
+        )
+    return made
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["full", "frozen prefix"])
+@pytest.mark.parametrize("case", CASES)
+def test_the_authors_losses_and_gradients(reference: dict[str, torch.Tensor], case: str, frozen: bool) -> None:
+    tagged = build(reference, CASES[case])
+    layout = tagged.layout
+    rows = examples(reference, case, layout)
+    batch = Collator(layout.first_learned_id, (SPAN, OUTPUT), 1, frozen)(rows, range(len(rows)))
+    loss, _ = tiny.loss_of(tagged, batch, Weights(1.0, 1.0, 100.0))
+    loss.backward()
+    assert loss.item() == pytest.approx(reference[f"{case}.loss"].item(), rel=1e-5)
+    gradient = tagged.tags.learned_TD.grad
+    assert gradient is not None
+    expected = reference[f"{case}.tag_grad"]
+    assert tiny.relative_error(gradient, expected[-len(gradient) :]) < 1e-5
+    if case == "function_regression":
+        head = tagged.heads["F"].weight_KF.grad
+        assert head is not None
+        assert tiny.relative_error(head, reference[f"{case}.head_grad"]) < 1e-5
+
+
+def test_against_plain_transformers() -> None:
+    """Our own reference: embeddings put together by hand, HF's own loss, torch autograd."""
+    of = tiny.layout(("F", "Text"))
+    tagged = tiny.model(of)
+    row = tiny.rows(of)[2]
+    batch = tiny.collator(of)([row], [0])
+    loss, _ = tiny.loss_of(tagged, batch)
+    loss.backward()
+    rows_TD = torch.cat([tagged.tags.frozen_TD, tagged.tags.learned_TD]).detach().requires_grad_()
+    table = torch.cat([tagged.backbone.get_input_embeddings().weight, rows_TD])
+    labels = torch.tensor([[t if m == OUTPUT else -100 for t, m in zip(row.ids, row.marks, strict=True)]])
+    expected = tagged.backbone(inputs_embeds=table[torch.tensor(row.ids).long()][None], labels=labels).loss
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    assert rows_TD.grad is not None and tagged.tags.learned_TD.grad is not None
+    num_learned = len(tagged.tags.learned_TD)
+    assert tiny.relative_error(tagged.tags.learned_TD.grad, rows_TD.grad[-num_learned:]) < 1e-5

@@ -1,0 +1,205 @@
+"""Splits: pure in (seed, key), never two of them for one key, and an error where they cannot be honoured."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tagllm.config import SourceConfig, Split
+from tagllm.data.splits import check_recorded, split_of, split_record, split_rows
+from tagllm.errors import UserError
+
+KEYS = st.lists(st.text(max_size=8), min_size=1, max_size=60)
+ROOMY = [f"key {number}" for number in range(400)]
+
+
+def table_of(num_rows: int, splits: Sequence[str] | None = None, bad: dict[int, str] | None = None) -> datasets.Dataset:
+    return datasets.Dataset.from_dict(
+        {
+            "_file": [f"{split or 'all'}.csv" for split in splits or [""] * num_rows],
+            "_line": list(range(2, num_rows + 2)),
+            "_split": splits or [""] * num_rows,
+            "_bad": [(bad or {}).get(row, "") for row in range(num_rows)],
+        }
+    )
+
+
+def source_of(valid: float = 0.1, test: float = 0.1, seed: int = 0, rows: dict[str, int] | None = None) -> SourceConfig:
+    split = {"valid": valid, "test": test, "seed": seed}
+    return SourceConfig.model_validate({"path": "x.csv", "template": "{a}", "split": split, "rows": rows or {}})
+
+
+def members(keys: list[str], splits: dict[Any, Any]) -> dict[str, set[str]]:
+    return {split: {keys[row] for row in rows} for split, rows in splits.items()}
+
+
+@settings(max_examples=30, deadline=None)
+@given(keys=KEYS, seed=st.integers(), valid=st.floats(0, 0.45), test=st.floats(0, 0.45))
+def test_split_of_is_what_split_rows_does(keys: list[str], seed: int, valid: float, test: float) -> None:
+    padded = [*keys, *ROOMY]
+    config = source_of(valid if valid > 0.1 else 0, test if test > 0.1 else 0, seed)
+    splits = split_rows(table_of(len(padded)), padded, config, "here")
+    for split, rows in splits.items():
+        assert rows.dtype == np.int64
+        assert (np.diff(rows) > 0).all()
+        assert {split_of(padded[row], seed, config.split.valid, config.split.test) for row in rows} <= {split}
+    assert sorted(np.concatenate(list(splits.values()))) == list(range(len(padded)))
+    found = members(padded, splits)
+    assert not (found["train"] & found["valid"] or found["train"] & found["test"] or found["valid"] & found["test"])
+
+
+@settings(max_examples=20, deadline=None)
+@given(keys=KEYS, shuffle=st.randoms(use_true_random=False))
+def test_order_and_added_rows_move_no_key(keys: list[str], shuffle: Any) -> None:
+    few = [*keys, *ROOMY]
+    more = [*few, *(f"added {number}" for number in range(50))]
+    shuffle.shuffle(more)
+    before = members(few, split_rows(table_of(len(few)), few, source_of(), "here"))
+    after = members(more, split_rows(table_of(len(more)), more, source_of(), "here"))
+    assert all(before[split] <= after[split] for split in before)
+
+
+@settings(max_examples=20, deadline=None)
+@given(shuffle=st.randoms(use_true_random=False), count=st.integers(1, 200))
+def test_a_limit_takes_the_same_keys_in_any_order(shuffle: Any, count: int) -> None:
+    keys = list(ROOMY)
+    shuffle.shuffle(keys)
+    source = source_of(rows={"train": count, "valid": 5})
+    taken = members(keys, split_rows(table_of(400), keys, source, "here"))
+    assert taken == members(ROOMY, split_rows(table_of(400), ROOMY, source, "here"))
+    assert (len(taken["train"]), len(taken["valid"])) == (count, 5)
+
+
+def test_smaller_limits_are_within_larger_ones_and_not_the_first_rows() -> None:
+    few, many = (split_rows(table_of(400), ROOMY, source_of(rows={"train": n}), "here")["train"] for n in (20, 100))
+    assert set(few) < set(many)
+    assert few.tolist() != split_rows(table_of(400), ROOMY, source_of(), "here")["train"][:20].tolist()
+
+
+def test_a_limit_spreads_over_keys_with_many_rows() -> None:
+    keys = [f"protein {row // 68}" for row in range(68 * 100)]
+    taken = split_rows(table_of(len(keys)), keys, source_of(rows={"train": 60}), "here")["train"]
+    assert len({keys[row] for row in taken}) > 30
+
+
+def test_known_values_never_change() -> None:
+    assert [split_of(f"k{number}", 0, 0.2, 0.2)[:2] for number in range(12)] == KNOWN
+
+
+KNOWN = ["tr", "te", "tr", "tr", "tr", "va", "te", "va", "te", "tr", "tr", "te"]
+"""From hashlib alone: int.from_bytes(blake2b(b"0\\0k7", digest_size=16).digest()[:8], "little") / 2**64."""
+
+
+def test_shares_are_met_and_one_share_moves_no_key_of_the_other() -> None:
+    keys = [str(number) for number in range(20_000)]
+    table = table_of(len(keys))
+    small, large = (split_rows(table, keys, source_of(valid, 0.1), "here") for valid in (0.1, 0.3))
+    assert len(small["valid"]) == pytest.approx(2000, rel=0.1)
+    assert len(small["test"]) == pytest.approx(2000, rel=0.1)
+    assert small["test"].tolist() == large["test"].tolist()
+    assert set(small["valid"]) < set(large["valid"])
+    assert split_rows(table, keys, source_of(seed=1), "here")["test"].tolist() != small["test"].tolist()
+
+
+def test_bad_rows_are_in_no_split() -> None:
+    splits = split_rows(table_of(400, bad={3: "no JSON", 5: "NUL"}), ROOMY, source_of(), "here")
+    assert sorted(np.concatenate(list(splits.values()))) == [row for row in range(400) if row not in (3, 5)]
+
+
+def test_given_splits_are_kept() -> None:
+    given_splits = ["train"] * 300 + ["valid"] * 60 + ["test"] * 40
+    splits = split_rows(table_of(400, given_splits), ROOMY, source_of(0.4, 0.4), "here")
+    assert {split: (rows[0], rows[-1], len(rows)) for split, rows in splits.items()} == {
+        "train": (0, 299, 300), "valid": (300, 359, 60), "test": (360, 399, 40),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("absent", [["valid"], ["test"], ["valid", "test"]])
+def test_splits_not_given_are_carved_out_of_train_by_key(absent: list[Split]) -> None:
+    present: Split = "train" if len(absent) == 2 else "valid" if "test" in absent else "test"
+    train: Split = "train"
+    given_splits = [train] * 300 + [present] * 100
+    splits = split_rows(table_of(400, given_splits), ROOMY, source_of(0.2, 0.2), "here")
+    for row, was in enumerate(given_splits):
+        hashed = split_of(ROOMY[row], 0, 0.2, 0.2)
+        expected = hashed if was == "train" and hashed in absent else was
+        assert row in splits[expected]
+    assert all(len(splits[split]) for split in absent)
+
+
+def test_no_share_carves_nothing() -> None:
+    splits = split_rows(table_of(3, ["train"] * 3), ["a", "b", "c"], source_of(0, 0), "here")
+    assert {split: rows.tolist() for split, rows in splits.items()} == {"train": [0, 1, 2], "valid": [], "test": []}
+
+
+def test_a_key_in_two_given_splits_is_refused() -> None:
+    keys = ["a", "C" * 100, "b", "C" * 100, "a", "d"]
+    table = table_of(6, ["train", "train", "train", "test", "valid", "valid"])
+    with pytest.raises(UserError) as caught:
+        split_rows(table, keys, source_of(), "data.sources[0]")
+    [line] = caught.value.problems
+    assert line.startswith(f"data.sources[0]: key '{'C' * 57}...' is in two splits, train (train.csv, line 3)")
+    assert "test (test.csv, line 5); 2 keys are in more than one" in line
+    assert "split.by" in line
+
+
+def test_a_bad_row_is_no_overlap() -> None:
+    table = table_of(3, ["train", "test", "test"], bad={1: "broken"})
+    assert split_rows(table, ["a", "a", "b"], source_of(valid=0), "here")["train"].tolist() == [0]
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (source_of(), "no rows for valid and test: train 1, valid 0, test 0, unreadable 1"),
+        (source_of(valid=0), "no rows for test"),
+        (source_of(0, 0, rows={"valid": 3}), "no rows for valid"),
+        (source_of(0.5, 0.5), r"0.5 \+ 0.5 = 1; it must be below 1"),
+    ],
+)
+def test_empty_splits_are_refused(config: SourceConfig, message: str) -> None:
+    with pytest.raises(UserError, match=f"^here: .*{message}"):
+        split_rows(table_of(2, bad={1: "broken"}), ["k0", "k1"], config, "here")
+
+
+def test_an_empty_train_split_is_refused() -> None:
+    with pytest.raises(UserError, match="no rows for train: train 0, valid 0, test 2"):
+        split_rows(table_of(2, ["test", "test"]), ["a", "b"], source_of(0, 0), "here")
+
+
+def test_the_record_is_json_and_knows_changes_but_not_order() -> None:
+    splits = split_rows(table_of(400), ROOMY, source_of(), "here")
+    record = json.loads(json.dumps(split_record(splits, ROOMY)))
+    assert [record[split]["n"] for split in splits] == [len(rows) for rows in splits.values()]
+    check_recorded(record, splits, ROOMY, "runs/a")
+    backwards = ROOMY[::-1]
+    check_recorded(record, split_rows(table_of(400), backwards, source_of(), "here"), backwards, "runs/a")
+
+    changed = ["other" if row == splits["test"][0] else key for row, key in enumerate(ROOMY)]
+    with pytest.raises(UserError) as caught:
+        check_recorded(record, splits, changed, "runs/a")
+    [line] = caught.value.problems
+    assert line.startswith("runs/a: the test split has")
+    assert record["test"]["sha256"][:16] in line
+    assert split_record(splits, changed)["test"]["sha256"][:16] in line
+
+
+def test_digests_tell_joined_keys_apart() -> None:
+    rows = {"train": np.arange(2)}
+    assert split_record(rows, ["ab", "c"]) != split_record(rows, ["a", "bc"])  # type: ignore[arg-type]
+
+
+def test_many_keys_are_fast() -> None:
+    keys = [f"{number}" for number in range(200_000)]
+    table = table_of(len(keys))
+    start = time.perf_counter()
+    split_rows(table, keys, source_of(rows={"train": 1000}), "here")
+    assert time.perf_counter() - start < 5

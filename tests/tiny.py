@@ -1,0 +1,155 @@
+"""Tiny random backbones, a small tokenizer and hand-made examples for tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GemmaConfig,
+    GPT2Config,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedConfig,
+    Qwen2Config,
+)
+
+from tagllm.config import HeadConfig
+from tagllm.data.batch import Batch, Collator, count
+from tagllm.data.encode import Example, TagLayout
+from tagllm.model.loss import Weights, total
+from tagllm.model.tagged import Output, TaggedModel
+from tagllm.tags import Head, Tag
+from tagllm.template import OUTPUT, SPAN, TAG, TEXT
+
+VOCABULARY, HIDDEN = 96, 32
+_SHAPE: dict[str, Any] = dict(
+    vocab_size=VOCABULARY, hidden_size=HIDDEN, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=256, head_dim=8,
+)  # fmt: skip
+FAMILIES: dict[str, PreTrainedConfig] = {
+    "llama": LlamaConfig(**_SHAPE, tie_word_embeddings=True),
+    "mistral": MistralConfig(**_SHAPE, sliding_window=None),
+    "qwen2": Qwen2Config(**{k: v for k, v in _SHAPE.items() if k != "head_dim"}),
+    "gemma": GemmaConfig(**_SHAPE),
+    "gemma2": Gemma2Config(**_SHAPE, sliding_window=12, final_logit_softcapping=5.0),
+    "gpt2": GPT2Config(vocab_size=VOCABULARY, n_embd=HIDDEN, n_layer=2, n_head=4, n_positions=256),
+}
+KINDS = {"Frozen": "domain", "Learned": "domain", "F": "function", "Text": "function"}
+HEAD = HeadConfig(reads="both", outputs=2)
+
+
+def backbone(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(FAMILIES[family])
+    with torch.no_grad():  # the usual .02 makes activations so small that errors hide
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(5)
+    return model.to(dtype).eval().requires_grad_(False)
+
+
+def layout(learned: Sequence[str] = ("F",), length: int = 3) -> TagLayout:
+    return TagLayout.of(VOCABULARY, KINDS, dict.fromkeys(KINDS, length), learned, {"F": HEAD})
+
+
+def tags(of: TagLayout, seed: int = 1) -> dict[str, Tag]:
+    random = torch.Generator().manual_seed(seed)
+    made = {}
+    for name, kind in of.kinds.items():
+        head = None
+        if name in of.heads:
+            blank = Head.new(of.heads[name], HIDDEN)
+            weight = torch.randn(blank.weight_KF.shape, generator=random) * 0.1
+            head = Head(
+                blank.spec, weight, torch.tensor([0.1, -0.2]), torch.tensor([1.0, 2.0]), torch.tensor([2.0, 0.5])
+            )
+        made[name] = Tag(name, kind, torch.randn(of.lengths[name], HIDDEN, generator=random) * 0.3, head)
+    return made
+
+
+def model(of: TagLayout, family: str = "llama", remember: int = 0, dtype: torch.dtype = torch.float32) -> TaggedModel:
+    return TaggedModel(backbone(family, dtype=dtype), tags(of), of, remember, reads_tokens=True)
+
+
+def example(of: TagLayout, pieces: Sequence[str | int], random: np.random.Generator, target: bool = True) -> Example:
+    """`pieces`: a number is fixed text of so many tokens, `~n` a span, `>n` output, else a tag's name."""
+    ids: list[int] = []
+    marks: list[int] = []
+    read_at, function_at = -1, -1
+    for piece in pieces:
+        if isinstance(piece, str) and piece in of.kinds:
+            new, mark = list(of.ids(piece)), TAG
+            function_at = len(ids) if of.kinds[piece] == "function" else function_at
+            read_at = len(ids) + len(new) - 1 if piece in of.heads else read_at
+        else:
+            mark = TEXT if isinstance(piece, int) else {"~": SPAN, ">": OUTPUT}[piece[0]]
+            size = piece if isinstance(piece, int) else int(piece[1:])
+            new = random.integers(1, VOCABULARY, size).tolist()
+        ids += new
+        marks += [mark] * len(new)
+    has_target = read_at >= 0 and target
+    return Example(
+        np.array(ids, np.int32), np.array(marks, np.uint8),
+        random.normal(size=2).astype(np.float32) if has_target else np.zeros(0, np.float32),
+        0 if read_at >= 0 else -1, read_at, function_at, 0,
+    )  # fmt: skip
+
+
+def rows(of: TagLayout, seed: int = 0) -> list[Example]:
+    """Ragged rows of every kind: regression, text output, without a prefix, a tag twice, without a target."""
+    random = np.random.default_rng(seed)
+    prompts: list[tuple[str | int, ...]] = [
+        (4, "Frozen", "~9", 3, "F"),
+        (2, "Frozen", "~4", "F"),
+        (1, "Frozen", "~14", 2, "Text", ">5"),
+        ("F", 2),
+        (3, "F", "~3", 2, "F"),
+        (5, "Frozen", "~6", "Text", ">1"),
+    ]
+    made = [example(of, prompt, random) for prompt in prompts]
+    return [*made, example(of, (4, "Frozen", "~7", "F"), random, target=False)]
+
+
+def collator(of: TagLayout, frozen: bool = True, terms: tuple[int, ...] = (OUTPUT,)) -> Collator:
+    return Collator(of.first_learned_id, terms, 2, frozen, 1 if frozen else 0)
+
+
+def loss_of(
+    tagged: TaggedModel, batch: Batch, weights: Weights = Weights(1.0, 1.0, 1.0)
+) -> tuple[torch.Tensor, Output]:
+    output = tagged(batch)
+    return total(output.sums, count(batch), weights), output
+
+
+def gradients(tagged: TaggedModel) -> dict[str, torch.Tensor]:
+    found = {n: p.grad.clone() for n, p in tagged.named_parameters() if p.grad is not None}
+    tagged.zero_grad()
+    return found
+
+
+def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
+    return float((a - b).norm() / b.norm().clamp(min=1e-12))
+
+
+def save_backbone(folder: Path, family: str = "llama") -> Path:
+    """A folder that `backbone.model` can name: tiny weights and a byte-level tokenizer."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    alphabet = sorted(set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789.,()=#Ġ[]+-@/\\"))
+    vocabulary = {token: i for i, token in enumerate(["<pad>", "<s>", "</s>", "<unk>", *alphabet])}
+    bpe = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    ).save_pretrained(folder)
+    assert len(vocabulary) <= VOCABULARY
+    backbone(family).save_pretrained(folder)
+    return folder
