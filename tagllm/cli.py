@@ -68,8 +68,69 @@ def train(config: Path, overrides: Overrides = None, offline: Offline = False) -
     _run(work, offline)
 
 
+@app.command(name="eval")
+def evaluate(
+    run: Path,
+    overrides: Overrides = None,
+    split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
+    control: Annotated[
+        list[Path] | None, typer.Option(help="A library whose domain tags take the place of ours.")
+    ] = None,
+    offline: Offline = False,
+) -> None:
+    """Score a run on held-out rows, beside baselines and controls on the same rows; writes RUN/results.json."""
+
+    def work() -> None:
+        from tagllm.config import SPLITS, load_config
+        from tagllm.errors import did_you_mean
+        from tagllm.evaluate.held_out import describe
+        from tagllm.evaluate.held_out import evaluate as run_evaluation
+        from tagllm.train.run_folder import read_config
+
+        if split not in SPLITS:
+            raise UserError(f"--split: {split!r} is no split. {did_you_mean(split, SPLITS)}")
+        read_config(run)  # says more than a missing file would
+        config = load_config(run / "config.yaml", overrides)
+        results = run_evaluation(run, config, split, control or [], bool(overrides))
+        if os.environ.get("RANK", "0") == "0":
+            print("\n".join(describe(results)))
+
+    _run(work, offline)
+
+
+@app.command()
+def predict(
+    source: Annotated[Path, typer.Argument(metavar="RUN_OR_LIBRARY")],
+    input_file: Annotated[Path, typer.Argument(metavar="INPUT")],
+    output_file: Annotated[Path, typer.Argument(metavar="OUTPUT")],
+    overrides: Overrides = None,
+    tag: Annotated[str | None, typer.Option(help="The function tag that answers, if there are several.")] = None,
+    template: Annotated[str | None, typer.Option(help="Another prompt than the one the tag was trained in.")] = None,
+    library: Annotated[list[Path] | None, typer.Option(help="More libraries, for tags the template names.")] = None,
+    batch: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 32,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest text to generate.")] = 64,
+    offline: Offline = False,
+) -> None:
+    """Add predictions to a file: regression, classes or text, in new columns; bad rows stay in place with the reason.
+
+    Overrides are those of the backbone, as in backbone.model=FOLDER.
+    """
+
+    def work() -> None:
+        from tagllm.evaluate.predict import Request, predict_file
+        from tagllm.train.run_folder import backbone_config
+
+        folder = source / "library" if (source / "config.yaml").is_file() else source
+        backbone = backbone_config(source, overrides or [])
+        request = Request([folder, *(library or [])], backbone, tag, template, batch, max_new_tokens)
+        total, failed = predict_file(request, input_file, output_file)
+        print(f"{output_file}: {total} rows, {failed} without a prediction")
+
+    _run(work, offline)
+
+
 def _run(work: Callable[[], None], offline: bool) -> None:
-    """Runs a command; turns what the user can mend into lines. Under a launcher, shared errors come from rank 0 only."""
+    """Runs a command and turns what the user can mend into lines; of shared errors only rank 0 tells."""
     if offline:  # read by the libraries when they are imported, so before that
         os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

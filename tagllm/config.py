@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_origin
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -291,11 +291,14 @@ def _explain(where: str, problem: Any) -> str:
 def _keys_at(parents: list[Any]) -> list[str]:
     """The keys a config section may have, found by walking the models along `parents`."""
     model: Any = RunConfig
-    for part in parents:
+    steps = iter(parents)
+    for part in steps:
         if not (isinstance(model, type) and issubclass(model, BaseModel)) or part not in model.model_fields:
             continue
-        models = [kind for kind in _models_in(model.model_fields[part].annotation)]
-        model = models[0] if models else None
+        annotation = model.model_fields[part].annotation
+        model = next(iter(_models_in(annotation)), None)
+        if get_origin(annotation) in (dict, list):
+            next(steps, None)  # a name or an index, not a key of ours
     return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
 
 

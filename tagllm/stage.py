@@ -85,6 +85,15 @@ def read_stage(config: RunConfig, where: str) -> Stage:
     return stage
 
 
+def stage_of_run(config: RunConfig, library: TagLibrary, where: str) -> Stage:
+    """The stage of a finished run: all its tags come from its own library."""
+    loaded = {name: library.get(name, where) for name in config.tags}
+    kinds = {name: tag.kind for name, tag in loaded.items()}
+    templates = [parse_template(source.template, kinds, where) for source in config.data.sources]
+    stage = Stage(config, loaded, {where: library}, kinds, templates, Weights(0.0, 0.0, 0.0))
+    return stage._replace(weights=_weights(stage))
+
+
 def _weights(stage: Stage) -> Weights:
     """Given weights, or 1 for the terms a stage calls for: output and value where there are any, else the spans."""
     loss, heads = stage.config.loss, stage.layout(0).heads
@@ -116,8 +125,8 @@ def _contradictions(stage: Stage, where: str) -> list[str]:
         width = 0 if wanted is None else 1 if wanted.classes else wanted.outputs
         if len(source.target) != width and len(owners) < 2:
             problems.append(
-                f"{place}.target names {len(source.target)} columns ({', '.join(source.target) or 'none'}); the head of "
-                f"{', '.join(owners) or 'the template (it has none)'} needs {width}."
+                f"{place}.target names {len(source.target)} columns ({', '.join(source.target) or 'none'}); the head "
+                f"of {', '.join(owners) or 'the template (it has none)'} needs {width}."
             )
         unknown = [name for name in source.fields if name not in (*template.fields, "output")]
         problems += [
@@ -141,6 +150,6 @@ def check_world(config: RunConfig, num_ranks: int, where: str) -> None:
     if rows % unit:
         near = sorted({max(rows // unit, 1) * unit, (rows // unit + 1) * unit})
         raise UserError(
-            f"{where}: optim.rows_per_step is {rows}; it must be a multiple of rows_per_micro_batch x ranks = {micro} x "
-            f"{num_ranks} = {unit}. Try {' or '.join(map(str, near))}."
+            f"{where}: optim.rows_per_step is {rows}; it must be a multiple of rows_per_micro_batch x ranks = "
+            f"{micro} x {num_ranks} = {unit}. Try {' or '.join(map(str, near))}."
         )

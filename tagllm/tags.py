@@ -60,6 +60,10 @@ class Tag:
     head: Head | None = None
     about: dict[str, Any] = field(default_factory=dict)
 
+    def with_rows(self, rows_PD: Tensor) -> Tag:
+        """The same tag with other rows; with none it takes no place in a prompt."""
+        return replace(self, rows_PD=rows_PD)
+
 
 class BackboneIdentity(NamedTuple):
     """What a tag must know of the LLM it was trained for. `fingerprint` is a hash over the token embedding."""
@@ -148,7 +152,10 @@ class TagLibrary:
                 "Update tagllm."
             )
         file = folder / "tags.safetensors"
-        expected, found = document["sha256"][file.name], sha256_file(file)
+        try:
+            expected, found = document["sha256"][file.name], sha256_file(file)
+        except OSError as error:
+            raise DamagedFile(file, error.strerror or error) from None
         if expected != found:
             raise DamagedFile(file, f"sha256 is {found[:12]}, library.json says {expected[:12]}")
         identity = BackboneIdentity(**document["backbone"])
@@ -229,8 +236,9 @@ def initial_rows(init: str, length: int, embedding_VD: Tensor, text_ids: list[in
     if init.startswith("text:"):
         return embedding_VD[torch.tensor([text_ids[i % len(text_ids)] for i in range(length)])].float()
     sample_ND = embedding_VD[torch.randperm(vocabulary, generator=random)[:20_000]].float()
-    noise_PD = torch.randn(length, sample_ND.shape[1], generator=random) * sample_ND.std(dim=0)
+    noise_PD: Tensor = torch.randn(length, sample_ND.shape[1], generator=random) * sample_ND.std(dim=0)
     if init == "normal":
         return noise_PD
-    mean_D = sample_ND.mean(dim=0)
-    return mean_D / mean_D.norm() * sample_ND.norm(dim=1).mean() + 0.1 * noise_PD
+    mean_D: Tensor = sample_ND.mean(dim=0)
+    rows_PD: Tensor = mean_D / mean_D.norm() * sample_ND.norm(dim=1).mean() + 0.1 * noise_PD
+    return rows_PD

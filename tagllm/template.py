@@ -7,7 +7,7 @@ value is tokenised as in running text; white space before a tag is dropped.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from tagllm.config import FieldConfig
@@ -43,15 +43,6 @@ class Template(NamedTuple):
     @property
     def has_output(self) -> bool:
         return any(part == ("field", "output", part.space) for part in self.parts)
-
-    def without(self, dropped: Callable[[str], bool]) -> Template:
-        """The same prompt with some tags left out, as controls and baselines need it."""
-        return self._replace(parts=tuple(p for p in self.parts if p.kind != "tag" or not dropped(p.value)))
-
-    def renamed(self, old: str, new: str) -> Template:
-        """The same prompt with one tag in the place of another."""
-        swapped = (p._replace(value=new) if (p.kind, p.value) == ("tag", old) else p for p in self.parts)
-        return self._replace(parts=tuple(swapped))
 
 
 def parse_template(text: str, known_tags: Mapping[str, str], where: str = "template") -> Template:

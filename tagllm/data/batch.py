@@ -61,15 +61,19 @@ class Collator(NamedTuple):
     num_outputs: int
     frozen_prefix: bool = True
     min_prefix: int = 1
-    reads: bool = True
+    cut_at_function: bool = False
+    """Without a gradient any cut is exact; this one gives probes the last state before the function tag."""
 
     def live_at(self, example: Example) -> int:
-        """The first position that must be differentiated: the first learned row, or the first labelled position."""
+        """The first position needed in the live part: the first learned row, the first labelled position, or where the
+        head reads."""
+        if self.cut_at_function:
+            return min([example.function_at, *[example.read_at] * (example.read_at >= 0)])
         if not self.frozen_prefix:
             return 0
         learned = np.flatnonzero(example.ids >= self.first_learned_id)
         labelled = self._label_positions(example)
-        last = len(example.ids) - 1
+        last = example.read_at if example.read_at >= 0 else len(example.ids) - 1
         return int(min([last, *learned[:1], *labelled[:1]]))
 
     def _label_positions(self, example: Example) -> np.ndarray:
@@ -102,10 +106,16 @@ class Collator(NamedTuple):
             targets[i, : len(example.target)] = example.target
         pad = [np.zeros(1, np.int64)] if not sum(map(len, label)) else []
         read_at = [max(example.read_at - cut, 0) for example, cut in zip(examples, cuts, strict=True)]
+        prefix_ids_BP, prefix_mask_BP, prefix_pool_BP = torch.from_numpy(prefix)
+        live_ids_BL, live_mask_BL, live_pool_BL = torch.from_numpy(live)
         return Batch(
             torch.tensor(rows),
-            *(torch.from_numpy(part) for part in prefix),
-            *(torch.from_numpy(part) for part in live),
+            prefix_ids_BP,
+            prefix_mask_BP,
+            prefix_pool_BP,
+            live_ids_BL,
+            live_mask_BL,
+            live_pool_BL,
             torch.from_numpy(np.concatenate([*label_at, *pad]).astype(np.int64)),
             torch.from_numpy(np.concatenate([*label, *pad]).astype(np.int64)),
             torch.from_numpy(np.concatenate([*term, *[p - 1 for p in pad]]).astype(np.int64)),

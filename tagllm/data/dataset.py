@@ -84,20 +84,26 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return digest_of(backend.to_str() if backend else sorted(tokenizer.get_vocab().items()))
 
 
-def prepare(config: DataConfig, templates: Sequence[Template], prompts: Prompts, cache: Path) -> Data:
-    """Reads, splits and tokenises every source.
+def prepare(
+    config: DataConfig,
+    templates: Sequence[Template],
+    prompts: Prompts,
+    cache: Path,
+    wanted: Sequence[Split] = SPLITS,
+) -> Data:
+    """Reads and splits every source, and tokenises the splits that are wanted.
 
     Raises:
         UserError: unreadable rows (unless `on_bad_row: skip`), a missing column, an empty split, overlapping splits, or
             more rows without a label than `max_unlabelled_share`.
     """
-    splits: dict[Split, list[Examples]] = {split: [] for split in SPLITS}
+    splits: dict[Split, list[Examples]] = {split: [] for split in wanted}
     record: dict[str, Any] = {}
     bad_rows: list[BadRow] = []
     for at, (source, template) in enumerate(zip(config.sources, templates, strict=True)):
         where = f"data.sources.{at}"
         rows = load_rows(source, cache)
-        check_columns(source, template, rows.columns, prompts.layout, f"{where} ({rows.name})")
+        check_columns(source, template, rows.columns, f"{where} ({rows.name})")
         table = rows.table.select(_short_enough(rows.table, source))
         keys = _keys(table, source, template, rows.columns)
         found = split_rows(table, keys, source, f"{where} ({rows.name})")
@@ -129,9 +135,7 @@ def prepare(config: DataConfig, templates: Sequence[Template], prompts: Prompts,
     return Data(splits, record, bad_rows)
 
 
-def check_columns(
-    source: SourceConfig, template: Template, columns: Sequence[str], layout: TagLayout, where: str
-) -> None:
+def check_columns(source: SourceConfig, template: Template, columns: Sequence[str], where: str) -> None:
     """Raises UserError for every column that the template, the target, the key or a filter needs and is not there."""
     output = [source.output] if template.has_output else []
     needed = dict.fromkeys(

@@ -13,7 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tagllm.config import FieldConfig, HeadConfig, SourceConfig
-from tagllm.template import FIELD, OUTPUT, SPAN, TAG, Template, field_text, fit, marks_of, truncate
+from tagllm.template import FIELD, OUTPUT, SPAN, TAG, Part, Template, field_text, fit, marks_of, truncate
+
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 class TagLayout(NamedTuple):
@@ -114,16 +116,16 @@ class Encoder:
     def encode(self, rows: Sequence[Mapping[str, Any]]) -> list[Example | Unusable]:
         """One result per row, in order."""
         reasons: list[str] = [""] * len(rows)
-        columns: dict[str, list[list[int]]] = {}
+        columns: dict[Part, list[list[int]]] = {}
         for part in self.template.parts:
-            if part.kind == "field" and part.value not in columns:
+            if part.kind == "field" and part not in columns:  # the same column twice may differ in white space
                 texts = [self._text(row, part.value, reasons, i) for i, row in enumerate(rows)]
                 config = self.source.fields.get(part.value, FieldConfig())
-                columns[part.value] = self._tokens([field_text(text, part, config) for text in texts])
+                columns[part] = self._tokens([field_text(text, part, config) for text in texts])
         results: list[Example | Unusable] = []
         for i, row in enumerate(rows):
             target = self._target(row, reasons, i)
-            values = {name: ids[i] for name, ids in columns.items()}
+            values = {part: ids[i] for part, ids in columns.items()}
             results.append(Unusable(reasons[i]) if reasons[i] else self._assemble(values, target))
         return results
 
@@ -149,15 +151,15 @@ class Encoder:
             return np.array([self.spec.classes.index(str(values[0]))], np.float32)
         numbers = [_number(value) for value in values]
         for column, value, number in zip(self.source.target, values, numbers, strict=True):
-            if not math.isfinite(number):
+            if not abs(number) <= _LARGEST:  # NaN too
                 reasons[i] = reasons[i] or f"{column} is {value!r}; it must be a finite number"
-        return np.array(numbers, np.float32)
+        return target if reasons[i] else np.array(numbers, np.float32)
 
-    def _assemble(self, values: Mapping[str, list[int]], target: NDArray[np.float32]) -> Example | Unusable:
+    def _assemble(self, values: Mapping[Part, list[int]], target: NDArray[np.float32]) -> Example | Unusable:
         parts = self.template.parts
         inputs = [i for i, part in enumerate(parts) if part.kind == "field" and self.marks[i] != OUTPUT]
         configs = [self.source.fields.get(parts[i].value, FieldConfig()) for i in inputs]
-        whole = [values[parts[i].value] for i in inputs]
+        whole = [values[parts[i]] for i in inputs]
         capped = [
             truncate(ids, config.max_tokens or len(ids), config.truncate)
             for ids, config in zip(whole, configs, strict=True)
@@ -186,17 +188,17 @@ class Encoder:
             sum(map(len, whole)) - sum(map(len, fitted)),
         )
 
-    def _fixed_ids(self, part_at: int, values: Mapping[str, list[int]]) -> Sequence[int]:
+    def _fixed_ids(self, part_at: int, values: Mapping[Part, list[int]]) -> Sequence[int]:
         part, mark = self.template.parts[part_at], self.marks[part_at]
         if mark == TAG:
             return self.layout.ids(part.value)
         if mark == OUTPUT:
-            return values["output"]
+            return values[part]
         return [] if mark in (SPAN, FIELD) else self.fixed[part.value]
 
 
 def _number(value: Any) -> float:
     try:
         return float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         return math.nan

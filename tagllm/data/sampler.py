@@ -42,7 +42,8 @@ class Sampler:
     def _at(self, position: int) -> Draw:
         epoch, offset = divmod(position, self.rows_per_epoch)
         if epoch not in self._epochs:
-            self._epochs = {epoch - 1: self._epochs.get(epoch - 1, []), epoch: self._order(epoch)}
+            before = {e: order for e, order in self._epochs.items() if e == epoch - 1}
+            self._epochs = before | {epoch: self._order(epoch)}
         return self._epochs[epoch][offset]
 
     def _order(self, epoch: int) -> list[Draw]:
@@ -79,7 +80,7 @@ def deal(rows: Sequence[Item], homes: Sequence[int], num_ranks: int) -> list[lis
     """
     room = len(rows) // num_ranks
     hands: list[list[Item]] = [[] for _ in range(num_ranks)]
-    guests = []
+    guests: list[Item] = []
     for row, home in zip(rows, homes, strict=True):
         hand = hands[home % num_ranks]
         (hand if len(hand) < room else guests).append(row)

@@ -18,7 +18,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 class Backbone(NamedTuple):
-    """A transformers causal LM (frozen, eval mode), its tokenizer and identity. Embedding (V, D) comes with the model."""
+    """A transformers causal LM (frozen, eval mode), its tokenizer, and who it is."""
 
     model: Any
     tokenizer: Any
@@ -61,7 +61,7 @@ def load_backbone(config: BackboneConfig, device: torch.device) -> Backbone:
     dtype = fastest_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
     attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
     try:
-        model = AutoModelForCausalLM.from_pretrained(resolve(config.model), dtype=dtype, **attention)
+        model: Any = AutoModelForCausalLM.from_pretrained(resolve(config.model), dtype=dtype, **attention)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(_cannot_load(config.model, error)) from None
     model.requires_grad_(False)

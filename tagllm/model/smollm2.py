@@ -11,6 +11,7 @@ import os
 import shutil
 import uuid
 from pathlib import Path
+from typing import Any
 
 from tagllm.errors import UserError
 
@@ -47,13 +48,13 @@ def _convert(gguf: Path, folder: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-    source = {"pretrained_model_name_or_path": gguf.parent, "gguf_file": gguf.name}
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
+        loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
     except (ImportError, ValueError) as error:
         raise UserError(f"smollm2 cannot be read from {gguf.name}: {error} Run: pip install gguf accelerate") from None
     settings = {k: v for k, v in loaded.config.to_dict().items() if k != "quantization_config"}
-    fresh = LlamaForCausalLM(LlamaConfig(**settings)).to(torch.bfloat16)
+    fresh: Any = LlamaForCausalLM(LlamaConfig(**settings))
+    fresh.to(torch.bfloat16)
     fresh.load_state_dict(loaded.state_dict())
     fresh.save_pretrained(folder)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(folder)
+    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(folder)

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from tagllm.config import BackboneConfig, RunConfig, Split
+from tagllm.config import SPLITS, BackboneConfig, DataConfig, RunConfig, Split
 from tagllm.data.dataset import Data, Examples, Prompts, prepare, tokenizer_digest
 from tagllm.data.encode import TagLayout
 from tagllm.errors import UserError
@@ -16,6 +17,7 @@ from tagllm.model.smollm2 import cache_folder
 from tagllm.model.tagged import TaggedModel
 from tagllm.stage import Stage
 from tagllm.tags import Head, Tag, initial_rows
+from tagllm.template import Template
 from tagllm.train.ranks import Ranks
 
 
@@ -58,17 +60,32 @@ def build(stage: Stage, ranks: Ranks) -> Built:
     limit = config.data.max_tokens or backbone.max_tokens
     if limit > backbone.max_tokens:
         raise UserError(f"data.max_tokens is {limit}; the backbone takes at most {backbone.max_tokens}. Lower it.")
-    prompts = Prompts(layout, backbone.tokenizer, limit)
-    ranks.on_rank_zero(lambda: prepare(config.data, stage.templates, prompts, cache_folder()) and None)
-    data = prepare(config.data, stage.templates, prompts, cache_folder())  # cached by rank 0: this maps it
+    data = prepare_on_all(config.data, stage.templates, Prompts(layout, backbone.tokenizer, limit), ranks)
     tags = stage.loaded | {
-        name: _new_tag(stage, name, backbone, data) for name in config.tags if name not in stage.loaded
+        name: new_tag(stage, name, backbone, data) for name in config.tags if name not in stage.loaded
     }
-    reads_tokens = bool(stage.weights.span or stage.weights.output)
+    return Built(stage, backbone, layout, tags, data, assemble(stage, backbone, layout, tags, ranks))
+
+
+def assemble(stage: Stage, backbone: Backbone, layout: TagLayout, tags: dict[str, Tag], ranks: Ranks) -> TaggedModel:
+    """The model of a stage. Prefixes are remembered only where every rank holds the whole backbone."""
+    config = stage.config
     sharded = config.engine.zero_stage == 3
     remember = 0 if sharded or config.prefix == "full" else int(config.remember_gib * 2**30)
-    model = TaggedModel(backbone.model, tags, layout, remember, reads_tokens).to(ranks.device)
-    return Built(stage, backbone, layout, tags, data, model)
+    reads_tokens = bool(stage.weights.span or stage.weights.output)
+    return TaggedModel(backbone.model, tags, layout, remember, reads_tokens).to(ranks.device)
+
+
+def prepare_on_all(
+    config: DataConfig, templates: list[Template], prompts: Prompts, ranks: Ranks, splits: Sequence[Split] = SPLITS
+) -> Data:
+    """Rank 0 reads and tokenises; the others then map what it cached."""
+
+    def first() -> None:
+        prepare(config, templates, prompts, cache_folder(), splits)
+
+    ranks.on_rank_zero(first)
+    return prepare(config, templates, prompts, cache_folder(), splits)
 
 
 def open_backbone(config: BackboneConfig, ranks: Ranks) -> Backbone:
@@ -77,7 +94,8 @@ def open_backbone(config: BackboneConfig, ranks: Ranks) -> Backbone:
     return load_backbone(config, ranks.device)
 
 
-def _new_tag(stage: Stage, name: str, backbone: Backbone, data: Data) -> Tag:
+def new_tag(stage: Stage, name: str, backbone: Backbone, data: Data) -> Tag:
+    """A tag as it stands before training: initial rows, an empty head that knows the mean and spread of its targets."""
     config = stage.config.tags[name]
     embedding_VD = backbone.model.get_input_embeddings().weight.detach().cpu()
     text = config.init.removeprefix("text:") if config.init.startswith("text:") else ""

@@ -95,7 +95,7 @@ class Engine:
             self._engine.step()
 
     def step(self, lr_factor: float) -> float:
-        """One optimizer step at `lr_factor` times each base learning rate; returns the gradient norm before clipping."""
+        """One optimizer step at `lr_factor` times each base rate; returns the gradient norm before clipping."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_factor
         if self.config.zero_stage == 0:

@@ -68,10 +68,12 @@ def train(config: RunConfig, where: str) -> Path:
     run = RunFolder(Path(config.output))
     lock = RunLock(run.path)
     with StopRequest() as stop:
-        if ranks.rank == 0:
-            ranks.on_rank_zero(lambda: (lock.__enter__(), run.claim(config)) and None)
-        else:
-            ranks.on_rank_zero(lambda: None)
+
+        def claim() -> None:
+            lock.__enter__()  # held until the process ends or `release` below
+            run.claim(config)
+
+        ranks.on_rank_zero(claim)
         built = build(stage, ranks)
         ranks.on_rank_zero(lambda: run.record(built.data))
         engine = Engine(built.model, config.optim, config.engine, ranks)
@@ -233,6 +235,8 @@ class Trainer:
         self.monitor.log(step, scalars)
         result = self.engine.learned()
         about = {"steps": step, "best_step": self.progress.best_step, **scalars}
+        peak = self.ranks.sum([peak_memory_gib()])[0]
+        self.monitor.log(step, {"memory/peak_gib_all_ranks": peak})
 
         def save() -> None:
             self._library(last, about).save(self.run.last)
@@ -325,6 +329,11 @@ class Trainer:
             state, skipped = checkpoint.load_newest(self.run.checkpoints)
             for line in skipped:
                 print(f"warning: {line}", flush=True)
+            if state is None and skipped:
+                raise UserError(
+                    f"{self.run.checkpoints}: no checkpoint is sound (see the warnings above); starting over would "
+                    "overwrite them. Restore one, or give another output=FOLDER."
+                )
             if state is not None:
                 checkpoint.check_identity(state, self.built.identity())
             return state

@@ -60,8 +60,9 @@ class Monitor:
         for name, value in known.items():
             self._events.add_scalar(name, value, step)
         if self._bar is not None:
-            note = f"loss {known['train/loss']:.4f}" if "train/loss" in known else None
-            self._bar.update(self._task, completed=step, **({"note": note} if note else {}))
+            self._bar.update(self._task, completed=step)
+            if "train/loss" in known:
+                self._bar.update(self._task, note=f"loss {known['train/loss']:.4f}")
 
     def say(self, text: str) -> None:
         """A line for people, above the progress bar."""

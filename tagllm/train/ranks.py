@@ -36,7 +36,9 @@ class Ranks(NamedTuple):
         if cuda:
             torch.cuda.set_device(local)
         if not dist.is_initialized():
-            how: dict[str, Any] = {"store": dist.HashStore()} if size == 1 else {"init_method": "env://"}
+            how: dict[str, Any] = {"init_method": "env://"}
+            if size == 1:
+                how = {"store": dist.HashStore()}  # type: ignore[attr-defined]  # exported, but not declared
             dist.init_process_group(
                 "nccl" if cuda else "gloo", rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s), **how
             )

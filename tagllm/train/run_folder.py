@@ -12,11 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from pydantic import ValidationError
 
-from tagllm.config import RunConfig, parse_config
+from tagllm.config import BackboneConfig, RunConfig, load_config, parse_config
 from tagllm.data.dataset import Data
 from tagllm.errors import UserError
 from tagllm.files import json_bytes, replace_file, write_durably
+from tagllm.tags import TagLibrary
 
 _LIBRARIES = ("tagllm", "torch", "transformers", "deepspeed", "datasets", "tokenizers", "safetensors", "rdkit")
 
@@ -78,6 +80,24 @@ def read_config(run: Path) -> RunConfig:
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{file}: cannot be read: {error}") from None
     return parse_config(values, str(file))
+
+
+def backbone_config(source: Path, overrides: list[str]) -> BackboneConfig | None:
+    """The backbone of a run, `backbone.KEY=VALUE` overrides applied. None for a bare library: it knows its own."""
+    wrong = [override for override in overrides if not override.startswith("backbone.")]
+    if wrong:
+        raise UserError(f"override {wrong[0]!r}: predict takes only backbone.KEY=VALUE.")
+    file = source / "config.yaml"
+    if file.is_file():
+        return load_config(file, overrides).backbone
+    if not overrides:
+        return None
+    values = dict(override.removeprefix("backbone.").split("=", 1) for override in overrides)
+    values.setdefault("model", TagLibrary.load(source).backbone.name)
+    try:
+        return BackboneConfig.model_validate(values)
+    except ValidationError as error:
+        raise UserError(f"overrides: {error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}.") from None
 
 
 def versions() -> dict[str, str]:

@@ -1,0 +1,50 @@
+"""`tagllm check`: everything that can be found wrong before a weight is loaded, all at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from tagllm.config import load_config
+from tagllm.data.dataset import check_columns
+from tagllm.data.readers import column_names
+from tagllm.data.recipes import recipe_of
+from tagllm.errors import UserError
+from tagllm.stage import check_world, read_stage
+
+
+def check_config(path: Path, overrides: list[str], num_ranks: int) -> list[str]:
+    """Lines that say what the config will do.
+
+    Raises:
+        UserError: every problem found in the config, its libraries, templates, data files and division of rows.
+    """
+    config = load_config(path, overrides)
+    where, problems = str(path), list[str]()
+    try:
+        stage = read_stage(config, where)
+    except UserError as error:
+        stage, problems = None, list(error.problems)
+    if not stage or not problems:
+        try:
+            check_world(config, num_ranks, where)
+        except UserError as error:
+            problems += error.problems
+    for at, source in enumerate(config.data.sources):
+        place = f"{where}: data.sources.{at}"
+        try:
+            if source.recipe is not None:
+                found = {source.recipe: list(recipe_of(source.recipe).columns)}
+            else:
+                paths = [source.path] if isinstance(source.path, str) else list((source.path or {}).values())
+                found = {file: column_names(Path(file)) for file in paths}
+            if stage is not None:
+                for name, columns in found.items():
+                    check_columns(source, stage.templates[at], columns, f"{place} ({name})")
+        except UserError as error:
+            problems += [problem if problem.startswith(where) else f"{place}: {problem}" for problem in error.problems]
+    if problems or stage is None:
+        raise UserError(*problems)
+    tags = ", ".join(f"<{name}>{'' if name in stage.learned else ' (frozen)'}" for name in config.tags)
+    terms = ", ".join(f"{name} x {weight:g}" for name, weight in stage.weights._asdict().items() if weight)
+    length = f"{config.optim.steps} steps" if config.optim.steps else f"{config.optim.epochs:g} epochs"
+    return [f"{path}: good", f"  tags: {tags}", f"  loss: {terms}", f"  {length} of {config.optim.rows_per_step} rows"]

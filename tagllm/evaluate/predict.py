@@ -1,0 +1,172 @@
+"""`tagllm predict`: a file in, the same rows with predictions in new columns out."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from tagllm.config import BackboneConfig, HeadConfig, SourceConfig
+from tagllm.data.batch import Collator
+from tagllm.data.encode import Encoder, Example, TagLayout, Unusable
+from tagllm.data.readers import BadRow, Row, column_names, read_rows
+from tagllm.data.writers import open_writer, writable_kind
+from tagllm.errors import UserError, did_you_mean
+from tagllm.evaluate.generate import generate
+from tagllm.model.backbone import load_backbone
+from tagllm.model.tagged import TaggedModel
+from tagllm.tags import Tag, TagLibrary
+from tagllm.template import Template, parse_template
+
+CHUNK_ROWS = 1024
+ERROR = "tagllm_error"
+
+
+class Request(NamedTuple):
+    """What is to be predicted. `template` and `fields` come from the function tag unless given."""
+
+    libraries: list[Path]
+    backbone: BackboneConfig | None
+    tag: str | None
+    template: str | None
+    rows_per_batch: int
+    max_new_tokens: int
+
+
+class Predictor:
+    """A model, a prompt, and the names of the columns it answers in."""
+
+    def __init__(self, request: Request) -> None:
+        tags, name, identity = _load_tags(request.libraries)
+        self.tag = _function_tag(tags, request)
+        about = tags[self.tag].about
+        text = request.template or about.get("template")
+        if not text:
+            raise UserError(f"tags.{self.tag}: it was saved without a template. Give one with --template.")
+        kinds = {n: tag.kind for n, tag in tags.items()}
+        self.template: Template = parse_template(str(text), kinds, "template")
+        used = {n: tag for n, tag in tags.items() if n in self.template.tags}
+        if self.tag not in used:
+            raise UserError(f"template: it has no <{self.tag}>. Add it, or choose another tag with --tag.")
+        config = request.backbone or BackboneConfig(model=name)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        backbone = load_backbone(config, device)
+        identity.require_same(backbone.identity, str(request.libraries[0]))
+        heads = {n: tag.head.spec for n, tag in used.items() if tag.head}
+        self.spec: HeadConfig | None = heads.get(self.tag)
+        lengths = {n: len(tag.rows_PD) for n, tag in used.items()}
+        layout = TagLayout.of(backbone.vocabulary_size, {n: kinds[n] for n in used}, lengths, [], heads)
+        self.model = TaggedModel(backbone.model, used, layout, 0, reads_tokens=False).to(device)
+        self.tokenizer, self.device, self.request = backbone.tokenizer, device, request
+        source = SourceConfig(path="-", template=str(text), fields=about.get("fields", {}))
+        self.encoder = Encoder(self.template, source, layout, backbone.tokenizer, backbone.max_tokens, labelled=False)
+        width = max([spec.outputs for spec in heads.values()], default=0)
+        self.collate = Collator(layout.first_learned_id, (), width, cut_at_function=True)
+
+    @property
+    def columns(self) -> list[str]:
+        """Names of the new columns."""
+        if self.spec is None:
+            return [self.tag]
+        if self.spec.classes:
+            return [self.tag, f"{self.tag}_probability"]
+        return [self.tag] if self.spec.outputs == 1 else [f"{self.tag}_{k + 1}" for k in range(self.spec.outputs)]
+
+    def predict(self, rows: Sequence[dict[str, Any]]) -> list[list[Any] | str]:
+        """The values of the new columns for each row, or why it has none."""
+        encoded = self.encoder.encode(rows)
+        answers: list[list[Any] | str] = [e.reason if isinstance(e, Unusable) else "" for e in encoded]
+        usable = [(i, e) for i, e in enumerate(encoded) if isinstance(e, Example)]
+        usable.sort(key=lambda pair: len(pair[1].ids))
+        size = self.request.rows_per_batch
+        for at in range(0, len(usable), size):
+            chunk = usable[at : at + size]
+            for (i, _), answer in zip(chunk, self._answer([e for _, e in chunk]), strict=True):
+                answers[i] = answer
+        return answers
+
+    @torch.no_grad()
+    def _answer(self, examples: list[Example]) -> list[list[Any]]:
+        if self.spec is None:
+            prompts = [example.ids for example in examples]
+            return [[text] for text in generate(self.model, self.tokenizer, prompts, self.request.max_new_tokens)]
+        batch = self.collate(examples, range(len(examples))).to(self.device)
+        values_BK = self.model(batch).values_BK[:, : self.spec.outputs].float().cpu()
+        if self.spec.classes:
+            best = values_BK.softmax(dim=1).max(dim=1)
+            return [[self.spec.classes[int(k)], float(p)] for p, k in zip(best.values, best.indices, strict=True)]
+        return [[float(value) for value in row] for row in values_BK]
+
+
+def predict_file(request: Request, source: Path, output: Path) -> tuple[int, int]:
+    """Reads `source`, writes `output`; returns the numbers of rows and of those without a prediction.
+
+    Every input row has one output row, in the same order, with its columns untouched, the prediction in new columns,
+    and in `tagllm_error` the reason where there is none.
+
+    Raises:
+        UserError: unreadable input, a missing or clashing column, unknown tag, damaged library, other backbone.
+    """
+    writable_kind(output)
+    if output.resolve() == source.resolve():
+        raise UserError(f"{output}: is the input file; input is never overwritten. Name another output.")
+    columns = column_names(source)
+    predictor = Predictor(request)
+    new = [*predictor.columns, ERROR]
+    missing = [name for name in predictor.template.fields if name not in columns]
+    if missing:
+        raise UserError(
+            *(
+                f"{source}: there is no column {n!r}, which the template needs. {did_you_mean(n, columns)}"
+                for n in missing
+            )
+        )
+    if clash := [name for name in new if name in columns]:
+        raise UserError(f"{source}: has a column {clash[0]!r} already, and inputs are never overwritten. Rename it.")
+    total = failed = 0
+    with open_writer(output, [*columns, *new]) as writer:
+        for chunk in _chunks(read_rows(source)):
+            readable = [row.values for row in chunk if isinstance(row, Row)]
+            answers = iter(predictor.predict(readable))
+            for row in chunk:
+                answer = f"line {row.line}: {row.reason}" if isinstance(row, BadRow) else next(answers)
+                values = dict.fromkeys(columns) if isinstance(row, BadRow) else row.values
+                good = isinstance(answer, list)
+                predicted = answer if isinstance(answer, list) else [None] * len(predictor.columns)
+                writer.write({**values, **dict(zip(new, [*predicted, "" if good else answer], strict=True))})
+                total, failed = total + 1, failed + (not good)
+    return total, failed
+
+
+def _chunks(rows: Iterator[Row | BadRow]) -> Iterator[list[Row | BadRow]]:
+    while chunk := list(islice(rows, CHUNK_ROWS)):
+        yield chunk
+
+
+def _load_tags(paths: Sequence[Path]) -> tuple[dict[str, Tag], str, Any]:
+    """Tags of all libraries together; a name in two of them must hold the same rows."""
+    first = TagLibrary.load(paths[0])
+    tags = dict(first.tags)
+    for path in paths[1:]:
+        for name, tag in TagLibrary.load(path, first.backbone).tags.items():
+            if name in tags and not torch.equal(tags[name].rows_PD, tag.rows_PD):
+                raise UserError(f"{path}: <{name}> differs from the one in {paths[0]}. Leave one of the libraries out.")
+            tags[name] = tag
+    return tags, first.backbone.name, first.backbone
+
+
+def _function_tag(tags: dict[str, Tag], request: Request) -> str:
+    functions = [name for name, tag in tags.items() if tag.kind == "function"]
+    if request.tag is not None:
+        if request.tag not in functions:
+            raise UserError(f"--tag: {request.tag!r} is no function tag here. {did_you_mean(request.tag, functions)}")
+        return request.tag
+    if len(functions) != 1:
+        raise UserError(
+            f"{request.libraries[0]}: holds {len(functions)} function tags ({', '.join(functions) or 'none'}); predict "
+            "needs one. Choose it with --tag."
+        )
+    return functions[0]

@@ -1,0 +1,78 @@
+"""Metrics against scipy and numbers computed by hand."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from tagllm.evaluate.metrics import Floats, value_metrics
+
+NAN = float("nan")
+
+
+def column(*values: float) -> Floats:
+    return np.array(values, np.float32)[:, None]
+
+
+def test_regression_by_hand_and_scipy() -> None:
+    random = np.random.default_rng(0)
+    targets = random.normal(size=(40, 1)).astype(np.float32)
+    values = (np.exp(targets) + 0.3 * random.normal(size=(40, 1))).astype(np.float32)
+    found = value_metrics(values, targets, classes=False)
+    error = values.astype(float) - targets
+    assert found["mse"] == pytest.approx((error**2).mean())
+    assert found["mae"] == pytest.approx(abs(error).mean())
+    assert found["r2"] == pytest.approx(1 - (error**2).sum() / ((targets - targets.mean()) ** 2).sum(), rel=1e-5)
+    assert found["pearson"] == pytest.approx(stats.pearsonr(values[:, 0], targets[:, 0])[0], rel=1e-5)
+    assert found["spearman"] == pytest.approx(stats.spearmanr(values[:, 0], targets[:, 0])[0], rel=1e-5)
+
+
+def test_spearman_with_ties() -> None:
+    values, targets = column(1, 1, 2, 3, 3, 3), column(2, 1, 2, 5, 4, 5)
+    expected = stats.spearmanr(values[:, 0], targets[:, 0])[0]
+    assert value_metrics(values, targets, classes=False)["spearman"] == pytest.approx(expected)
+
+
+def test_a_perfect_prediction() -> None:
+    targets = column(1, 2, 4)
+    assert value_metrics(targets, targets, classes=False) == pytest.approx(
+        {"mse": 0, "mae": 0, "r2": 1, "pearson": 1, "spearman": 1}
+    )
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_constant_prediction_has_no_correlation() -> None:
+    found = value_metrics(column(2, 2, 2), column(1, 2, 3), classes=False)
+    assert found == pytest.approx({"mse": 2 / 3, "mae": 2 / 3, "r2": 0, "pearson": 0, "spearman": 0})
+
+
+def test_missing_targets_do_not_count() -> None:
+    full = value_metrics(column(1, 2, 4), column(1, 3, 3), classes=False)
+    assert value_metrics(column(1, 2, 9, 4), column(1, 3, NAN, 3), classes=False) == full
+    assert value_metrics(column(1, 2), column(NAN, NAN), classes=False) == {}
+    assert value_metrics(column(), column(), classes=False) == {}
+
+
+def test_several_outputs_are_averaged_each_over_its_own_rows() -> None:
+    values = np.array([[1, 1], [2, 5], [3, 0]], np.float32)
+    targets = np.array([[1, 2], [2, 7], [6, NAN]], np.float32)
+    found = value_metrics(values, targets, classes=False)
+    assert found["mse"] == pytest.approx((9 / 3 + (1 + 4) / 2) / 2)
+    assert found["mae"] == pytest.approx((3 / 3 + (1 + 2) / 2) / 2)
+
+
+def test_classes_by_hand() -> None:
+    """Accuracy 3 of 4; F1 of class 0 is 2/3 (one hit, one false alarm), of class 1 is 4/5."""
+    logits = np.array([[2, 0], [0, 1], [0, 3], [1, 0]], np.float32)
+    found = value_metrics(logits, column(0, 1, 1, 1), classes=True)
+    log_odds = np.array([-2, -1, -3, 1.0])  # of the wrong class against the right one
+    assert found == pytest.approx(
+        {"accuracy": 3 / 4, "f1": (2 / 3 + 4 / 5) / 2, "cross_entropy": np.log1p(np.exp(log_odds)).mean()}, rel=1e-5
+    )
+
+
+def test_classes_without_a_target() -> None:
+    logits = np.array([[2, 0], [0, 1], [5, 0]], np.float32)
+    assert value_metrics(logits, column(0, 1, NAN), classes=True)["accuracy"] == 1
+    assert value_metrics(logits, column(NAN, NAN, NAN), classes=True) == {}

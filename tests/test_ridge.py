@@ -1,0 +1,75 @@
+"""The closed-form head: recovers a linear law, distrusts noise, and is what scikit-learn gives."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from sklearn.linear_model import Ridge
+from sklearn.preprocessing import StandardScaler
+
+from tagllm.evaluate.ridge import PENALTIES, Floats, fit_ridge
+
+WEIGHT_KF = np.array([[1.0, -2.0, 0.0, 0.5], [0.0, 0.3, 4.0, -1.0]])
+
+
+def law(rows: int, noise: float, seed: int = 0) -> tuple[Floats, Floats]:
+    """Features of very different scale and centre, and two targets."""
+    random = np.random.default_rng(seed)
+    features = random.normal(size=(rows, 4)) * [1, 10, 0.1, 3] + [0, 100, -5, 1]
+    targets = features @ WEIGHT_KF.T + [3, -7] + noise * random.normal(size=(rows, 2))
+    return features.astype(np.float32), targets.astype(np.float32)
+
+
+def test_recovers_a_linear_law() -> None:
+    fit = fit_ridge(*law(2000, 0.0))
+    assert fit.weight_KF.shape == (2, 4)
+    assert fit.bias_K.shape == (2,)
+    np.testing.assert_allclose(fit.weight_KF, WEIGHT_KF, rtol=1e-3, atol=3e-3)
+    features, targets = law(50, 0.0, seed=1)
+    np.testing.assert_allclose(fit.predict(features), targets, rtol=1e-3, atol=1e-2)
+
+
+def test_the_penalty_grows_with_noise() -> None:
+    random = np.random.default_rng(0)
+    features = random.normal(size=(60, 30)).astype(np.float32)
+    clean = features[:, :1] * 2
+    penalties = [
+        fit_ridge(features, (clean + noise * random.normal(size=(60, 1))).astype(np.float32)).penalty
+        for noise in (0.0, 2.0, 50.0)
+    ]
+    assert penalties == sorted(penalties)
+    assert penalties[0] < penalties[1] < penalties[2]
+    assert set(penalties) <= set(PENALTIES.tolist())
+
+
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_equals_scikit_learn_at_the_chosen_penalty(outputs: int) -> None:
+    features, targets = law(200, 5.0)
+    targets = targets[:, :outputs]
+    fit = fit_ridge(features, targets)
+    scaler = StandardScaler().fit(features)
+    plain = Ridge(fit.penalty).fit(scaler.transform(features), targets)
+    expected = plain.predict(scaler.transform(features)).reshape(-1, outputs)
+    np.testing.assert_allclose(fit.predict(features), expected, rtol=1e-3, atol=1e-2)
+
+
+def test_a_constant_feature_gets_no_say() -> None:
+    """A hidden unit that never moved in training must not blow up predictions when it moves later."""
+    features, targets = law(300, 0.1)
+    features[:, 2] = 1234.1
+    fit = fit_ridge(features, targets)
+    moved = features.copy()
+    moved[:, 2] += 1
+    assert np.abs(fit.predict(moved) - fit.predict(features)).max() < 1e-2
+
+
+@pytest.mark.parametrize("rows", [2, 3, 7])
+def test_few_rows_and_many_features(rows: int) -> None:
+    random = np.random.default_rng(0)
+    fit = fit_ridge(random.normal(size=(rows, 50)).astype(np.float32), np.ones((rows, 1), np.float32))
+    np.testing.assert_allclose(fit.predict(random.normal(size=(4, 50)).astype(np.float32)), 1, atol=1e-5)
+
+
+def test_same_rows_same_fit() -> None:
+    first, second = fit_ridge(*law(100, 1.0)), fit_ridge(*law(100, 1.0))
+    np.testing.assert_array_equal(first.weight_KF, second.weight_KF)
