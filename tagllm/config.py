@@ -17,6 +17,8 @@ from tagllm.errors import UserError, did_you_mean
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 Count = Annotated[int, Field(ge=1)]
+Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Columns = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 
@@ -154,24 +156,24 @@ class DataConfig(Section):
 class LossConfig(Section):
     """Weights of the loss terms. None: 1 where the stage calls for it, else 0."""
 
-    span: float | None = None
+    span: Weight | None = None
     """Next token over the fields behind domain tags."""
-    output: float | None = None
+    output: Weight | None = None
     """Next token over {output}."""
-    value: float | None = None
+    value: Weight | None = None
     """Squared error or cross entropy of the head."""
 
 
 class OptimConfig(Section):
     rows_per_step: Count = 32
     rows_per_micro_batch: Count = 16
-    epochs: Annotated[float, Field(gt=0)] | None = None
+    epochs: Rate | None = None
     steps: Count | None = None
-    tag_lr: Annotated[float, Field(gt=0)] = 1e-2
-    head_lr: Annotated[float, Field(gt=0)] = 1e-3
+    tag_lr: Rate = 1e-2
+    head_lr: Rate = 1e-3
     betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    clip: Annotated[float, Field(gt=0)] | None = 1.0
+    weight_decay: Weight = 0.0
+    clip: Rate | None = 1.0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
 
@@ -206,7 +208,7 @@ class EngineConfig(Section):
 
 
 class RunConfig(Section):
-    output: str
+    output: Annotated[str, Field(min_length=1)]
     seed: int = 0
     backbone: BackboneConfig
     tags: Annotated[dict[str, TagConfig], Field(min_length=1)]
@@ -222,8 +224,9 @@ class RunConfig(Section):
     """Host memory per rank for the keys and values of prefixes seen before (replicated backbones)."""
 
     def digest(self) -> str:
-        """sha256 of everything that shapes the learned rows (not of where they are written)."""
-        return digest_of(self.model_dump(mode="json", exclude={"output", "checkpoint"}))
+        """sha256 of what shapes the learned rows; not of where they are written or how the work is spread."""
+        left_out = {"output": True, "checkpoint": True, "engine": True, "remember_gib": True}
+        return digest_of(self.model_dump(mode="json", exclude={**left_out, "optim": {"rows_per_micro_batch"}}))
 
 
 def digest_of(value: Any) -> str:

@@ -65,8 +65,9 @@ def read_stage(config: RunConfig, where: str) -> Stage:
             problems.append(f"{where}: tags.{name}: a tag's name is letters, digits, - and _, a letter first.")
         if tag.load is not None:
             try:
-                library = libraries.setdefault(tag.load, TagLibrary.load(Path(tag.load)))
-                loaded[name] = library.get(name, f"{where}: tags.{name}.load: {tag.load}")
+                if tag.load not in libraries:
+                    libraries[tag.load] = TagLibrary.load(Path(tag.load))
+                loaded[name] = libraries[tag.load].get(name, f"{where}: tags.{name}.load: {tag.load}")
             except UserError as error:
                 problems += error.problems
     kinds = {n: loaded[n].kind if n in loaded else tag.kind for n, tag in config.tags.items()}
@@ -135,7 +136,7 @@ def _contradictions(stage: Stage, where: str) -> list[str]:
         ]
         if not set(template.tags) & set(stage.learned):
             problems.append(f"{place}.template has none of the learned tags ({', '.join(stage.learned)}).")
-        if not owners and not set(marks_of(template, stage.kinds)) & set(stage.terms):
+        if not (owners and stage.weights.value) and not set(marks_of(template, stage.kinds)) & set(stage.terms):
             problems.append(
                 f"{place}: nothing in the prompt is supervised; the template needs {{output}}, a tag with a head, or a "
                 "field right behind a domain tag with loss.span > 0."

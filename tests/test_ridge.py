@@ -63,6 +63,7 @@ def test_a_constant_feature_gets_no_say() -> None:
     assert np.abs(fit.predict(moved) - fit.predict(features)).max() < 1e-2
 
 
+@pytest.mark.filterwarnings("ignore::UserWarning")  # scikit-learn: no R2 of a fold of one row
 @pytest.mark.parametrize("rows", [2, 3, 7])
 def test_few_rows_and_many_features(rows: int) -> None:
     random = np.random.default_rng(0)

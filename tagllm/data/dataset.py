@@ -76,7 +76,8 @@ class Prompts(NamedTuple):
     max_tokens: int
 
     def digest(self) -> str:
-        return digest_of([FORMAT, self.layout, tokenizer_digest(self.tokenizer), self.max_tokens])
+        layout = self.layout._asdict() | {"heads": {n: h.model_dump(mode="json") for n, h in self.layout.heads.items()}}
+        return digest_of([FORMAT, layout, tokenizer_digest(self.tokenizer), self.max_tokens])
 
 
 def tokenizer_digest(tokenizer: Any) -> str:
@@ -117,7 +118,7 @@ def prepare(
             "name": rows.name, "rows": len(rows.table), "left_out_by_max_characters": len(rows.table) - len(table),
             "splits": stem[1],
         }  # fmt: skip
-        for split in SPLITS:
+        for split in wanted:
             file = (
                 cache / f"examples-{digest_of([*stem, split, Path(rows.table.cache_files[0]['filename']).name])}.arrow"
             )
@@ -138,9 +139,7 @@ def prepare(
 def check_columns(source: SourceConfig, template: Template, columns: Sequence[str], where: str) -> None:
     """Raises UserError for every column that the template, the target, the key or a filter needs and is not there."""
     output = [source.output] if template.has_output else []
-    needed = dict.fromkeys(
-        [*template.fields, *output, *source.target, *source.split.by, *source.max_characters, *source.fields]
-    )
+    needed = dict.fromkeys([*template.fields, *output, *source.target, *source.split.by, *source.max_characters])
     problems = [
         f"{where}: there is no column {name!r}. The columns are {', '.join(columns)}."
         for name in needed

@@ -18,7 +18,7 @@ def value_metrics(values_nK: Floats, targets_nK: Floats, classes: bool) -> dict[
         return _class_metrics(values_nK, targets_nK[:, 0])
     per_output = []
     for k in range(targets_nK.shape[1]):
-        known = np.isfinite(targets_nK[:, k]) & np.isfinite(values_nK[:, k])
+        known = np.isfinite(targets_nK[:, k])
         if known.sum() >= 2:
             per_output.append(_regression(values_nK[known, k], targets_nK[known, k]))
     return {name: float(np.mean([one[name] for one in per_output])) for name in (per_output[0] if per_output else {})}
@@ -34,7 +34,8 @@ def _regression(values_n: Floats, targets_n: Floats) -> dict[str, float]:
     )
 
     values, targets = torch.from_numpy(values_n).double(), torch.from_numpy(targets_n).double()
-    flat = bool(values.std() < 1e-12)  # a constant prediction has no correlation; torchmetrics would warn and give NaN
+    # a constant has no correlation; torchmetrics would warn and give NaN
+    flat = bool(values.std() < 1e-12) or bool(targets.std() < 1e-12)
     return {
         "mse": float(mean_squared_error(values, targets)),
         "mae": float(mean_absolute_error(values, targets)),

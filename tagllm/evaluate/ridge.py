@@ -31,7 +31,9 @@ def fit_ridge(features_nF: Floats, targets_nK: Floats) -> RidgeFit:
     features = features_nF.astype(np.float64)
     center, scale = features.mean(axis=0), features.std(axis=0) + 1e-8
     folds = KFold(min(5, len(features)), shuffle=True, random_state=0)
-    model = RidgeCV(alphas=PENALTIES, cv=folds).fit((features - center) / scale, targets_nK.astype(np.float64))
+    model = RidgeCV(alphas=PENALTIES, cv=folds, scoring="neg_mean_squared_error").fit(
+        (features - center) / scale, targets_nK.astype(np.float64)
+    )
     weight_KF = np.atleast_2d(model.coef_) / scale
     bias_K = np.atleast_1d(model.intercept_) - weight_KF @ center
     return RidgeFit(weight_KF.astype(np.float32), bias_K.astype(np.float32), float(model.alpha_))

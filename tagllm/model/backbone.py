@@ -57,7 +57,9 @@ def load_backbone(config: BackboneConfig, device: torch.device) -> Backbone:
         UserError: neither a folder nor a hub name that can be reached, or not a causal LM.
     """
     from transformers import AutoModelForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     dtype = fastest_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
     attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
     try:

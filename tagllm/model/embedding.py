@@ -29,5 +29,7 @@ class TagEmbedding(nn.Module):
         is_tag_BS = ids_BS >= self.vocabulary_size
         tokens_BSD: Tensor = token_embedding(ids_BS.masked_fill(is_tag_BS, 0))
         rows_TD = torch.cat([self.frozen_TD, self.learned_TD]).to(tokens_BSD.dtype)
+        if not len(rows_TD):  # the control without a tag
+            return tokens_BSD
         tags_BSD = nn.functional.embedding((ids_BS - self.vocabulary_size).clamp(min=0), rows_TD)
         return torch.where(is_tag_BS[..., None], tags_BSD, tokens_BSD)

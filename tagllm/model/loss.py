@@ -44,6 +44,9 @@ def value_losses(values_BK: Tensor, target_BK: Tensor, num_classes: int) -> Tens
 
 
 def total(sums: Sums, counts: Counts, weights: Weights) -> Tensor:
-    """The loss of a step: each term's sum over its global count, weighted. Terms without any label drop out."""
-    terms = [weight * term / count for term, count, weight in zip(sums, counts, weights, strict=True) if count]
-    return torch.stack(terms).sum() if terms else torch.stack(list(sums)).sum() * 0.0
+    """The loss of a step: each term's sum over its global count, weighted.
+
+    A term without any label is a zero in the graph: parameters only it reaches get a zero gradient at every ZeRO stage
+    (with none, AdamW would skip them at stage 0 and let their momentum run on at the others).
+    """
+    return torch.stack([w * term / max(count, 1) for term, count, w in zip(sums, counts, weights, strict=True)]).sum()

@@ -8,7 +8,6 @@ B rows, P prefix positions (left-padded), D hidden size; keys and values are (B,
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -50,26 +49,24 @@ def positions_of(mask_BS: Tensor) -> Tensor:
 
 
 class PrefixMemory:
-    """An LRU of whole prefixes in host memory under a byte budget, by row.
+    """Whole prefixes in host memory under a byte budget, by row.
 
+    What has been admitted stays: epochs visit every row equally often, so an LRU would drop each row right before its
+    next use, while a memory that is full for good keeps hitting in proportion to its size.
     Only for replicated backbones: under ZeRO-3 a rank that skips the prefix pass while another runs it would hang both.
     """
 
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
         self.num_bytes = self.hits = self.lookups = 0
-        self._rows: OrderedDict[int, _Remembered] = OrderedDict()
-
-    def clear(self) -> None:
-        self._rows.clear()
-        self.num_bytes = 0
+        self._rows: dict[int, _Remembered] = {}
 
     def prefix(self, rows: list[int], ids_BP: Tensor, mask_BP: Tensor, pool_BP: Tensor, compute: Compute) -> Prefix:
         """The prefixes of a batch: remembered rows are copied, the others computed together and then remembered."""
         known = [row in self._rows for row in rows]
         self.lookups += len(rows)
         self.hits += sum(known)
-        held = {row: self._touch(row) for row, hit in zip(rows, known, strict=True) if hit}
+        held = {row: self._rows[row] for row, hit in zip(rows, known, strict=True) if hit}
         missing = [at for at, hit in enumerate(known) if not hit]
         if missing:
             width = int(mask_BP[missing].sum(dim=1).max())
@@ -81,10 +78,6 @@ class PrefixMemory:
             held |= self._remember(rows, missing, mask_BP, fresh)
         return _assemble([held[row] for row in rows], ids_BP.shape[1], ids_BP.device)
 
-    def _touch(self, row: int) -> _Remembered:
-        self._rows.move_to_end(row)
-        return self._rows[row]
-
     def _remember(self, rows: list[int], at: list[int], mask_BP: Tensor, fresh: Prefix) -> dict[int, _Remembered]:
         lengths = mask_BP.sum(dim=1).tolist()
         new = {}
@@ -94,11 +87,9 @@ class PrefixMemory:
             new[rows[b]] = item = _Remembered(
                 torch.stack(pairs).cpu(), torch.stack([fresh.last_BD[i], fresh.pooled_BD[i]]).cpu()
             )
-            if rows[b] not in self._rows and item.num_bytes <= self.budget_bytes:
+            if rows[b] not in self._rows and self.num_bytes + item.num_bytes <= self.budget_bytes:
                 self._rows[rows[b]] = item
                 self.num_bytes += item.num_bytes
-        while self.num_bytes > self.budget_bytes:
-            self.num_bytes -= self._rows.popitem(last=False)[1].num_bytes
         return new
 
 

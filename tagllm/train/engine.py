@@ -120,35 +120,46 @@ class Engine:
 
     def restore(self, state: dict[str, Tensor], step: int) -> None:
         """Takes back what `state` gave, on any number of ranks and at any ZeRO stage. Collective."""
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
+        self.overwrite(state)
         for inner in self._inner.state.values():
             inner["step"].fill_(step)
         for name, parameter in self._parameters():
-            value = state[name].to(self.ranks.device)
-            moments = {key: state[f"{name}.{key}"].to(self.ranks.device) for key in MOMENTS}
-            self.overwrite({name: value})
-            for key, moment in moments.items():
-                if self.config.zero_stage == 0:
-                    self._inner.state[parameter][key].copy_(moment)
-                else:
-                    safe_set_full_fp32_param(parameter, value)
-                    safe_set_full_optimizer_state(parameter, moment, key)
+            for key in MOMENTS:
+                self._set_moment(parameter, key, state[f"{name}.{key}"].to(self.ranks.device))
 
     def overwrite(self, values: dict[str, Tensor]) -> None:
         """Sets learned parameters (a head fitted in closed form) and leaves the moments. Collective."""
         import deepspeed
-        from deepspeed.utils import safe_set_full_fp32_param
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
-        gathered = deepspeed.zero.GatheredParameters
+        stage = self.config.zero_stage
         for name, parameter in self._parameters():
             if name not in values:
                 continue
             value = values[name].to(self.ranks.device)
-            with torch.no_grad(), gathered([parameter], modifier_rank=0, enabled=self.config.zero_stage == 3):
+            with torch.no_grad(), deepspeed.zero.GatheredParameters([parameter], modifier_rank=0, enabled=stage == 3):
                 parameter.data.copy_(value)
-            if self.config.zero_stage:
+            # ZeRO's optimizer keeps a copy of its own
+            if stage == 3:
+                safe_set_local_fp32_param(parameter, self._shard(parameter, value))
+            elif stage:
                 safe_set_full_fp32_param(parameter, value)
+
+    def _set_moment(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        if self.config.zero_stage == 0:
+            self._inner.state[parameter][key].copy_(value)
+        elif self.config.zero_stage == 3:
+            safe_set_local_optimizer_state(parameter, self._shard(parameter, value), key)
+        else:
+            safe_set_full_optimizer_state(parameter, value, key)
+
+    def _shard(self, parameter: nn.Parameter, value: Tensor) -> Tensor:
+        """This rank's part at stage 3, padded; DeepSpeed's `safe_set_full_*` fail where a size does not divide."""
+        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+        padded = nn.functional.pad(value.flatten(), (0, size * self.ranks.size - value.numel()))
+        return padded.narrow(0, size * self.ranks.rank, size)
 
     @property
     def _inner(self) -> torch.optim.Optimizer:
@@ -177,11 +188,12 @@ class Engine:
 
     def _make_moments(self) -> None:
         """torch makes moments at the first step; a resumed run needs them before."""
-        for group in self._inner.param_groups:
-            for shard in group["params"]:
-                self._inner.state[shard] = {"step": torch.tensor(0.0)} | {k: torch.zeros_like(shard) for k in MOMENTS}
-        if self.config.zero_stage in (1, 2):
-            self._engine.optimizer._lazy_init_hp_params_optimizer_state()
+        stage, zero = self.config.zero_stage, self._engine.optimizer
+        shards = [shard for group in self._inner.param_groups for shard in group["params"]]
+        for shard in zero.fp32_partitioned_groups_flat if stage == 3 else shards:  # stage 3 leaves its groups empty
+            self._inner.state[shard] = {"step": torch.tensor(0.0)} | {k: torch.zeros_like(shard) for k in MOMENTS}
+        if stage in (1, 2):
+            zero._lazy_init_hp_params_optimizer_state()
 
 
 def _learned(module: nn.Module) -> list[nn.Parameter]:

@@ -64,7 +64,7 @@ def train(config: RunConfig, where: str) -> Path:
     """
     stage = read_stage(config, where)
     ranks = Ranks.start(config.engine.timeout_s)
-    check_world(config, ranks.size, where)
+    ranks.on_rank_zero(lambda: check_world(config, ranks.size, where))  # told once
     run = RunFolder(Path(config.output))
     lock = RunLock(run.path)
     with StopRequest() as stop:
@@ -108,7 +108,7 @@ class Trainer:
         with Monitor(self.run.path, self.total, first, self.ranks.rank > 0) as self.monitor:
             if first == 0:
                 self._fit_heads_at_start()
-            step = first
+            step, self.stop.training = first, True
             while step < self.total:
                 started = time.monotonic()
                 done = self.train_step(step)
@@ -152,9 +152,10 @@ class Trainer:
         chunks = [examples[at : at + size] for at in range(0, len(examples), size)]
         return [self.collate([e for e, _ in chunk], [uid for _, uid in chunk]) for chunk in chunks]
 
-    def _pass(self, split: Split, features: bool = False, limit: int | None = None) -> Pass:
-        """Held-out (or training) rows through the model as it is, without a graph."""
-        sources = self.built.examples(split)
+    def _pass(self, split: Split, features: bool = False, limit: int | None = None, tag: str | None = None) -> Pass:
+        """Held-out (or training) rows, of the sources with `tag`, through the model as it is, without a graph."""
+        pairs = zip(self.built.examples(split), self.built.stage.templates, strict=True)
+        sources = [examples for examples, template in pairs if tag is None or tag in template.tags]
         size = self.config.evaluation.rows_per_batch
         with self.engine.evaluating():
             return run_over(self.engine, sources, all_draws(sources, limit), self.collate, self.ranks, size, features)
@@ -196,7 +197,7 @@ class Trainer:
         """`init: ridge`: the head starts where a probe on the untrained tag ends."""
         for name, head in self._learned_heads().items():
             if head.spec.init == "ridge":
-                fitted = self._fit(name, head, self._pass("train", features=True, limit=REFIT_ROWS))
+                fitted = self._fit(name, head, self._pass("train", features=True, limit=REFIT_ROWS, tag=name))
                 self.engine.overwrite(fitted)
 
     def _refit_heads(self) -> dict[str, float]:
@@ -207,7 +208,7 @@ class Trainer:
                 continue
             before = self._pass("valid").loss(self.built.stage.weights)
             kept = self.engine.learned()
-            self.engine.overwrite(self._fit(name, head, self._pass("train", features=True, limit=REFIT_ROWS)))
+            self.engine.overwrite(self._fit(name, head, self._pass("train", features=True, limit=REFIT_ROWS, tag=name)))
             after = self._pass("valid").loss(self.built.stage.weights)
             report |= {f"refit/{name}_before": before, f"refit/{name}_after": after}
             if not after < before:

@@ -12,7 +12,7 @@ def total_steps(optim: OptimConfig, rows_per_epoch: int) -> int:
     if optim.steps is not None:
         return optim.steps
     assert optim.epochs is not None
-    return max(1, math.ceil(optim.epochs * rows_per_epoch / optim.rows_per_step))
+    return max(1, math.ceil(round(optim.epochs * rows_per_epoch / optim.rows_per_step, 6)))
 
 
 def lr_factor(optim: OptimConfig, step: int, total: int) -> float:

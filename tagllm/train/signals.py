@@ -1,4 +1,7 @@
-"""SIGTERM and SIGUSR1 ask for a stop: the step is finished, the state saved, and the run leaves with `EXIT_STOPPED`."""
+"""SIGTERM and SIGUSR1 ask for a stop: the step is finished, the state saved, and the run leaves with `EXIT_STOPPED`.
+
+Before the first step there is nothing to save, and the run ends at once.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +23,8 @@ class StopRequest:
 
     def __init__(self) -> None:
         self.requested = False
+        self.training = False
+        """True while a stop is better answered after the step."""
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -28,6 +33,8 @@ class StopRequest:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
+        if not self.training:
+            raise Stopped("stopped before the first step; nothing new to save. Start the same command again.")
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

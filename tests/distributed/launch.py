@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +20,7 @@ import yaml
 from safetensors.torch import load_file
 from torch import Tensor
 
+from tagllm.train.signals import EXIT_STOPPED
 from tests import tiny
 
 TIMEOUT_S = 60
@@ -58,9 +60,7 @@ class Run(NamedTuple):
         return [line for line in map(json.loads, lines) if "train/loss" in line]
 
 
-def start(
-    arguments: Sequence[str], num_ranks: int, cache: Path, captured: bool = True
-) -> list[subprocess.Popen[str]]:
+def start(arguments: Sequence[str], num_ranks: int, cache: Path, captured: bool = True) -> list[subprocess.Popen[str]]:
     """One process per rank with the variables that torchrun sets, each the leader of its own process group."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -105,6 +105,13 @@ def wait_until(done: Callable[[], bool], ranks: Sequence[subprocess.Popen[str]],
         time.sleep(0.02)
 
 
+def signal_after(run: Run, step: int, ranks: list[subprocess.Popen[str]]) -> None:
+    """SIGTERM to the last rank as soon as `step` is logged."""
+    log = run.path / "metrics.jsonl"
+    wait_until(lambda: log.exists() and log.read_text().count("train/loss") >= step, ranks)
+    ranks[-1].send_signal(signal.SIGTERM)
+
+
 class Ranks:
     """Ranks that stay for many jobs. After a hang they are killed, and the next job starts new ones."""
 
@@ -134,13 +141,18 @@ class Ranks:
                 rank.stdin.write(json.dumps([list(arguments), str(outcome)]) + "\n")
                 rank.stdin.flush()
             meanwhile(self._ranks)
-            wait_until(lambda: all(map(Path.exists, outcomes)), self._ranks)
+            wait_until(lambda: all(map(Path.exists, outcomes)) or any(map(_crashed, outcomes)), self._ranks)
+            ended = [json.loads(outcome.read_text()) for outcome in outcomes if outcome.exists()]
+            assert len(ended) == self.size, f"a rank crashed and left the others waiting: {ended}"
         except BaseException:
             kill(self._ranks)
             self._ranks = []
             raise
-        ended = [json.loads(outcome.read_text()) for outcome in outcomes]
         return Outcome([status for status, _ in ended], [errors for _, errors in ended])
+
+
+def _crashed(outcome: Path) -> bool:
+    return outcome.exists() and json.loads(outcome.read_text())[0] == 1
 
 
 class Workspace:
@@ -151,6 +163,9 @@ class Workspace:
         tiny.save_backbone(folder / "backbone")
         rows = molecules(48)
         (folder / "rows.csv").write_text("smiles,size,name\n" + "".join(f"{s},{n},{w}\n" for s, n, w in rows))
+        # Ours keeps every tensor of a model this small resident; here all of it is to be sharded.
+        self.sharding = folder / "zero3.json"
+        self.sharding.write_text('{"zero_optimization": {"stage3_param_persistence_threshold": 0}}')
         self.config = folder / "run.yaml"
         self.config.write_text(yaml.safe_dump(self._config()))
 
@@ -160,7 +175,7 @@ class Workspace:
             "backbone": {"model": str(self.folder / "backbone"), "dtype": "fp32"},
             "tags": {
                 "SMILES": {"kind": "domain", "length": 2},
-                "Size": {"kind": "function", "length": 3, "head": {"reads": "both", "refit": False}},
+                "Size": {"kind": "function", "length": 3, "head": {"reads": "both"}},
             },
             "data": {
                 "sources": [
@@ -190,6 +205,22 @@ class Workspace:
         assert outcome.status == [0] * num_ranks, "\n".join(outcome.stderr)
         return Run(self.folder / name)
 
+    def stop(self, num_ranks: int, name: str, **overrides: object) -> Run:
+        """A run whose last rank alone is sent SIGTERM once step 3 is logged: all ranks must save and leave with 75."""
+        run = Run(self.folder / name)
+
+        def signal_one(ranks: list[subprocess.Popen[str]]) -> None:
+            signal_after(run, 3, ranks)
+
+        outcome = self._ranks[num_ranks].run(self.arguments(name, **overrides), signal_one)
+        assert outcome.status == [EXIT_STOPPED] * num_ranks, "\n".join(outcome.stderr)
+        return run
+
+    def copy(self, run: Run, name: str) -> Run:
+        """The same run in another folder; its lock is of the process, so it stays behind."""
+        shutil.copytree(run.path, self.folder / name, ignore=shutil.ignore_patterns(".lock"))
+        return Run(self.folder / name)
+
 
 def molecules(num_rows: int) -> list[tuple[str, float, str]]:
     """(letters like a molecule's, a number that follows from them, a short word)."""
@@ -203,6 +234,8 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], relative:
     """Every tensor by itself, so that a small one is not hidden by a large one. `relative` 0 is bit for bit."""
     assert found.keys() == expected.keys()
     errors = {
-        name: tiny.relative_error(found[name], value) for name, value in expected.items() if not found[name].equal(value)
+        name: tiny.relative_error(found[name], value)
+        for name, value in expected.items()
+        if not found[name].equal(value)
     }
     assert not {name: error for name, error in errors.items() if not error <= relative}, errors

@@ -1,0 +1,49 @@
+"""A user's mistake under several ranks: every rank leaves with 2, one says why, none hangs."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from tests.distributed.launch import Workspace, finish, start
+
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(120)]
+
+
+def complaints(stderr: list[str]) -> list[str]:
+    return [line for text in stderr for line in text.splitlines() if line.startswith("error: ")]
+
+
+def bad_sources(workspace: Workspace) -> str:
+    path = workspace.folder / "bad.csv"
+    rows = (workspace.folder / "rows.csv").read_text().splitlines()
+    rows[7] = rows[7].replace(rows[7].split(",")[1], "heavy")
+    path.write_text("\n".join(rows) + "\n")
+    template = "The molecule is <SMILES> {smiles}. Its size is <Size>"
+    return json.dumps([{"path": str(path), "template": template, "target": "size"}])
+
+
+def test_rows_that_do_not_divide(workspace: Workspace) -> None:
+    outcome = workspace.attempt(2, "indivisible", optim__rows_per_step=10)
+    assert outcome.status == [2, 2], outcome.stderr
+    (line,) = complaints(outcome.stderr)
+    assert "optim.rows_per_step is 10" in line and "2 x 2 = 4" in line and "Try 8 or 12" in line
+    assert not (workspace.folder / "indivisible").exists()
+
+
+def test_a_bad_row_ends_the_processes(workspace: Workspace) -> None:
+    arguments = workspace.arguments("bad-row", data__sources=bad_sources(workspace))
+    outcome = finish(start(["tagllm", *arguments], 2, workspace.folder / "cache"))
+    assert outcome.status == [2, 2], outcome.stderr
+    first, *_ = complaints(outcome.stderr)
+    assert "bad.csv, line 8: size is 'heavy'" in first
+    assert sum("line 8" in line for line in complaints(outcome.stderr)) == 1
+    assert "Traceback" not in "".join(outcome.stderr)
+
+
+def test_the_ranks_can_go_on_after_a_mistake(workspace: Workspace) -> None:
+    """No collective is left half done."""
+    outcome = workspace.attempt(2, "bad-row-again", data__sources=bad_sources(workspace))
+    assert outcome.status == [2, 2], outcome.stderr
+    workspace.train(2, "after-a-mistake", optim__steps=1)

@@ -1,0 +1,278 @@
+"""The commands as a user meets them: results in files, and one clear line per mistake with exit status 2."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from typer.testing import CliRunner, Result
+
+from tagllm.cli import app
+from tagllm.tags import TagLibrary
+from tests import tiny
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny backbone and a small table of molecules, `weight` being a simple function of the text."""
+    root = tmp_path_factory.mktemp("cli")
+    tiny.save_backbone(root / "backbone")
+    random = np.random.default_rng(0)
+    with (root / "rows.csv").open("w", newline="") as stream:
+        writer = csv.writer(stream)
+        writer.writerow(["smiles", "weight", "kind", "name"])
+        for i in range(60):
+            smiles = "".join(random.choice(list("CNOc1()="), random.integers(4, 12)))
+            writer.writerow([f"{smiles}{i}", f"{len(smiles) + random.normal() * 0.1:.3f}", "ab"[i % 2], f"x{i % 7}"])
+    return root
+
+
+@pytest.fixture
+def run(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.setenv("TAGLLM_CACHE", str(folder / "cache"))
+    monkeypatch.chdir(folder)
+    return lambda *arguments: CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def config(folder: Path, name: str = "config", **changes: Any) -> Path:
+    """A regression run; `changes` replace whole sections, `data__x=` one key of a section."""
+    values: dict[str, Any] = {
+        "output": f"runs/{name}",
+        "backbone": {"model": str(folder / "backbone"), "dtype": "fp32"},
+        "tags": {"W": {"kind": "function", "length": 2, "head": {"type": "regression"}}},
+        "data": {"sources": [
+            {"path": str(folder / "rows.csv"), "template": "The molecule {smiles} weighs <W>", "target": "weight"},
+        ]},
+        "optim": {"steps": 3, "rows_per_step": 8, "rows_per_micro_batch": 4},
+        "evaluation": {"every_steps": 2},
+    }  # fmt: skip
+    for key, change in changes.items():
+        section, _, inner = key.partition("__")
+        if inner in ("path", "template", "target", "rows", "split", "fields", "max_characters", "output"):
+            values["data"]["sources"][0][inner] = change
+        elif inner:
+            values[section][inner] = change
+        else:
+            values[section] = change
+    file = folder / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+def fails(result: Result, *words: str) -> list[str]:
+    """Exit status 2, only lines that begin with `error:`, and every word is there."""
+    assert result.exit_code == 2, result.output
+    lines = [line for line in result.stderr.splitlines() if line.strip() and "warning" not in line]
+    assert lines and all(line.startswith("error: ") for line in lines), result.stderr
+    for word in words:
+        assert word in result.stderr, result.stderr
+    return lines
+
+
+def test_check_says_what_will_happen_and_loads_no_weights(run: Run, folder: Path) -> None:
+    result = run("check", config(folder, backbone__model="no/such/model"))
+    assert result.exit_code == 0, result.stderr
+    assert "<W>" in result.stdout
+
+
+def test_check_reports_every_mistake_at_once(run: Run, folder: Path) -> None:
+    file = config(folder, data__template="{smilse} weighs <V>", optim__rows_per_step=10, data__target=[])
+    lines = fails(run("check", file, "tags.W.load=nowhere", "tags.W.kind=null"))
+    assert len(lines) >= 1
+    lines = fails(
+        run("check", config(folder, data__template="{smilse} and <W>", optim__rows_per_step=10)),
+        "smilse",
+        "rows_per_step",
+    )
+    assert len(lines) == 2
+
+
+def test_train_eval_predict(run: Run, folder: Path) -> None:
+    file = config(folder, "whole")
+    assert run("train", file).exit_code == 0
+    out = folder / "runs" / "whole"
+    names = {path.name for path in out.iterdir()}
+    assert {"config.yaml", "versions.json", "splits.json", "metrics.jsonl", "tensorboard", "library", "last"} <= names
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3]
+    assert any("valid/mse" in line for line in lines)
+    assert run("train", file).exit_code == 0, "a finished run stays as it is"
+
+    result = run("eval", out)
+    assert result.exit_code == 0, result.stderr
+    results = json.loads((out / "results.json").read_text())
+    assert {"mse", "spearman", "r2"} <= results["metrics"].keys()
+    assert results["baselines"].keys() == {"predict_mean", "ridge_last", "ridge_mean"}
+    assert results["rows"] > 0
+
+    bad = folder / "new.csv"
+    bad.write_text('id,smiles,note\n1,CCO,"a, b"\n2,,empty\n3,CCN\n4,c1ccc,last\n')
+    result = run("predict", out, bad, folder / "out.csv")
+    assert result.exit_code == 0, result.stderr
+    rows = list(csv.DictReader((folder / "out.csv").open()))
+    assert [row["id"] for row in rows] == ["1", "2", "", "4"]
+    assert rows[0]["note"] == "a, b" and float(rows[0]["W"]) and rows[0]["tagllm_error"] == ""
+    assert rows[1]["W"] == "" and "smiles is empty" in rows[1]["tagllm_error"]
+    assert "line 4" in rows[2]["tagllm_error"]
+    alone = folder / "one.csv"
+    alone.write_text("id,smiles,note\n4,c1ccc,last\n")
+    run("predict", out, alone, folder / "one_out.csv")
+    assert float(next(csv.DictReader((folder / "one_out.csv").open()))["W"]) == pytest.approx(
+        float(rows[3]["W"]), rel=1e-4
+    )
+
+
+def test_classification(run: Run, folder: Path) -> None:
+    tags = {"K": {"kind": "function", "length": 2, "head": {"type": "classification", "classes": ["a", "b"]}}}
+    file = config(folder, "classes", tags=tags, data__template="{smiles} is <K>", data__target="kind")
+    assert run("train", file).exit_code == 0
+    assert run("eval", "runs/classes").exit_code == 0
+    assert "accuracy" in json.loads((folder / "runs/classes/results.json").read_text())["metrics"]
+    assert run("predict", "runs/classes", folder / "rows.csv", folder / "k.jsonl").exit_code == 0
+    rows = [json.loads(line) for line in (folder / "k.jsonl").read_text().splitlines()]
+    assert len(rows) == 60 and all(row["K"] in "ab" and 0 < row["K_probability"] <= 1 for row in rows)
+
+
+def test_text_output_and_composition(run: Run, folder: Path) -> None:
+    """A text task; then its function tag in a prompt it has never seen, with a tag of another library."""
+    domain = config(folder, "domain", tags={"D": {"length": 2}}, data__template="A <D> {smiles}", data__target=[])
+    assert run("train", domain).exit_code == 0
+    assert run("eval", "runs/domain", "--control", "runs/domain/last").exit_code == 0
+    controls = json.loads((folder / "runs/domain/results.json").read_text())["controls"]
+    assert {"no tag", "untrained tag"} <= controls.keys()
+    tags = {"Name": {"kind": "function", "length": 2}}
+    file = config(
+        folder,
+        "text",
+        tags=tags,
+        data__template="{smiles} is called <Name> {output}",
+        data__output="name",
+        data__target=[],
+    )
+    assert run("train", file).exit_code == 0
+    result = run("eval", "runs/text")
+    assert result.exit_code == 0, result.stderr
+    assert {"output_nats", "chrf++", "bleu"} <= json.loads((folder / "runs/text/results.json").read_text())[
+        "metrics"
+    ].keys()
+    arguments = ["predict", "runs/text", folder / "rows.csv", folder / "named.tsv", "--max-new-tokens", 3]
+    assert run(*arguments).exit_code == 0
+    composed = [*arguments, "--library", "runs/domain/library", "--template", "A <D> {smiles} is <Name> {output}"]
+    assert run(*composed).exit_code == 0
+    assert len(list(csv.DictReader((folder / "named.tsv").open(), delimiter="\t"))) == 60
+
+
+def test_enriching_and_several_sources(run: Run, folder: Path) -> None:
+    """A loaded domain tag is learned on, beside a function tag that two sources share."""
+    first = config(folder, "base", tags={"D": {"length": 2}}, data__template="A <D> {smiles}", data__target=[])
+    assert run("train", first).exit_code == 0
+    file = config(folder, "rich", tags={
+        "D": {"load": "runs/base/library", "learn": True},
+        "W": {"kind": "function", "length": 2, "head": {"reads": "both", "init": "ridge"}},
+    }, loss={"span": 0.1, "value": 1.0})  # fmt: skip
+    values = yaml.safe_load(file.read_text())
+    source = {"path": str(folder / "rows.csv"), "target": "weight"}
+    values["data"] = {"mix": "equal", "sources": [
+        {**source, "template": "A <D> {smiles} weighs <W>"},
+        {**source, "template": "{name} weighs <W>", "split": {"by": "smiles"}},
+    ]}  # fmt: skip
+    file.write_text(yaml.safe_dump(values))
+    result = run("train", file)
+    assert result.exit_code == 0, result.stderr
+    assert "train/span_nats" in (folder / "runs/rich/metrics.jsonl").read_text()
+
+
+MISTAKES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
+    "unknown key": ({}, ["optim.tag_lrr=1"], ["tag_lrr", "Did you mean tag_lr?"]),
+    "wrong type": ({}, ["seed=many"], ["seed is 'many'"]),
+    "unknown tag": ({"data__template": "{smiles} is <w>"}, [], ['"w" is no tag', "Known: W"]),
+    "missing column": ({"data__template": "{smilse} is <W>"}, [], ["no column 'smilse'", "smiles"]),
+    "missing target": ({"data__target": "wait"}, [], ["no column 'wait'"]),
+    "no such file": ({"data__path": "nowhere.csv"}, [], ["nowhere.csv"]),
+    "empty split": ({"data__split": {"valid": 0.0001}}, [], ["valid"]),
+    "not divisible": ({"optim__rows_per_step": 10}, [], ["rows_per_step is 10", "Try 8 or 12"]),
+    "too long": ({}, ["data.max_tokens=12"], ["no room", "max_unlabelled_share"]),
+    "over the backbone": ({}, ["data.max_tokens=100000"], ["at most 256"]),
+    "no backbone": ({}, ["backbone.model=nowhere/at-all", "backbone.dtype=fp32"], ["nowhere/at-all"]),
+    "constant target": ({"data__target": "same"}, [], ["same"]),
+    "bad override": ({}, ["seed"], ["key=value"]),
+}
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line(run: Run, folder: Path, mistake: str) -> None:
+    changes, overrides, words = MISTAKES[mistake]
+    if mistake == "constant target":
+        (folder / "same.csv").write_text("smiles,same\n" + "".join(f"C{i},1.0\n" for i in range(30)))
+        changes = {**changes, "data__path": str(folder / "same.csv")}
+    file = config(folder, "mistake", **changes)
+    shutil.rmtree(folder / "runs/mistake", ignore_errors=True)
+    lines = fails(run("train", file, "--offline", *overrides), *words)
+    assert len(lines) == 1
+    assert not (folder / "runs/mistake/library").exists()
+
+
+@pytest.mark.parametrize("cell", ["nan", "inf", "heavy", ""])
+def test_bad_rows_are_named_or_skipped(run: Run, folder: Path, cell: str) -> None:
+    rows = (folder / "rows.csv").read_text().splitlines()
+    rows[7] = f"CCO,{cell},a,b"
+    (folder / "bad.csv").write_text("\n".join(rows) + "\n")
+    split = {"by": "smiles", "valid": 0.2, "test": 0.0}
+    file = config(folder, "bad", data__path=str(folder / "bad.csv"), data__split=split)
+    shutil.rmtree(folder / "runs/bad", ignore_errors=True)
+    fails(run("train", file), "bad.csv, line 8", "weight is", "on_bad_row=skip")
+    assert run("train", file, "data.on_bad_row=skip", "output=runs/bad_skip_" + cell).exit_code == 0
+    listed = [json.loads(line) for line in (folder / f"runs/bad_skip_{cell}/bad_rows.jsonl").read_text().splitlines()]
+    assert [(row["line"], Path(row["file"]).name) for row in listed] == [(8, "bad.csv")]
+
+
+def test_libraries_that_do_not_fit(run: Run, folder: Path, tmp_path: Path) -> None:
+    first = config(folder, "lib", tags={"D": {"length": 2}}, data__template="A <D> {smiles}", data__target=[])
+    assert run("train", first).exit_code == 0
+    library = TagLibrary.load(folder / "runs/lib/library")
+    other = library.backbone._replace(fingerprint="0" * 64)
+    TagLibrary(other, library.tags).save(tmp_path / "other")
+    tags = {"D": {"load": str(tmp_path / "other")}, "W": {"kind": "function", "head": {}, "length": 2}}
+    file = config(folder, "fit", tags=tags, data__template="A <D> {smiles} is <W>")
+    fails(run("train", file), "000000000000", library.backbone.fingerprint[:12])
+    shutil.copytree(folder / "runs/lib/library", tmp_path / "damaged")
+    tensors = tmp_path / "damaged/tags.safetensors"
+    content = bytearray(tensors.read_bytes())
+    content[-1] ^= 1
+    tensors.write_bytes(content)
+    fails(run("train", file, f"tags.D.load={tmp_path / 'damaged'}"), "sha256")
+    fails(run("train", file, f"tags.D.load={tmp_path}"), "not a tag library")
+
+
+def test_a_folder_holds_one_run(run: Run, folder: Path, tmp_path: Path) -> None:
+    file = config(folder, "one")
+    assert run("train", file).exit_code == 0
+    before = (folder / "runs/one/library/tags.safetensors").read_bytes()
+    fails(run("train", file, "optim.tag_lr=0.5"), "already holds another run", "optim.tag_lr")
+    assert (folder / "runs/one/library/tags.safetensors").read_bytes() == before
+    (tmp_path / "thesis.txt").write_text("mine")
+    fails(run("train", file, f"output={tmp_path}"), "not empty")
+    fails(run("eval", tmp_path), "holds no run")
+    fails(run("predict", tmp_path, folder / "rows.csv", folder / "p.csv"), "not a tag library")
+
+
+def test_predict_refuses_what_would_harm(run: Run, folder: Path) -> None:
+    assert run("train", config(folder, "harm")).exit_code == 0
+    rows = folder / "rows.csv"
+    fails(run("predict", "runs/harm", rows, rows), "never overwritten")
+    fails(run("predict", "runs/harm", rows, folder / "x.xyz"), "xyz")
+    (folder / "clash.csv").write_text("smiles,W\nC,1\n")
+    fails(run("predict", "runs/harm", folder / "clash.csv", folder / "y.csv"), "already")
+    (folder / "other.csv").write_text("smile\nC\n")
+    fails(run("predict", "runs/harm", folder / "other.csv", folder / "y.csv"), "Did you mean smile?")
+    fails(run("predict", "runs/harm", rows, folder / "y.csv", "--tag", "V"), "no function tag")
+    assert not (folder / "y.csv").exists()

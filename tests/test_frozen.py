@@ -1,0 +1,103 @@
+"""Frozen is frozen: backbone and loaded tags are bit-identical after training, and nothing else is optimised."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from tagllm.config import RunConfig, parse_config
+from tagllm.model.backbone import weights_digest
+from tagllm.stage import read_stage
+from tagllm.tags import TagLibrary
+from tagllm.train.build import Built, build
+from tagllm.train.engine import Engine
+from tagllm.train.loop import Trainer
+from tagllm.train.ranks import Ranks
+from tagllm.train.run_folder import RunFolder
+from tagllm.train.signals import StopRequest
+from tests import tiny
+
+
+class Trained(NamedTuple):
+    built: Built
+    engine: Engine
+    before: str
+    run: RunFolder
+    domain: TagLibrary
+
+
+def train(config: RunConfig, ranks: Ranks) -> tuple[Built, Engine, str]:
+    built = build(read_stage(config, "test"), ranks)
+    before = weights_digest(built.model.backbone)
+    engine = Engine(built.model, config.optim, config.engine, ranks)
+    Trainer(built, engine, ranks, RunFolder(Path(config.output)), StopRequest()).run_to_the_end()
+    return built, engine, before
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
+    """Stage 1 learns a domain tag; stage 2 loads it and learns a function tag with a head."""
+    folder = tmp_path_factory.mktemp("frozen")
+    tiny.save_backbone(folder / "backbone")
+    (folder / "rows.csv").write_text(
+        "smiles,size\n" + "".join(f"{'C' * (n % 9 + 1)}{'N' * n},{n}\n" for n in range(40))
+    )
+    source = {"path": str(folder / "rows.csv"), "template": "The molecule is <SMILES> {smiles}"}
+    common = {
+        "backbone": {"model": str(folder / "backbone"), "dtype": "fp32"},
+        "optim": {"steps": 4, "rows_per_step": 8, "rows_per_micro_batch": 4, "weight_decay": 0.1},
+    }
+    first = {"output": str(folder / "1"), "tags": {"SMILES": {"length": 3}}, "data": {"sources": [source]}, **common}
+    tags = {
+        "SMILES": {"load": str(folder / "1" / "library")},
+        "Size": {"kind": "function", "length": 2, "head": {"reads": "both"}},
+    }
+    labelled = {**source, "template": f"{source['template']}. Its size is <Size>", "target": "size"}
+    second = {"output": str(folder / "2"), "tags": tags, "data": {"sources": [labelled]}, **common}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TAGLLM_CACHE", str(folder / "cache"))
+        patch.setenv("LOCAL_RANK", "0")
+        for name in ("RANK", "WORLD_SIZE"):
+            patch.delenv(name, raising=False)
+        ranks = Ranks.start(60)
+        for output in ("1", "2"):
+            (folder / output).mkdir()
+        train(parse_config(first, "first"), ranks)
+        domain = TagLibrary.load(folder / "1" / "library")
+        built, engine, before = train(parse_config(second, "second"), ranks)
+        yield Trained(built, engine, before, RunFolder(folder / "2"), domain)
+        ranks.stop()
+
+
+def test_backbone_is_bit_identical(trained: Trained) -> None:
+    assert weights_digest(trained.built.model.backbone) == trained.before
+
+
+def test_loaded_tags_are_bit_identical(trained: Trained) -> None:
+    expected = trained.domain.tags["SMILES"].rows_PD
+    for folder in (trained.run.library, trained.run.last):
+        assert TagLibrary.load(folder).tags["SMILES"].rows_PD.equal(expected)
+    assert trained.built.model.tags.frozen_TD.equal(expected)
+
+
+def test_optimizer_holds_only_learned_rows_and_heads(trained: Trained) -> None:
+    held = [p for group in trained.engine._inner.param_groups for p in group["params"]]
+    model = trained.built.model
+    expected = [model.tags.learned_TD, *model.heads["Size"].parameters()]
+    assert [id(p) for p in held] == [id(p) for p in expected]
+    assert set(trained.engine._inner.state) == set(expected)
+
+
+def test_saved_is_learned(trained: Trained) -> None:
+    learned = trained.engine.learned()
+    size = TagLibrary.load(trained.run.last).tags["Size"]
+    assert size.head
+    assert set(learned) == {"tags.learned_TD", "heads.Size.weight_KF", "heads.Size.bias_K"}
+    assert size.rows_PD.equal(learned["tags.learned_TD"])
+    assert size.head.weight_KF.equal(learned["heads.Size.weight_KF"])
+    assert size.head.bias_K.equal(learned["heads.Size.bias_K"])
+    assert size.rows_PD.dtype == torch.float32

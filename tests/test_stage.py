@@ -1,0 +1,190 @@
+"""A stage as data: its terms, its tags, and the settings that contradict each other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tagllm.config import HeadConfig, RunConfig, parse_config
+from tagllm.errors import UserError
+from tagllm.model.loss import Weights
+from tagllm.stage import check_world, read_stage
+from tagllm.tags import BackboneIdentity, Head, Tag, TagLibrary
+from tagllm.template import OUTPUT, SPAN
+
+FUNCTION = {"kind": "function"}
+HEAD = {"kind": "function", "head": {}}
+
+
+def config(
+    tags: dict[str, Any], *templates: str, target: str | list[str] = (), loss: Any = None, **more: Any
+) -> RunConfig:
+    sources = [{"path": "a.csv", "template": template, "target": target or [], **more} for template in templates]
+    optim = {"steps": 1, "rows_per_step": 100, "rows_per_micro_batch": 4}
+    return parse_config(
+        {"output": "o", "backbone": {"model": "m"}, "tags": tags, "data": {"sources": sources}, "optim": optim,
+         "loss": loss or {}}, "c.yaml",
+    )  # fmt: skip
+
+
+def problems(*args: Any, **kwargs: Any) -> list[str]:
+    with pytest.raises(UserError) as raised:
+        read_stage(config(*args, **kwargs), "c.yaml")
+    return raised.value.problems
+
+
+@pytest.fixture
+def library(tmp_path: Path) -> str:
+    head = Head.new(HeadConfig(outputs=2), 8)
+    made = TagLibrary(BackboneIdentity("m", "llama", 8, 96, "f" * 64))
+    made = made.add(Tag("SMILES", "domain", torch.zeros(7, 8))).add(Tag("QED", "function", torch.zeros(3, 8), head))
+    made.save(tmp_path / "library")
+    return str(tmp_path / "library")
+
+
+@pytest.mark.parametrize(
+    ("tags", "template", "target", "weights"),
+    [
+        ({"D": {}}, "<D> {x}", [], (1, 0, 0)),
+        ({"D": {}, "F": HEAD}, "<D> {x} <F>", "y", (0, 0, 1)),
+        ({"D": {}, "F": FUNCTION}, "<D> {x} <F> {output}", [], (0, 1, 0)),
+        ({"D": {}, "F": HEAD}, "<D> {x} <F> {output}", "y", (0, 1, 1)),
+    ],
+    ids=["domain text", "a value", "text out", "both"],
+)
+def test_default_weights(tags: dict[str, Any], template: str, target: Any, weights: tuple[float, ...]) -> None:
+    stage = read_stage(config(tags, template, target=target), "c.yaml")
+    assert stage.weights == Weights(*weights)
+    assert stage.terms == tuple(mark for mark, weight in ((SPAN, weights[0]), (OUTPUT, weights[1])) if weight)
+
+
+def test_given_weights_win_one_by_one() -> None:
+    stage = read_stage(config({"D": {}, "F": HEAD}, "<D> {x} <F>", target="y", loss={"span": 0.3}), "c.yaml")
+    assert stage.weights == Weights(0.3, 0, 1)
+    assert stage.terms == (SPAN,)
+
+
+def test_loaded_tags_are_frozen_and_bring_kind_length_and_head(library: str) -> None:
+    tags = {"SMILES": {"load": library}, "QED": {"load": library, "learn": True}, "New": {"length": 4}}
+    stage = read_stage(config(tags, "<SMILES> {x} <New> {z} <QED>", target=["a", "b"]), "c.yaml")
+    assert stage.learned == ["QED", "New"]
+    layout = stage.layout(96)
+    assert layout.kinds == {"SMILES": "domain", "QED": "function", "New": "domain"}
+    assert layout.lengths == {"SMILES": 7, "QED": 3, "New": 4}
+    assert layout.first_learned_id == 96 + 7
+    assert layout.heads == {"QED": HeadConfig(outputs=2)}
+    collator = stage.collator(layout)
+    assert (collator.first_learned_id, collator.terms, collator.num_outputs) == (103, (), 2)
+
+
+def test_the_plain_backward_has_no_prefix() -> None:
+    plain = config({"D": {}}, "a <D> {x}").model_copy(update={"prefix": "full"})
+    stage = read_stage(plain, "c.yaml")
+    collator = stage.collator(stage.layout(10))
+    assert (collator.frozen_prefix, collator.min_prefix) == (False, 0)
+
+
+def test_a_bad_name() -> None:
+    assert "c.yaml: tags.2D: a tag's name is letters, digits, - and _, a letter first." in problems(
+        {"2D": {}}, "<2D> {x}"
+    )
+
+
+def test_loading_what_is_not_there(library: str, tmp_path: Path) -> None:
+    tags = {"SMILE": {"load": library}, "QED": {"load": str(tmp_path)}, "D": {}}
+    assert problems(tags, "<D> {x} <SMILE> <QED>") == [
+        f'c.yaml: tags.SMILE.load: {library}: it holds no tag "SMILE". Known: QED, SMILES. Did you mean SMILES?',
+        f"{tmp_path}: not a tag library (no library.json). A run keeps its own in RUN/library.",
+    ]
+
+
+def test_mistakes_in_templates_name_their_source() -> None:
+    assert problems({"D": {}}, "<D> {x}", "<E> {x}", "<D> {x} {") == [
+        'c.yaml: data.sources.1.template: "E" is no tag. Known: D.',
+        "c.yaml: data.sources.2.template: a brace without its other half in ' {'; write \\{ for a brace.",
+    ]
+
+
+def test_an_unused_tag() -> None:
+    assert problems({"D": {}, "E": {}}, "<D> {x}") == [
+        "c.yaml: tags.E stands in no template; put <E> in one, or drop the tag."
+    ]
+
+
+def test_nothing_is_learned(library: str) -> None:
+    found = problems({"SMILES": {"load": library}}, "<SMILES> {x}")
+    assert "c.yaml: tags: none is learned; leave `load` out of one, or set learn: true." in found
+
+
+def test_two_heads_in_a_template() -> None:
+    assert problems({"F": HEAD, "G": HEAD}, "{x} <F> <G>", target="y") == [
+        "c.yaml: data.sources.0.template: F, G all have heads; one per template can answer."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("head", "target", "told"),
+    [
+        ({"outputs": 2}, "y", "names 1 columns (y); the head of F needs 2."),
+        ({}, [], "names 0 columns (none); the head of F needs 1."),
+        (
+            {"type": "classification", "classes": ["a", "b"]},
+            ["y", "z"],
+            "names 2 columns (y, z); the head of F needs 1.",
+        ),
+    ],
+)
+def test_targets_that_do_not_fit_the_head(head: dict[str, Any], target: Any, told: str) -> None:
+    found = problems({"F": {"kind": "function", "head": head}}, "{x} <F>", target=target)
+    assert found == [f"c.yaml: data.sources.0.target {told}"]
+
+
+def test_a_target_without_a_head() -> None:
+    assert problems({"D": {}}, "<D> {x}", target="y") == [
+        "c.yaml: data.sources.0.target names 1 columns (y); the head of the template (it has none) needs 0."
+    ]
+
+
+def test_a_setting_for_a_field_that_is_not_there() -> None:
+    assert problems({"D": {}}, "<D> {sequence}", fields={"sequnce": {}}) == [
+        "c.yaml: data.sources.0.fields.sequnce: the template has no {sequnce}. Known: sequence. Did you mean sequence?"
+    ]
+
+
+def test_a_source_without_a_learned_tag(library: str) -> None:
+    tags = {"SMILES": {"load": library}, "D": {}}
+    assert problems(tags, "<D> {x}", "<SMILES> {x}") == [
+        "c.yaml: data.sources.1.template has none of the learned tags (D)."
+    ]
+
+
+@pytest.mark.parametrize(
+    ("template", "loss"), [("{x} <D>", {}), ("<D> then {x}", {}), ("<D> {x}", {"span": 0})]
+)  # fmt: skip
+def test_nothing_is_supervised(template: str, loss: dict[str, float]) -> None:
+    (found,) = problems({"D": {}}, template, loss=loss)
+    assert found.startswith("c.yaml: data.sources.0: nothing in the prompt is supervised; the template needs {output}")
+
+
+def test_all_contradictions_at_once() -> None:
+    assert len(problems({"D": {}, "E": {}, "F": HEAD}, "<D> {x} <F>", "{x}", fields={"z": {}})) == 6
+
+
+@pytest.mark.parametrize(
+    ("ranks", "rows", "suggested"), [(8, 100, "96 or 128"), (3, 100, "96 or 108"), (30, 100, "120")]
+)
+def test_rows_that_do_not_divide(ranks: int, rows: int, suggested: str) -> None:
+    with pytest.raises(UserError) as raised:
+        check_world(config({"D": {}}, "<D> {x}"), ranks, "c.yaml")
+    assert str(raised.value) == (
+        f"c.yaml: optim.rows_per_step is {rows}; it must be a multiple of rows_per_micro_batch x ranks = 4 x {ranks} = "
+        f"{4 * ranks}. Try {suggested}."
+    )
+
+
+@pytest.mark.parametrize("ranks", [1, 5, 25])
+def test_rows_that_divide(ranks: int) -> None:
+    check_world(config({"D": {}}, "<D> {x}"), ranks, "c.yaml")
