@@ -72,9 +72,13 @@ train() {
 
 for at in "${!configs[@]}"; do
     part "train ${configs[at]}" train "configs/quickstart/${configs[at]}.yaml" "$@"
-    part "evaluate ${configs[at]}" $python -m tagllm eval "${runs[at]}"
 done
-part "table" $python -m tagllm.evaluate.report runs/quickstart
+# Each domain tag is held against the other's on the same rows: the right tag must be the better one.
+part "evaluate ${configs[0]}" $python -m tagllm eval "${runs[0]}" --control "${runs[1]}/library"
+part "evaluate ${configs[1]}" $python -m tagllm eval "${runs[1]}" --control "${runs[0]}/library"
+part "evaluate ${configs[2]}" $python -m tagllm eval "${runs[2]}"
+part "evaluate ${configs[3]}" $python -m tagllm eval "${runs[3]}"
+part "table" $python -m tagllm.evaluate.report "$(dirname "${runs[0]}")"
 
 printf '\n'
 printf '%s\n' "${parts[@]}"

@@ -137,10 +137,19 @@ def _run(work: Callable[[], None], offline: bool) -> None:
     try:
         work()
     except UserError as error:
-        shared = type(error).__name__ == "SharedError" and os.environ.get("RANK", "0") != "0"
-        for problem in [] if shared else error.problems:
-            print(f"error: {problem}", file=sys.stderr)
+        if _is_mine_to_tell(error):
+            for problem in error.problems:
+                print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
+
+
+def _is_mine_to_tell(error: UserError) -> bool:
+    """Rank 0 tells what all ranks find: shared errors, and those from before they joined (same config, same files)."""
+    if os.environ.get("RANK", "0") == "0":
+        return True
+    import torch.distributed as dist
+
+    return dist.is_initialized() and type(error).__name__ != "SharedError"
 
 
 def main() -> None:

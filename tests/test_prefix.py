@@ -57,6 +57,27 @@ def test_remembered_prefix_changes_nothing(budget: int) -> None:
     assert remembering.memory.num_bytes <= budget
 
 
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_two_part_attention_equals_the_backbones_own(family: str) -> None:
+    """Values, losses and gradients as with the attention that transformers chooses for the family."""
+    of = tiny.layout()
+    rows = tiny.rows(of)
+    batch = tiny.collator(of)(rows, range(len(rows)))
+    own, ours = tiny.model(of, family), tiny.model(of, family)
+    own.backbone.set_attn_implementation(tiny.backbone(family).config._attn_implementation)
+    own.two_part = False
+    assert ours.two_part
+    found = []
+    for tagged in (own, ours):
+        loss, output = tiny.loss_of(tagged, batch)
+        loss.backward()
+        found.append((loss.item(), output.values_BK, tiny.gradients(tagged)))
+    assert found[1][0] == pytest.approx(found[0][0], rel=1e-5)
+    torch.testing.assert_close(found[1][1], found[0][1], rtol=1e-4, atol=1e-5, equal_nan=True)
+    for name, gradient in found[0][2].items():
+        assert tiny.relative_error(found[1][2][name], gradient) < 1e-5, name
+
+
 def test_nothing_of_the_prefix_is_in_the_graph() -> None:
     """Saved tensors of the live pass do not grow with the prefix, but for its keys and values."""
     of = tiny.layout()

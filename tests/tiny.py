@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,7 @@ HEAD = HeadConfig(reads="both", outputs=2)
 
 def backbone(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(FAMILIES[family])
+    model = AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[family]))
     with torch.no_grad():  # the usual .02 makes activations so small that errors hide
         for parameter in model.parameters():
             if parameter.ndim > 1:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 
@@ -60,7 +60,7 @@ def load_backbone(config: BackboneConfig, device: torch.device) -> Backbone:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    dtype = fastest_dtype(device) if config.dtype == "auto" else DTYPES[config.dtype]
+    dtype = DTYPES[fastest_dtype(device) if config.dtype == "auto" else config.dtype]
     attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
     try:
         model: Any = AutoModelForCausalLM.from_pretrained(resolve(config.model), dtype=dtype, **attention)
@@ -90,13 +90,13 @@ def weights_digest(model: Any) -> str:
     return digest.hexdigest()
 
 
-def fastest_dtype(device: torch.device) -> torch.dtype:
+def fastest_dtype(device: torch.device) -> Literal["fp32", "bf16"]:
     """bf16 on accelerators; on a CPU whichever of bf16 and fp32 multiplies a decoder-sized matrix faster."""
     if device.type != "cpu":
-        return torch.bfloat16
-    seconds = {dtype: min(_matmul_seconds(dtype) for _ in range(3)) for dtype in (torch.float32, torch.bfloat16)}
+        return "bf16"
+    seconds = {name: min(_matmul_seconds(dtype) for _ in range(3)) for name, dtype in DTYPES.items()}
     # 1.5: bf16 must win clearly, since it costs precision and element-wise work on a CPU does not gain from it
-    return torch.bfloat16 if seconds[torch.bfloat16] * 1.5 < seconds[torch.float32] else torch.float32
+    return "bf16" if seconds["bf16"] * 1.5 < seconds["fp32"] else "fp32"
 
 
 def _matmul_seconds(dtype: torch.dtype) -> float:

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
 
 
 class Prefix(NamedTuple):
@@ -23,10 +22,6 @@ class Prefix(NamedTuple):
     values: tuple[Tensor, ...]
     last_BD: Tensor
     pooled_BD: Tensor
-
-    def cache(self) -> DynamicCache:
-        """A fresh KV cache for one live pass (transformers appends to it out of place)."""
-        return DynamicCache(zip(self.keys, self.values, strict=True))
 
 
 class _Remembered(NamedTuple):

@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import DynamicCache
 
 from tagllm.data.batch import Batch
 from tagllm.data.encode import TagLayout
+from tagllm.model.attention import FrozenCache, use_two_part_attention
 from tagllm.model.embedding import TagEmbedding
 from tagllm.model.loss import Sums, token_losses, value_losses
 from tagllm.model.prefix import Prefix, PrefixMemory, positions_of
@@ -84,6 +86,7 @@ class TaggedModel(nn.Module):
         for name, head in self.heads.items():
             head.requires_grad_(name in layout.learned)
         self.memory = PrefixMemory(remember_bytes) if remember_bytes else None
+        self.two_part = use_two_part_attention(backbone)
 
     def forward(self, batch: Batch) -> Output:
         """Prefix without a graph, live part on top of it, then losses at the supervised positions only."""
@@ -91,7 +94,7 @@ class TaggedModel(nn.Module):
         live_BLD = self._decode(
             batch.live_ids_BL,
             torch.cat([batch.prefix_mask_BP, batch.live_mask_BL], dim=1),
-            prefix.cache() if prefix else None,
+            self._cache_of(prefix) if prefix else None,
         ).last_hidden_state
         last_BD = live_BLD[torch.arange(len(live_BLD), device=live_BLD.device), batch.read_at_B].float()
         pooled_BD = (live_BLD * batch.live_pool_BL[..., None]).sum(dim=1).float()
@@ -109,6 +112,12 @@ class TaggedModel(nn.Module):
         prefix_last_BD = prefix.last_BD.float() if prefix else torch.zeros_like(last_BD)
         return Output(sums, token_loss_N, values_BK, last_BD, mean_BD, prefix_last_BD)
 
+    def _cache_of(self, prefix: Prefix) -> DynamicCache:
+        """A fresh cache for one live pass; without two-part attention transformers appends to it out of place."""
+        if self.two_part:
+            return FrozenCache(prefix.keys, prefix.values)
+        return DynamicCache(zip(prefix.keys, prefix.values, strict=True))
+
     def encode_prefix(self, batch: Batch) -> Prefix:
         """Keys, values and hidden sums of the prefix; from memory where it is there."""
         ids_BP, mask_BP, pool_BP = batch.prefix_ids_BP, batch.prefix_mask_BP, batch.prefix_pool_BP
@@ -118,7 +127,7 @@ class TaggedModel(nn.Module):
 
     @torch.no_grad()
     def _compute_prefix(self, ids_BP: Tensor, mask_BP: Tensor, pool_BP: Tensor) -> Prefix:
-        out = self._decode(ids_BP, mask_BP, None, use_cache=True)
+        out = self._decode(ids_BP, mask_BP, DynamicCache())  # without a config: sliding layers keep all keys too
         layers = out.past_key_values.layers
         hidden_BPD = out.last_hidden_state
         return Prefix(
@@ -128,14 +137,14 @@ class TaggedModel(nn.Module):
             torch.where(pool_BP[..., None] > 0, hidden_BPD, 0).sum(dim=1),
         )
 
-    def _decode(self, ids_BS: Tensor, mask: Tensor, cache: Any, use_cache: bool = False) -> Any:
+    def _decode(self, ids_BS: Tensor, mask: Tensor, cache: DynamicCache | None) -> Any:
         """`mask` covers the cached positions too; position ids follow from it."""
         return self.backbone.base_model(
             inputs_embeds=self.tags(self.backbone.get_input_embeddings(), ids_BS),
             attention_mask=mask,
             position_ids=positions_of(mask)[:, mask.shape[1] - ids_BS.shape[1] :],
             past_key_values=cache,
-            use_cache=use_cache or cache is not None,
+            use_cache=cache is not None,
         )
 
     def _token_losses(self, live_BLD: Tensor, batch: Batch) -> Tensor:

@@ -12,7 +12,7 @@ from tagllm.config import SPLITS, BackboneConfig, DataConfig, RunConfig, Split
 from tagllm.data.dataset import Data, Examples, Prompts, prepare, tokenizer_digest
 from tagllm.data.encode import TagLayout
 from tagllm.errors import UserError
-from tagllm.model.backbone import Backbone, load_backbone, resolve
+from tagllm.model.backbone import Backbone, fastest_dtype, load_backbone, resolve
 from tagllm.model.smollm2 import cache_folder
 from tagllm.model.tagged import TaggedModel
 from tagllm.stage import Stage
@@ -42,6 +42,7 @@ class Built(NamedTuple):
             "backbone": self.backbone.identity.fingerprint,
             "tokenizer": tokenizer_digest(self.backbone.tokenizer),
             "data": self.data.digest,
+            "dtype": str(self.backbone.model.dtype).removeprefix("torch."),
             "config": self.config.digest(),
         }
 
@@ -89,9 +90,14 @@ def prepare_on_all(
 
 
 def open_backbone(config: BackboneConfig, ranks: Ranks) -> Backbone:
-    """`resolve` may download or convert, which one rank does before the others read the result."""
-    ranks.on_rank_zero(lambda: resolve(config.model))
-    return load_backbone(config, ranks.device)
+    """Rank 0 downloads or converts before the others read, and its measured dtype is everybody's."""
+
+    def first() -> BackboneConfig:
+        resolve(config.model)
+        dtype = fastest_dtype(ranks.device) if config.dtype == "auto" else config.dtype
+        return config.model_copy(update={"dtype": dtype})
+
+    return load_backbone(ranks.on_rank_zero(first), ranks.device)
 
 
 def new_tag(stage: Stage, name: str, backbone: Backbone, data: Data) -> Tag:

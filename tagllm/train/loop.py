@@ -5,34 +5,28 @@ from __future__ import annotations
 import math
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from tagllm.config import RunConfig, Split
+from tagllm.config import RunConfig
 from tagllm.data.batch import Batch, Counts, count
 from tagllm.data.sampler import Draw, Sampler, deal
 from tagllm.errors import UserError
-from tagllm.evaluate.metrics import value_metrics
-from tagllm.evaluate.passes import Pass, all_draws, home_of, run_over
-from tagllm.evaluate.ridge import fit_ridge
+from tagllm.evaluate.passes import home_of
 from tagllm.files import RunLock
 from tagllm.model.loss import total
-from tagllm.model.tagged import HeadModule
 from tagllm.stage import check_world, read_stage
-from tagllm.tags import Head, Tag, TagLibrary
 from tagllm.train import checkpoint
 from tagllm.train.build import Built, build
 from tagllm.train.engine import Engine
+from tagllm.train.gradient_free import GradientFree
 from tagllm.train.monitor import Monitor, peak_memory_gib
 from tagllm.train.ranks import Ranks
+from tagllm.train.result import library_of
 from tagllm.train.run_folder import RunFolder
 from tagllm.train.schedule import lr_factor, total_steps
 from tagllm.train.signals import Stopped, StopRequest
-
-REFIT_ROWS = 5000
-"""Closed-form fits look at so many training rows at most."""
 
 
 class Step(NamedTuple):
@@ -74,12 +68,13 @@ def train(config: RunConfig, where: str) -> Path:
             run.claim(config)
 
         ranks.on_rank_zero(claim)
-        built = build(stage, ranks)
-        ranks.on_rank_zero(lambda: run.record(built.data))
-        engine = Engine(built.model, config.optim, config.engine, ranks)
-        trainer = Trainer(built, engine, ranks, run, stop)
-        trainer.run_to_the_end()
-        lock.release()
+        try:
+            built = build(stage, ranks)
+            ranks.on_rank_zero(lambda: run.record(built.data))
+            engine = Engine(built.model, config.optim, config.engine, ranks)
+            Trainer(built, engine, ranks, run, stop).run_to_the_end()
+        finally:
+            lock.release()
     return run.path
 
 
@@ -90,6 +85,7 @@ class Trainer:
         self.built, self.engine, self.ranks, self.run, self.stop = built, engine, ranks, run, stop
         self.config, self.sources = built.config, built.examples("train")
         self.collate = built.stage.collator(built.layout)
+        self.gradient_free = GradientFree(built, engine, ranks)
         shares = {
             "proportional": None,
             "equal": [1.0] * len(self.sources),
@@ -107,7 +103,7 @@ class Trainer:
         every = self.config.evaluation.every_steps or max(1, math.ceil(self.total / 4))
         with Monitor(self.run.path, self.total, first, self.ranks.rank > 0) as self.monitor:
             if first == 0:
-                self._fit_heads_at_start()
+                self.gradient_free.fit_heads_at_start()
             step, self.stop.training = first, True
             while step < self.total:
                 started = time.monotonic()
@@ -118,7 +114,8 @@ class Trainer:
                     self._evaluate(step)
                 if self._out_of_patience():
                     break
-                if step % self.config.checkpoint.every_steps == 0 or self._stop_asked():
+                due = step % self.config.checkpoint.every_steps == 0 or self._stop_asked()
+                if due and step < self.total:
                     self._save(step)
             self._finish(step)
 
@@ -152,32 +149,16 @@ class Trainer:
         chunks = [examples[at : at + size] for at in range(0, len(examples), size)]
         return [self.collate([e for e, _ in chunk], [uid for _, uid in chunk]) for chunk in chunks]
 
-    def _pass(self, split: Split, features: bool = False, limit: int | None = None, tag: str | None = None) -> Pass:
-        """Held-out (or training) rows, of the sources with `tag`, through the model as it is, without a graph."""
-        pairs = zip(self.built.examples(split), self.built.stage.templates, strict=True)
-        sources = [examples for examples, template in pairs if tag is None or tag in template.tags]
-        size = self.config.evaluation.rows_per_batch
-        with self.engine.evaluating():
-            return run_over(self.engine, sources, all_draws(sources, limit), self.collate, self.ranks, size, features)
-
     def _evaluate(self, step: int) -> None:
         """Scores the validation split and keeps the best state."""
-        if not any(map(len, self.built.examples("valid"))):
+        scalars = self.gradient_free.validate()
+        if not scalars:
             return
-        result = self._pass("valid")
-        loss = result.loss(self.built.stage.weights)
-        self._note_best(step, loss)
-        scalars = {"valid/loss": loss}
-        for name, total_, n in zip(("span", "output"), result.sums, result.counts, strict=False):
-            scalars |= {f"valid/{name}_nats": total_ / n} if n else {}
-        scalars |= {
-            f"valid/{k}": v for k, v in value_metrics(result.values_nK, result.targets_nK, self._classes()).items()
-        }
+        self._note_best(step, scalars["valid/loss"])
         self.monitor.log(step, scalars)
         shown = "  ".join(f"{name.removeprefix('valid/')} {value:.4f}" for name, value in scalars.items())
-        self.monitor.say(
-            f"step {step}/{self.total}  held out: {shown}{'  *' if self.progress.best_step == step else ''}"
-        )
+        best = "  *" if self.progress.best_step == step else ""
+        self.monitor.say(f"step {step}/{self.total}  held out: {shown}{best}")
 
     def _note_best(self, step: int, loss: float) -> None:
         learned = self.engine.learned()
@@ -190,49 +171,12 @@ class Trainer:
         patience = self.config.evaluation.patience
         return patience is not None and self.progress.worse_in_a_row >= patience
 
-    def _classes(self) -> bool:
-        return any(head.classes for head in self.built.layout.heads.values())
-
-    def _fit_heads_at_start(self) -> None:
-        """`init: ridge`: the head starts where a probe on the untrained tag ends."""
-        for name, head in self._learned_heads().items():
-            if head.spec.init == "ridge":
-                fitted = self._fit(name, head, self._pass("train", features=True, limit=REFIT_ROWS, tag=name))
-                self.engine.overwrite(fitted)
-
-    def _refit_heads(self) -> dict[str, float]:
-        """Closed-form fit on the trained rows, kept only if better on validation. Returns validation losses."""
-        report: dict[str, float] = {}
-        for name, head in self._learned_heads().items():
-            if not head.spec.refit or not any(map(len, self.built.examples("valid"))):
-                continue
-            before = self._pass("valid").loss(self.built.stage.weights)
-            kept = self.engine.learned()
-            self.engine.overwrite(self._fit(name, head, self._pass("train", features=True, limit=REFIT_ROWS, tag=name)))
-            after = self._pass("valid").loss(self.built.stage.weights)
-            report |= {f"refit/{name}_before": before, f"refit/{name}_after": after}
-            if not after < before:
-                self.engine.overwrite(kept)
-        return report
-
-    def _learned_heads(self) -> dict[str, HeadModule]:
-        heads = {name: head for name, head in self.built.model.heads.items() if name in self.built.layout.learned}
-        return {n: h for n, h in heads.items() if isinstance(h, HeadModule) and not h.spec.classes}
-
-    def _fit(self, name: str, head: HeadModule, result: Pass) -> dict[str, Tensor]:
-        """Standardised targets, since the head undoes the standardisation."""
-        width = head.spec.outputs
-        targets = (result.targets_nK[:, :width] - head.mean_K.cpu().numpy()) / head.std_K.cpu().numpy()
-        fit = fit_ridge(result.features(head.spec.reads), targets)
-        weight, bias = torch.from_numpy(fit.weight_KF), torch.from_numpy(fit.bias_K)
-        return {f"heads.{name}.weight_KF": weight, f"heads.{name}.bias_K": bias}
-
     def _finish(self, step: int) -> None:
         """Last and best states become libraries; heads are refitted on the best."""
         last = self.engine.learned()
         if self.best:
             self.engine.overwrite(self.best)
-        scalars = self._refit_heads()
+        scalars = self.gradient_free.refit_heads()
         self.monitor.log(step, scalars)
         result = self.engine.learned()
         about = {"steps": step, "best_step": self.progress.best_step, **scalars}
@@ -240,42 +184,14 @@ class Trainer:
         self.monitor.log(step, {"memory/peak_gib_all_ranks": peak})
 
         def save() -> None:
-            self._library(last, about).save(self.run.last)
-            self._library(result, about).save(self.run.library)
+            library_of(self.built, last, about).save(self.run.last)
+            library_of(self.built, result, about).save(self.run.library)
 
         self.ranks.on_rank_zero(save)
         self.engine.overwrite(last)
         self.progress = self.progress._replace(done=True)
         self._save(step, final=True)
         self.monitor.say(f"library: {self.run.library}")
-
-    def _library(self, learned: dict[str, Tensor], about: dict[str, Any]) -> TagLibrary:
-        """All tags of the run: learned ones as given, loaded ones bit for bit."""
-        library = TagLibrary(self.built.backbone.identity)
-        layout, config = self.built.layout, self.config
-        rows = dict(
-            zip(
-                layout.learned,
-                learned["tags.learned_TD"].split([layout.lengths[n] for n in layout.learned]),
-                strict=True,
-            )
-        )
-        for name, tag in self.built.tags.items():
-            if name not in rows:
-                library = library.add(tag)
-                continue
-            head = tag.head
-            if head is not None:
-                weight, bias = (learned[f"heads.{name}.{part}"] for part in ("weight_KF", "bias_K"))
-                head = Head(head.spec, weight, bias, head.mean_K, head.std_K)
-            used = [s for s, t in zip(config.data.sources, self.built.stage.templates, strict=True) if name in t.tags]
-            history = {
-                "template": used[0].template, "target": used[0].target, "output": used[0].output,
-                "fields": {k: v.model_dump() for k, v in used[0].fields.items()}, "trained_with": list(self.built.tags),
-                "config_digest": config.digest(), "created": time.strftime("%Y-%m-%d"), **about,
-            }  # fmt: skip
-            library = library.add(Tag(name, tag.kind, rows[name], head, history))
-        return library
 
     def _log(self, step: int, done: Step, seconds: float) -> None:
         memory = self.built.model.memory
@@ -296,8 +212,7 @@ class Trainer:
 
     def _stop_asked(self) -> bool:
         """A signal to any one rank stops all of them after the same step."""
-        self._stopping = self.ranks.sum([float(self.stop.requested)])[0] > 0
-        return self._stopping
+        return self.ranks.sum([float(self.stop.requested)])[0] > 0
 
     def _save(self, step: int, final: bool = False) -> None:
         """A checkpoint of the step. A save that fails warns, and training goes on."""

@@ -1,0 +1,81 @@
+"""What a run does without a gradient: scores on held-out rows, and heads fitted in closed form."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from tagllm.config import Split
+from tagllm.evaluate.metrics import value_metrics
+from tagllm.evaluate.passes import Pass, all_draws, run_over
+from tagllm.evaluate.ridge import fit_ridge
+from tagllm.model.tagged import HeadModule
+from tagllm.train.build import Built
+from tagllm.train.engine import Engine
+from tagllm.train.ranks import Ranks
+
+FIT_ROWS = 5000
+"""Closed-form fits look at so many training rows at most."""
+
+
+class GradientFree:
+    """Passes over examples with the engine as it stands."""
+
+    def __init__(self, built: Built, engine: Engine, ranks: Ranks) -> None:
+        self.built, self.engine, self.ranks = built, engine, ranks
+        self.collate = built.stage.collator(built.layout)
+
+    def validate(self) -> dict[str, float]:
+        """Loss and metrics on the validation split; empty without such rows."""
+        if not any(map(len, self.built.examples("valid"))):
+            return {}
+        result = self._pass("valid")
+        scalars = {"valid/loss": result.loss(self.built.stage.weights)}
+        for name, total, n in zip(("span", "output"), result.sums, result.counts, strict=False):
+            scalars |= {f"valid/{name}_nats": total / n} if n else {}
+        classes = any(head.classes for head in self.built.layout.heads.values())
+        metrics = value_metrics(result.values_nK, result.targets_nK, classes)
+        return scalars | {f"valid/{name}": value for name, value in metrics.items()}
+
+    def fit_heads_at_start(self) -> None:
+        """`init: ridge`: the head starts where a probe on the untrained tag ends."""
+        for name, head in self._learned_heads().items():
+            if head.spec.init == "ridge":
+                self.engine.overwrite(self._fitted(name, head))
+
+    def refit_heads(self) -> dict[str, float]:
+        """Closed-form fit on the training rows, kept only if better on validation. Returns validation losses."""
+        report: dict[str, float] = {}
+        for name, head in self._learned_heads().items():
+            before = self.validate().get("valid/loss")
+            if not head.spec.refit or before is None:
+                continue
+            kept = self.engine.learned()
+            self.engine.overwrite(self._fitted(name, head))
+            after = self.validate()["valid/loss"]
+            report |= {f"refit/{name}_before": before, f"refit/{name}_after": after}
+            if not after < before:
+                self.engine.overwrite(kept)
+        return report
+
+    def _learned_heads(self) -> dict[str, HeadModule]:
+        """Regression heads that are learned; classes have no closed form."""
+        heads = {name: head for name, head in self.built.model.heads.items() if name in self.built.layout.learned}
+        return {n: h for n, h in heads.items() if isinstance(h, HeadModule) and not h.spec.classes}
+
+    def _fitted(self, name: str, head: HeadModule) -> dict[str, Tensor]:
+        """On standardised targets, since the head undoes the standardisation."""
+        result = self._pass("train", features=True, limit=FIT_ROWS, tag=name)
+        width = head.spec.outputs
+        targets = (result.targets_nK[:, :width] - head.mean_K.cpu().numpy()) / head.std_K.cpu().numpy()
+        fit = fit_ridge(result.features(head.spec.reads), targets)
+        weight, bias = torch.from_numpy(fit.weight_KF), torch.from_numpy(fit.bias_K)
+        return {f"heads.{name}.weight_KF": weight, f"heads.{name}.bias_K": bias}
+
+    def _pass(self, split: Split, features: bool = False, limit: int | None = None, tag: str | None = None) -> Pass:
+        """Rows of the sources with `tag` through the model as it is."""
+        pairs = zip(self.built.examples(split), self.built.stage.templates, strict=True)
+        sources = [examples for examples, template in pairs if tag is None or tag in template.tags]
+        size = self.built.config.evaluation.rows_per_batch
+        with self.engine.evaluating():
+            return run_over(self.engine, sources, all_draws(sources, limit), self.collate, self.ranks, size, features)
