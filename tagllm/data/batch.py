@@ -76,6 +76,10 @@ class Collator(NamedTuple):
         last = example.read_at if example.read_at >= 0 else len(example.ids) - 1
         return int(min([last, *learned[:1], *labelled[:1]]))
 
+    def probing(self) -> Collator:
+        """For features without a gradient: cut right before the function tag, no labels."""
+        return self._replace(terms=(), frozen_prefix=True, min_prefix=1, cut_at_function=True)
+
     def _label_positions(self, example: Example) -> np.ndarray:
         """Positions whose next token is a label."""
         return np.flatnonzero(np.isin(example.marks[1:], self.terms))

@@ -2,16 +2,38 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import NamedTuple
+
 import numpy as np
+import torch
 
 from tagllm.evaluate.metrics import value_metrics
-from tagllm.evaluate.passes import Pass
+from tagllm.evaluate.passes import Floats, Pass
 from tagllm.evaluate.ridge import fit_ridge
+from tagllm.files import load_tensors, save_tensors
 
-PROBE_ROWS = 5000
+
+class Probe(NamedTuple):
+    """What a probe on the frozen LLM sees of some rows: states before the function tag, means over the fields."""
+
+    last_nD: Floats
+    mean_nD: Floats
+    targets_nK: Floats
+
+    @classmethod
+    def of(cls, result: Pass) -> Probe:
+        return cls(result.prefix_last_nD, result.mean_nD, result.targets_nK)
+
+    def save(self, path: Path) -> None:
+        save_tensors(path, {name: torch.from_numpy(value) for name, value in self._asdict().items()})
+
+    @classmethod
+    def load(cls, path: Path) -> Probe:
+        return cls(**{name: tensor.numpy() for name, tensor in load_tensors(path).items()})
 
 
-def value_baselines(train: Pass, held_out: Pass) -> dict[str, dict[str, float]]:
+def value_baselines(train: Probe, held_out: Probe) -> dict[str, dict[str, float]]:
     """Metrics of predict-the-mean and of ridge on the hidden state right before the function tag (`ridge_last`),
     averaged over the fields (`ridge_mean`), or both side by side; penalties by 5-fold cross-validation on the training
     rows."""
@@ -19,12 +41,9 @@ def value_baselines(train: Pass, held_out: Pass) -> dict[str, dict[str, float]]:
     mean = np.broadcast_to(targets.mean(axis=0), held_out.targets_nK.shape).astype(np.float32)
     found = {"predict_mean": value_metrics(mean, held_out.targets_nK, classes=False)}
     probes = {
-        "ridge_last": (train.prefix_last_nD, held_out.prefix_last_nD),
+        "ridge_last": (train.last_nD, held_out.last_nD),
         "ridge_mean": (train.mean_nD, held_out.mean_nD),
-        "ridge_both": (
-            np.concatenate([train.prefix_last_nD, train.mean_nD], axis=1),
-            np.concatenate([held_out.prefix_last_nD, held_out.mean_nD], axis=1),
-        ),
+        "ridge_both": (np.hstack(train[:2]), np.hstack(held_out[:2])),
     }
     for name, (seen, unseen) in probes.items():
         fit = fit_ridge(seen, targets)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from tagllm.config import RunConfig, Split
 from tagllm.data.dataset import Prompts
 from tagllm.errors import UserError
-from tagllm.evaluate.baselines import PROBE_ROWS, value_baselines
+from tagllm.evaluate.baselines import Probe, value_baselines
 from tagllm.evaluate.generate import text_metrics
 from tagllm.evaluate.metrics import value_metrics
 from tagllm.evaluate.passes import Pass, all_draws, run_over
@@ -20,6 +20,7 @@ from tagllm.files import json_bytes, read_json, replace_file, write_durably
 from tagllm.stage import stage_of_run
 from tagllm.tags import Tag, TagLibrary
 from tagllm.train.build import Built, assemble, build, new_tag, prepare_on_all
+from tagllm.train.gradient_free import FIT_ROWS
 from tagllm.train.monitor import peak_memory_gib
 from tagllm.train.ranks import Ranks
 from tagllm.train.run_folder import RunFolder, versions
@@ -59,7 +60,7 @@ def evaluate(run: Path, config: RunConfig, split: Split, controls: Sequence[Path
         "rows": sum(map(len, built.examples(split))),
     }  # fmt: skip
     if built.layout.heads:
-        _score_values(evaluation, results)
+        _score_values(evaluation, None if overridden else folder.probe, results)
     if stage.terms:
         _score_tokens(evaluation, results, controls)
     if any(template.has_output for template in stage.templates):
@@ -86,14 +87,21 @@ def _require_same_rows(folder: RunFolder, built: Built, split: Split) -> None:
                 )
 
 
-def _score_values(evaluation: Evaluation, results: dict[str, Any]) -> None:
+def _training_probe(evaluation: Evaluation, kept: Path | None) -> Probe:
+    """What training left, or else a pass over the training rows."""
+    if kept is not None and kept.is_file():
+        return Probe.load(kept)
+    return Probe.of(_pass(evaluation.built, evaluation.ranks, "train", FIT_ROWS, probing=True))
+
+
+def _score_values(evaluation: Evaluation, probe: Path | None, results: dict[str, Any]) -> None:
     built, ranks, split = evaluation
     classes = any(head.classes for head in built.layout.heads.values())
     held_out = _pass(built, ranks, split, None, probing=True)
     results["metrics"] |= value_metrics(held_out.values_nK, held_out.targets_nK, classes)
     if not classes:
-        train = _pass(built, ranks, "train", PROBE_ROWS, probing=True)
-        results["baselines"] |= value_baselines(train, held_out)
+        train = _training_probe(evaluation, probe)
+        results["baselines"] |= value_baselines(train, Probe.of(held_out))
         results["probe_rows"] = len(train.targets_nK)
 
 
@@ -130,9 +138,8 @@ def _with_tags(evaluation: Evaluation, tags: dict[str, Tag]) -> Pass:
 def _pass(built: Built, ranks: Ranks, split: Split, limit: int | None, probing: bool = False) -> Pass:
     import torch
 
-    collate = built.stage.collator(built.layout)._replace(frozen_prefix=True, min_prefix=1)
-    if probing:
-        collate = collate._replace(terms=(), cut_at_function=True)
+    collate = built.stage.collator(built.layout)
+    collate = collate.probing() if probing else collate._replace(frozen_prefix=True, min_prefix=1)
     sources = built.examples(split)
     size = built.config.evaluation.rows_per_batch
     built.model.memory = None  # every row is seen once

@@ -31,6 +31,7 @@ class _FrozenLayer(DynamicLayer):
     """One layer's prefix. `update` hands both parts on and keeps nothing."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
+        assert self.keys is not None and self.values is not None
         return Parts(self.keys, key_states), Parts(self.values, value_states)
 
 
@@ -40,7 +41,7 @@ class FrozenCache(DynamicCache):
     def __init__(self, keys: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> None:
         super().__init__()
         for key, value in zip(keys, values, strict=True):
-            layer = _FrozenLayer()
+            layer = _FrozenLayer()  # type: ignore[no-untyped-call]
             layer.lazy_initialization(key, value)
             layer.keys, layer.values = key, value
             self.layers.append(layer)
@@ -65,8 +66,8 @@ def attend(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The attention function of transformers' interface; gives (B, Q, H, E). `dropout` is 0: the backbone is frozen."""
-    if isinstance(key, Tensor) and softcap is None:
+    """The attention function of transformers' interface; gives (B, Q, H, E). No dropout: the backbone is frozen."""
+    if isinstance(key, Tensor) and isinstance(value, Tensor) and softcap is None:
         out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
         return out, None
     keys = [key] if isinstance(key, Tensor) else list(key)

@@ -35,6 +35,8 @@ class _Remembered(NamedTuple):
         return self.kv.nbytes + self.hidden.nbytes
 
 
+Key = tuple[int, int]
+"""A row and the length of its prefix (a probe may cut elsewhere than training does)."""
 Compute = Callable[[Tensor, Tensor, Tensor], Prefix]
 
 
@@ -54,36 +56,36 @@ class PrefixMemory:
     def __init__(self, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
         self.num_bytes = self.hits = self.lookups = 0
-        self._rows: dict[int, _Remembered] = {}
+        self._rows: dict[Key, _Remembered] = {}
 
     def prefix(self, rows: list[int], ids_BP: Tensor, mask_BP: Tensor, pool_BP: Tensor, compute: Compute) -> Prefix:
         """The prefixes of a batch: remembered rows are copied, the others computed together and then remembered."""
-        known = [row in self._rows for row in rows]
+        keys = list(zip(rows, mask_BP.sum(dim=1).tolist(), strict=True))
+        known = [key in self._rows for key in keys]
         self.lookups += len(rows)
         self.hits += sum(known)
-        held = {row: self._rows[row] for row, hit in zip(rows, known, strict=True) if hit}
+        held = {key: self._rows[key] for key, hit in zip(keys, known, strict=True) if hit}
         missing = [at for at, hit in enumerate(known) if not hit]
         if missing:
             width = int(mask_BP[missing].sum(dim=1).max())
             cut = ids_BP.shape[1] - max(width, 1)
             fresh = compute(ids_BP[missing, cut:], mask_BP[missing, cut:], pool_BP[missing, cut:])
             if len(missing) == len(rows) and not cut:
-                self._remember(rows, missing, mask_BP, fresh)
+                self._remember(keys, fresh)
                 return fresh
-            held |= self._remember(rows, missing, mask_BP, fresh)
-        return _assemble([held[row] for row in rows], ids_BP.shape[1], ids_BP.device)
+            held |= self._remember([keys[b] for b in missing], fresh)
+        return _assemble([held[key] for key in keys], ids_BP.shape[1], ids_BP.device)
 
-    def _remember(self, rows: list[int], at: list[int], mask_BP: Tensor, fresh: Prefix) -> dict[int, _Remembered]:
-        lengths = mask_BP.sum(dim=1).tolist()
+    def _remember(self, keys: list[Key], fresh: Prefix) -> dict[Key, _Remembered]:
         new = {}
-        for i, b in enumerate(at):
-            start = fresh.keys[0].shape[2] - lengths[b]
+        for i, key in enumerate(keys):
+            start = fresh.keys[0].shape[2] - key[1]
             pairs = [torch.stack([k[i, :, start:], v[i, :, start:]]) for k, v in zip(*fresh[:2], strict=True)]
-            new[rows[b]] = item = _Remembered(
+            new[key] = item = _Remembered(
                 torch.stack(pairs).cpu(), torch.stack([fresh.last_BD[i], fresh.pooled_BD[i]]).cpu()
             )
-            if rows[b] not in self._rows and self.num_bytes + item.num_bytes <= self.budget_bytes:
-                self._rows[rows[b]] = item
+            if key not in self._rows and self.num_bytes + item.num_bytes <= self.budget_bytes:
+                self._rows[key] = item
                 self.num_bytes += item.num_bytes
         return new
 

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor
 
 from tagllm.config import Split
+from tagllm.data.batch import Collator
+from tagllm.evaluate.baselines import Probe
 from tagllm.evaluate.metrics import value_metrics
 from tagllm.evaluate.passes import Pass, all_draws, run_over
 from tagllm.evaluate.ridge import fit_ridge
@@ -58,6 +60,12 @@ class GradientFree:
                 self.engine.overwrite(kept)
         return report
 
+    def probe(self) -> Probe | None:
+        """Features for the ridge baselines of eval, cheap while prefixes are remembered; None without such a head."""
+        if not self._learned_heads():
+            return None
+        return Probe.of(self._pass("train", features=True, limit=FIT_ROWS, collate=self.collate.probing()))
+
     def _learned_heads(self) -> dict[str, HeadModule]:
         """Regression heads that are learned; classes have no closed form."""
         heads = {name: head for name, head in self.built.model.heads.items() if name in self.built.layout.learned}
@@ -72,10 +80,14 @@ class GradientFree:
         weight, bias = torch.from_numpy(fit.weight_KF), torch.from_numpy(fit.bias_K)
         return {f"heads.{name}.weight_KF": weight, f"heads.{name}.bias_K": bias}
 
-    def _pass(self, split: Split, features: bool = False, limit: int | None = None, tag: str | None = None) -> Pass:
+    def _pass(
+        self, split: Split, features: bool = False, limit: int | None = None, tag: str | None = None,
+        collate: Collator | None = None,
+    ) -> Pass:  # fmt: skip
         """Rows of the sources with `tag` through the model as it is."""
         pairs = zip(self.built.examples(split), self.built.stage.templates, strict=True)
         sources = [examples for examples, template in pairs if tag is None or tag in template.tags]
         size = self.built.config.evaluation.rows_per_batch
         with self.engine.evaluating():
-            return run_over(self.engine, sources, all_draws(sources, limit), self.collate, self.ranks, size, features)
+            draws = all_draws(sources, limit)
+            return run_over(self.engine, sources, draws, collate or self.collate, self.ranks, size, features)

@@ -183,7 +183,11 @@ class Trainer:
         peak = self.ranks.sum([peak_memory_gib()])[0]
         self.monitor.log(step, {"memory/peak_gib_all_ranks": peak})
 
+        probe = self.gradient_free.probe()
+
         def save() -> None:
+            if probe is not None:
+                probe.save(self.run.probe)
             library_of(self.built, last, about).save(self.run.last)
             library_of(self.built, result, about).save(self.run.library)
 

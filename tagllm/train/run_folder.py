@@ -1,6 +1,7 @@
 """What stands in a run folder, and that it holds one run only.
 
 config.yaml  versions.json  splits.json  bad_rows.jsonl  metrics.jsonl  tensorboard/  checkpoints/  library/  last/
+probe.safetensors  results.json
 """
 
 from __future__ import annotations
@@ -33,6 +34,8 @@ class RunFolder:
         """The result: the best state on validation, refitted where that is better."""
         self.last = path / "last"
         """The state of the last step."""
+        self.probe = path / "probe.safetensors"
+        """What ridge probes see of the training rows: eval would need the whole prefix pass again."""
 
     def claim(self, config: RunConfig) -> None:
         """Writes the resolved config and versions, or checks that the folder holds this very run.
