@@ -276,3 +276,39 @@ def test_predict_refuses_what_would_harm(run: Run, folder: Path) -> None:
     fails(run("predict", "runs/harm", folder / "other.csv", folder / "y.csv"), "Did you mean smile?")
     fails(run("predict", "runs/harm", rows, folder / "y.csv", "--tag", "V"), "no function tag")
     assert not (folder / "y.csv").exists()
+
+
+def test_full_backward_and_no_validation_split(run: Run, folder: Path) -> None:
+    """The reference path gives the same tags, and a run without validation rows ends in its last state."""
+    split = {"by": "smiles", "valid": 0.0, "test": 0.2}
+    tensors = []
+    for prefix in ("frozen", "full"):
+        file = config(folder, f"prefix_{prefix}", prefix=prefix, data__split=split)
+        result = run("train", file)
+        assert result.exit_code == 0, result.stderr
+        library = TagLibrary.load(folder / f"runs/prefix_{prefix}/library")
+        tensors.append(library.tags["W"].rows_PD)
+    assert tiny.relative_error(tensors[0], tensors[1]) < 1e-4
+
+
+def test_early_stop_keeps_the_best(run: Run, folder: Path) -> None:
+    evaluation = {"every_steps": 1, "patience": 2}
+    file = config(folder, "patience", evaluation=evaluation, optim__steps=60, optim__tag_lr=3.0, optim__head_lr=3.0)
+    assert run("train", file, "optim.schedule=constant").exit_code == 0
+    lines = [json.loads(line) for line in (folder / "runs/patience/metrics.jsonl").read_text().splitlines()]
+    losses = {line["step"]: line["valid/loss"] for line in lines if "valid/loss" in line}
+    assert len(losses) < 60
+    best = min(losses, key=lambda step: losses[step])
+    assert TagLibrary.load(folder / "runs/patience/library").tags["W"].about["best_step"] == best == max(losses) - 2
+
+
+def test_tensorboard_has_what_the_jsonl_has(run: Run, folder: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    assert run("train", config(folder, "board")).exit_code == 0
+    events = EventAccumulator(str(folder / "runs/board/tensorboard"))
+    events.Reload()
+    lines = [json.loads(line) for line in (folder / "runs/board/metrics.jsonl").read_text().splitlines()]
+    losses = [line["train/loss"] for line in lines if "train/loss" in line]
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(losses)
+    assert {"valid/loss", "train/gradient_norm", "speed/rows_per_second"} <= set(events.Tags()["scalars"])

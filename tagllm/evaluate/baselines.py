@@ -23,7 +23,9 @@ class Probe(NamedTuple):
 
     @classmethod
     def of(cls, result: Pass) -> Probe:
-        return cls(result.prefix_last_nD, result.mean_nD, result.targets_nK)
+        """Only rows with a target (sources without the head have none)."""
+        known = np.isfinite(result.targets_nK).all(axis=1)
+        return cls(result.prefix_last_nD[known], result.mean_nD[known], result.targets_nK[known])
 
     def save(self, path: Path) -> None:
         save_tensors(path, {name: torch.from_numpy(value) for name, value in self._asdict().items()})

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Sequence
@@ -170,8 +169,3 @@ def describe(results: dict[str, Any]) -> list[str]:
         shown = "  ".join(f"{key} {value:.4f}" for key, value in metrics.items() if isinstance(value, float))
         lines.append(f"  {name:<16} {shown}")
     return lines
-
-
-def load_results(run: Path) -> dict[str, Any]:
-    document: dict[str, Any] = json.loads((run / "results.json").read_text(encoding="utf-8"))
-    return document
