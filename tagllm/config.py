@@ -86,13 +86,18 @@ class TagConfig(Section):
     def _consistent(self) -> TagConfig:
         if self.load is None and self.learn is False:
             raise ValueError("learn is false but there is no `load: LIBRARY` to take the tag from")
-        if self.load is not None and (self.head is not None or {"kind", "length", "init"} & self.model_fields_set):
-            raise ValueError("kind, length, init and head come with the library; drop them or drop `load`")
+        own = [name for name in ("kind", "length", "init", "head") if getattr(self, name) != _default(self, name)]
+        if self.load is not None and own:
+            raise ValueError(f"its own {', '.join(own)} cannot be given: they come with the library; drop them or drop `load`")
         if self.kind == "domain" and self.head is not None:
             raise ValueError("a head belongs to a function tag; set kind: function")
         if not self.init.startswith("text:") and self.init not in ("mean", "vocabulary", "normal"):
             raise ValueError(f"init is {self.init!r}; it must be mean, vocabulary, normal or text:SOME WORDS")
         return self
+
+
+def _default(section: Section, name: str) -> Any:
+    return type(section).model_fields[name].default
 
 
 class FieldConfig(Section):

@@ -189,6 +189,11 @@ def test_enriching_and_several_sources(run: Run, folder: Path) -> None:
     result = run("train", file)
     assert result.exit_code == 0, result.stderr
     assert "train/span_nats" in (folder / "runs/rich/metrics.jsonl").read_text()
+    result = run("eval", "runs/rich")
+    assert result.exit_code == 0, result.stderr
+    results = json.loads((folder / "runs/rich/results.json").read_text())
+    assert {"mse", "span_nats"} <= results["metrics"].keys()
+    assert {"predict_mean", "ridge_both"} <= results["baselines"].keys()
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {

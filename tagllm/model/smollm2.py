@@ -47,7 +47,9 @@ def _convert(gguf: Path, folder: Path) -> None:
     """A model loaded from GGUF refuses `save_pretrained`, so its weights go into a fresh one."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     try:
         loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.bfloat16)
     except (ImportError, ValueError) as error:
