@@ -88,7 +88,7 @@ class TagConfig(Section):
             raise ValueError("learn is false but there is no `load: LIBRARY` to take the tag from")
         own = [name for name in ("kind", "length", "init", "head") if getattr(self, name) != _default(self, name)]
         if self.load is not None and own:
-            raise ValueError(f"its own {', '.join(own)} cannot be given: they come with the library; drop them or drop `load`")
+            raise ValueError(f"its own {', '.join(own)} cannot be given: they come with the library; drop either")
         if self.kind == "domain" and self.head is not None:
             raise ValueError("a head belongs to a function tag; set kind: function")
         if not self.init.startswith("text:") and self.init not in ("mean", "vocabulary", "normal"):

@@ -215,7 +215,7 @@ def test_a_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:
     ("values", "told"),
     [
         ({"learn": False}, "learn is false but there is no `load: LIBRARY` to take the tag from"),
-        ({"load": "a", "length": 3}, "length cannot be given: they come with the library; drop them or drop `load`"),
+        ({"load": "a", "length": 3}, "length cannot be given: they come with the library; drop either"),
         ({"load": "a", "kind": "function"}, "come with the library"),
         ({"load": "a", "init": "normal"}, "come with the library"),
         ({"load": "a", "head": {}}, "come with the library"),
