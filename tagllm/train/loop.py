@@ -64,11 +64,11 @@ def train(config: RunConfig, where: str) -> Path:
     with StopRequest() as stop:
 
         def claim() -> None:
-            lock.__enter__()  # held until the process ends or `release` below
+            lock.__enter__()
             run.claim(config)
 
-        ranks.on_rank_zero(claim)
         try:
+            ranks.on_rank_zero(claim)
             built = build(stage, ranks)
             ranks.on_rank_zero(lambda: run.record(built.data))
             engine = Engine(built.model, config.optim, config.engine, ranks)
