@@ -44,8 +44,6 @@ class HeadConfig(Section):
     classes: list[str] | None = None
     reads: Literal["last", "mean", "both"] = "last"
     """The hidden state of the tag's last row, the mean over the domain spans before it, or both side by side."""
-    init: Literal["zero", "ridge"] = "zero"
-    """`ridge` starts from the closed-form fit on the training rows (regression only)."""
     refit: bool = True
     """Refit in closed form after training; kept only if better on validation (regression only)."""
 
@@ -62,8 +60,6 @@ class HeadConfig(Section):
             raise ValueError("a classification head needs `classes: [...]`, the labels as they stand in the data")
         if self.classes and (len(self.classes) != self.outputs or len(set(self.classes)) != self.outputs):
             raise ValueError(f"outputs is {self.outputs} but classes has {len(set(self.classes))} different names")
-        if self.type == "classification" and self.init == "ridge":
-            raise ValueError("init: ridge is for regression; use init: zero")
         return self
 
 

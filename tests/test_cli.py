@@ -177,7 +177,7 @@ def test_enriching_and_several_sources(run: Run, folder: Path) -> None:
     assert run("train", first).exit_code == 0
     file = config(folder, "rich", tags={
         "D": {"load": "runs/base/library", "learn": True},
-        "W": {"kind": "function", "length": 2, "head": {"reads": "both", "init": "ridge"}},
+        "W": {"kind": "function", "length": 2, "head": {"reads": "both"}},
     }, loss={"span": 0.1, "value": 1.0})  # fmt: skip
     values = yaml.safe_load(file.read_text())
     source = {"path": str(folder / "rows.csv"), "target": "weight"}

@@ -233,10 +233,6 @@ def test_a_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:
             {"kind": "function", "head": {"type": "classification", "classes": ["a", "a"]}},
             "outputs is 2 but classes has 1 different names",
         ),
-        (
-            {"kind": "function", "head": {"type": "classification", "classes": ["a"], "init": "ridge"}},
-            "init: ridge is for regression; use init: zero",
-        ),
     ],
 )
 def test_rules_of_tags_and_heads(values: dict[str, Any], told: str) -> None:

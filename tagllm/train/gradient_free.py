@@ -39,12 +39,6 @@ class GradientFree:
         metrics = value_metrics(result.values_nK, result.targets_nK, classes)
         return scalars | {f"valid/{name}": value for name, value in metrics.items()}
 
-    def fit_heads_at_start(self) -> None:
-        """`init: ridge`: the head starts where a probe on the untrained tag ends."""
-        for name, head in self._learned_heads().items():
-            if head.spec.init == "ridge":
-                self.engine.overwrite(self._fitted(name, head))
-
     def refit_heads(self) -> dict[str, float]:
         """Closed-form fit on the training rows, kept only if better on validation. Returns validation losses."""
         report: dict[str, float] = {}

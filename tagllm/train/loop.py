@@ -102,8 +102,6 @@ class Trainer:
             return
         every = self.config.evaluation.every_steps or max(1, math.ceil(self.total / 4))
         with Monitor(self.run.path, self.total, first, self.ranks.rank > 0) as self.monitor:
-            if first == 0:
-                self.gradient_free.fit_heads_at_start()
             step, self.stop.training = first, True
             while step < self.total:
                 started = time.monotonic()
