@@ -19,6 +19,7 @@ SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 Count = Annotated[int, Field(ge=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Gib = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 Columns = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 
@@ -33,7 +34,8 @@ class BackboneConfig(Section):
     model: str
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto` takes bf16 where this machine multiplies bf16 matrices faster than fp32 ones."""
-    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
+    attention: Literal["auto", "sdpa", "flash_attention_2"] = "auto"
+    """`auto` takes flash-attn where it is installed and can run."""
 
 
 class HeadConfig(Section):
@@ -134,6 +136,11 @@ class SourceConfig(Section):
     """Rows whose column is longer are left out (and counted)."""
     rows: dict[Split, Count] = {}
     """At most so many rows of a split, the same ones in every run."""
+    group_by: Columns = []
+    """Rows with the same values here (one protein, many drugs) are drawn together, so that what they begin with is
+    computed once."""
+    rows_per_group: Count = 8
+    """So many of them in a row; the rest of a large group comes elsewhere in the epoch."""
     weight: Annotated[float, Field(gt=0)] = 1.0
 
     @model_validator(mode="after")
@@ -221,12 +228,29 @@ class RunConfig(Section):
     engine: EngineConfig = EngineConfig()
     prefix: Literal["frozen", "full"] = "frozen"
     """`full` is the plain backward through the whole prompt, for reference."""
-    remember_gib: Annotated[float, Field(ge=0)] = 2.0
-    """Host memory per rank for the keys and values of prefixes seen before (replicated backbones)."""
+    mask: Literal["causal", "block"] = "causal"
+    """`block`: a domain tag and its field see only each other (the authors' released variant)."""
+    remember_gib: Gib | None = None
+    """Host memory per rank for the keys and values of prefixes seen before. None: 2 where every rank holds the whole
+    backbone, else 0."""
+    remember_device_gib: Gib | None = None
+    """The same on the accelerator (if there is one), which is filled first. None: 4 or 0."""
+
+    @property
+    def remembers(self) -> bool:
+        """Under ZeRO-3 a rank that skips a pass, since it remembers its result, would hang the others."""
+        return self.prefix == "frozen" and self.engine.zero_stage < 3
+
+    @property
+    def remembered_bytes(self) -> tuple[int, int]:
+        """Budgets on the device and on the host."""
+        budgets = ((self.remember_device_gib, 4.0), (self.remember_gib, 2.0))
+        device, host = (int((default if gib is None else gib) * self.remembers * 2**30) for gib, default in budgets)
+        return device, host
 
     def digest(self) -> str:
         """sha256 of what shapes the learned rows; not of where they are written or how the work is spread."""
-        left_out = {"output": True, "checkpoint": True, "engine": True, "remember_gib": True}
+        left_out = dict.fromkeys(("output", "checkpoint", "engine", "remember_gib", "remember_device_gib"), True)
         return digest_of(self.model_dump(mode="json", exclude={**left_out, "optim": {"rows_per_micro_batch"}}))
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tagllm.config import RunConfig
-from tagllm.data.batch import Collator
+from tagllm.data.collate import Collator
 from tagllm.data.encode import TagLayout
 from tagllm.errors import UserError, did_you_mean
 from tagllm.model.loss import Weights
@@ -45,10 +45,18 @@ class Stage(NamedTuple):
                 heads[name] = spec
         return TagLayout.of(vocabulary_size, self.kinds, lengths, self.learned, heads)
 
-    def collator(self, layout: TagLayout) -> Collator:
-        frozen = self.config.prefix == "frozen"
-        widest = max((head.outputs for head in layout.heads.values()), default=0)
-        return Collator(layout.first_learned_id, self.terms, widest, frozen, int(frozen))
+    def collator(self, layout: TagLayout, free_spans: bool) -> Collator:
+        """`free_spans`: whether the backbone lets keys be moved to other positions."""
+        return Collator(
+            layout.first_learned_id,
+            self.terms,
+            num_outputs=max((head.outputs for head in layout.heads.values()), default=0),
+            frozen_prefix=self.config.prefix == "frozen",
+            block=self.config.mask == "block",
+            free_spans=free_spans,
+            sharded=self.config.engine.zero_stage == 3,
+            grouped=any(source.group_by for source in self.config.data.sources),
+        )
 
 
 def read_stage(config: RunConfig, where: str) -> Stage:
@@ -109,6 +117,8 @@ def _contradictions(stage: Stage, where: str) -> list[str]:
     """Settings that cannot be honoured together."""
     config, heads = stage.config, stage.layout(0).heads
     problems = []
+    if not config.remembers and (config.remember_gib or config.remember_device_gib):
+        problems.append(_cannot_remember(config, where))
     used = {name for template in stage.templates for name in template.tags}
     for name in config.tags:
         if name not in used:
@@ -142,6 +152,16 @@ def _contradictions(stage: Stage, where: str) -> list[str]:
                 "field right behind a domain tag with loss.span > 0."
             )
     return problems
+
+
+def _cannot_remember(config: RunConfig, where: str) -> str:
+    why = "engine.zero_stage is 3, where ranks must run the same passes whatever each of them remembers"
+    if config.prefix == "full":
+        why = "prefix is full, which leaves nothing to remember"
+    return (
+        f"{where}: remember_gib is {config.remember_gib or 0} and remember_device_gib {config.remember_device_gib or 0},"
+        f" but {why}. Set both to 0, or leave them out."
+    )
 
 
 def check_world(config: RunConfig, num_ranks: int, where: str) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tagllm.data.batch import Batch, Collator, count
+from tagllm.data.batch import Batch, Tokens, count
+from tagllm.data.collate import Collator
 from tagllm.data.encode import Example
 from tagllm.template import FIELD, OUTPUT, SPAN
 from tests import tiny
@@ -31,14 +32,34 @@ def cases(draw: st.DrawFn) -> tuple[Collator, list[Example]]:
     prompts = draw(st.lists(st.lists(piece, min_size=1, max_size=7), min_size=1, max_size=5))
     random = np.random.default_rng(draw(st.integers(0, 2**16)))
     rows = [tiny.example(of, prompt, random, target=draw(st.booleans())) for prompt in prompts]
+    block, free, sharded, grouped = (draw(st.booleans()) for _ in range(4))
     collator = Collator(
-        of.first_learned_id, draw(st.sampled_from(TERMS)), 2, draw(st.booleans()), draw(st.integers(0, 1))
+        of.first_learned_id, draw(st.sampled_from(TERMS)), 2, draw(st.booleans()), False, block, free, sharded, grouped
     )
     return collator, rows
 
 
-def collated(collator: Collator, rows: Sequence[Example]) -> Batch:
-    return collator(rows, range(10, 10 + len(rows)))
+def prompts_of(batch: Batch) -> list[tuple[dict[int, list[int]], list[list[int]]]]:
+    """Per row: positions of the prefix -> (id, span, pool), put together from pieces and own positions; and the live
+    columns."""
+    found = []
+    own, live = _split(batch.own), _split(batch.live)
+    pieces = _split(batch.pieces.tokens)
+    for b in range(len(live)):
+        prefix = {at: [token, span, pool] for token, at, span, pool in own[b]}
+        for placement in batch.pieces.placements:
+            for token, at, span, pool in pieces[placement.piece_B[b]] if placement.piece_B[b] >= 0 else []:
+                moved = placement.span_B[b] > 0  # a free span
+                place = at + placement.offset_B[b] * moved
+                assert place not in prefix
+                prefix[place] = [token, placement.span_B[b] if moved else span, pool]
+        found.append((prefix, live[b]))
+    return found
+
+
+def _split(tokens: Tokens) -> list[list[list[int]]]:
+    columns = tokens.columns_4N[:, : sum(tokens.lengths)].T
+    return [part.tolist() for part in columns.split(list(tokens.lengths))] if tokens.lengths else []
 
 
 def last_needed(collator: Collator, row: Example) -> int:
@@ -50,33 +71,39 @@ def last_needed(collator: Collator, row: Example) -> int:
 
 @quick
 @given(cases())
-def test_unpadding_gives_the_rows_back(case: tuple[Collator, list[Example]]) -> None:
+def test_pieces_own_and_live_positions_give_the_rows_back(case: tuple[Collator, list[Example]]) -> None:
+    """Nothing lost, nothing twice, each position with its span and its pooling mark; and no padding at all."""
     collator, rows = case
-    batch = collated(collator, rows)
-    assert batch.row_B.tolist() == list(range(10, 10 + len(rows)))
-    for i, row in enumerate(rows):
-        prefix_mask, live_mask = batch.prefix_mask_BP[i].bool(), batch.live_mask_BL[i].bool()
-        prefix, live = batch.prefix_ids_BP[i][prefix_mask], batch.live_ids_BL[i][live_mask]
+    batch = collator(rows)
+    for row, (prefix, live) in zip(rows, prompts_of(batch), strict=True):
         needed = last_needed(collator, row) + 1
-        assert [*prefix.tolist(), *live.tolist()] == row.ids[:needed].tolist()
-        assert len(prefix) == collator.live_at(row)
-        pool = [*batch.prefix_pool_BP[i][prefix_mask].tolist(), *batch.live_pool_BL[i][live_mask].tolist()]
-        assert pool == np.isin(row.marks[:needed], (SPAN, FIELD)).astype(int).tolist()
-        padding = [batch.prefix_ids_BP[i][~prefix_mask], batch.live_ids_BL[i][~live_mask]]
-        padding += [batch.prefix_pool_BP[i][~prefix_mask], batch.live_pool_BL[i][~live_mask]]
-        assert not torch.cat(padding).any()
+        cut = collator.live_at(row)
+        spans = np.zeros(len(row.ids), int)
+        for number, (start, end) in enumerate(row.spans_at if collator.block else [], 1):
+            spans[start:end] = number
+        pool = np.isin(row.marks, (SPAN, FIELD))
+        expected = [[int(row.ids[at]), int(spans[at]), int(pool[at])] for at in range(needed)]
+        assert sorted(prefix) == list(range(cut))
+        assert [prefix[at] for at in range(cut)] == expected[:cut]
+        assert [[token, span, pool] for token, _, span, pool in live] == expected[cut:]
+        assert [at for _, at, _, _ in live] == list(range(cut, needed))
+    assert batch.prefix_lengths == [collator.live_at(row) for row in rows]
+    free = collator.block and collator.free_spans
+    for tokens, runs in ((batch.pieces.tokens, collator.grouped or free), (batch.own, True), (batch.live, False)):
+        dummy = collator.sharded and collator.frozen_prefix and runs and not sum(tokens.lengths)
+        assert tokens.columns_4N.shape[1] == sum(tokens.lengths) + dummy
 
 
 @quick
-@given(cases())
-def test_padding_is_on_the_outer_sides_and_no_more_than_needed(case: tuple[Collator, list[Example]]) -> None:
-    """Prefix and live part meet: `. p p | l l .`"""
+@given(cases(), st.randoms())
+def test_what_is_shared_is_there_once(case: tuple[Collator, list[Example]], random: Any) -> None:
+    """Rows three times add no free span, and no piece stands in a batch twice."""
     collator, rows = case
-    batch = collated(collator, rows)
-    assert (batch.prefix_mask_BP.diff(dim=1) >= 0).all()
-    assert (batch.live_mask_BL.diff(dim=1) <= 0).all()
-    assert batch.prefix_mask_BP.shape[1] == max(collator.min_prefix, int(batch.prefix_mask_BP.sum(dim=1).max()))
-    assert batch.live_mask_BL.shape[1] == int(batch.live_mask_BL.sum(dim=1).max())
+    once, often = collator(rows), collator(random.sample(rows * 3, 3 * len(rows)))
+    assert len(set(often.pieces.keys)) == len(often.pieces.keys) == len(often.pieces.tokens.lengths)
+    if collator.block and collator.free_spans:
+        assert sorted(once.pieces.keys) == sorted(often.pieces.keys)
+        assert set(once.own_keys) == set(often.own_keys)
 
 
 @quick
@@ -84,20 +111,20 @@ def test_padding_is_on_the_outer_sides_and_no_more_than_needed(case: tuple[Colla
 def test_labels_are_the_next_tokens_of_the_terms(case: tuple[Collator, list[Example]]) -> None:
     """Exactly the tokens whose mark is in `terms` (but a first one, which nothing predicts), in order."""
     collator, rows = case
-    batch = collated(collator, rows)
+    batch = collator(rows)
     expected = [
         (i, at - 1 - collator.live_at(row), int(row.ids[at]), int(row.marks[at]))
         for i, row in enumerate(rows)
         for at in range(1, len(row.ids))
         if row.marks[at] in collator.terms
     ]
-    num_live = batch.live_ids_BL.shape[1]
+    starts = np.cumsum([0, *batch.live.lengths])
     found = [
-        (*divmod(int(flat), num_live), int(label), int(term))
-        for flat, label, term in zip(batch.label_at_N, batch.label_N, batch.label_term_N, strict=True)
+        (row := int(np.searchsorted(starts, flat, "right")) - 1, flat - starts[row], label, term)
+        for flat, label, term in batch.labels_3M.T.tolist()
     ]
     assert found == (expected or [(0, 0, 0, -1)])
-    assert all(batch.live_mask_BL[i, at] for i, at, _, _ in expected)
+    assert all(at < batch.live.lengths[i] for i, at, _, _ in expected)
 
 
 @quick
@@ -122,11 +149,13 @@ def test_live_part_starts_where_learning_or_reading_begins(case: tuple[Collator,
 @given(cases())
 def test_heads_read_their_own_position_and_targets_are_padded_with_nan(case: tuple[Collator, list[Example]]) -> None:
     collator, rows = case
-    batch = collated(collator, rows)
+    batch = collator(rows)
     for i, row in enumerate(rows):
         if row.read_at >= 0:
-            assert batch.live_ids_BL[i, batch.read_at_B[i]] == row.ids[row.read_at]
-            assert batch.read_at_B[i] + collator.live_at(row) == row.read_at
+            read_at = int(batch.read_at_B[i])
+            assert batch.live.ids_N[read_at] == row.ids[row.read_at]
+            assert batch.live.at_N[read_at] == row.read_at
+            assert sum(batch.live.lengths[:i]) <= read_at < sum(batch.live.lengths[: i + 1])
         assert batch.head_B[i] == row.head
         assert batch.target_BK[i, : len(row.target)].tolist() == row.target.tolist()
         assert batch.target_BK[i, len(row.target) :].isnan().all()
@@ -136,7 +165,7 @@ def test_heads_read_their_own_position_and_targets_are_padded_with_nan(case: tup
 @given(cases())
 def test_counts(case: tuple[Collator, list[Example]]) -> None:
     collator, rows = case
-    counts = count(collated(collator, rows))
+    counts = count(collator(rows))
     for mark, found in ((SPAN, counts.span), (OUTPUT, counts.output)):
         expected = sum(int((row.marks[1:] == mark).sum()) for row in rows) if mark in collator.terms else 0
         assert found == expected
@@ -146,8 +175,8 @@ def test_counts(case: tuple[Collator, list[Example]]) -> None:
 def test_a_batch_without_labels_has_one_pad_label() -> None:
     """So that a rank without any still calls the LM head."""
     of = tiny.layout()
-    batch = tiny.collator(of)([tiny.example(of, (3, "F"), np.random.default_rng(0))], [0])
-    assert (batch.label_at_N.tolist(), batch.label_term_N.tolist()) == ([0], [-1])
+    batch = tiny.collator(of)([tiny.example(of, (3, "F"), np.random.default_rng(0))])
+    assert (batch.label_at_M.tolist(), batch.label_term_M.tolist()) == ([0], [-1])
     assert count(batch)[:2] == (0, 0)
 
 
@@ -173,5 +202,5 @@ def test_a_frozen_head_reads_its_own_position(pieces: tuple[Piece, ...]) -> None
     of = tiny.layout(("Learned",))
     row = tiny.example(of, pieces, np.random.default_rng(0))
     tagged = tiny.model(of)
-    full, cut = (tagged(tiny.collator(of, frozen, ())([row], [0])).values_BK for frozen in (False, True))
+    full, cut = (tagged(tiny.collator(of, frozen, ())([row])).values_BK for frozen in (False, True))
     torch.testing.assert_close(cut, full, rtol=1e-4, atol=1e-5)

@@ -210,3 +210,26 @@ def test_predicting_asks_neither_target_nor_output(tokenizer: Any) -> None:
     assert prompt.ids.tolist() == whole.ids[: len(prompt.ids)].tolist()
     assert whole.marks[len(prompt.ids)] == OUTPUT
     assert prompt.ids[-1] == LAYOUT.ids("Name")[-1]
+
+
+def test_fields_spans_and_what_a_group_shares(tokenizer: Any) -> None:
+    """Spans begin with their domain tag; rows of a group are alike up to the next field, text and tags included."""
+    template = "p <Protein> {s}. d <SMILES> {d}. n {n} <QED>"
+    made = encoder(tokenizer, template, target="y", group_by="s")
+    rows = [one(made, s="MK", d="CCO", n="1", y=0), one(made, s="MK", d="N", n="2", y=0)]
+    other = one(made, s="MKV", d="CCO", n="1", y=0)
+    for row in rows:
+        assert [tokenizer.decode(row.ids[at]) for at in row.fields_at] == [" ", " ", " "]
+        assert row.spans_at.shape == (2, 2)
+        for (start, end), tag in zip(row.spans_at, ("Protein", "SMILES"), strict=True):
+            assert row.ids[start : start + 3].tolist() == list(LAYOUT.ids(tag))
+            assert set(row.marks[start + 3 : end]) == {SPAN}
+            assert row.marks[end] == TEXT
+        assert row.alike_to == row.fields_at[1]
+    assert rows[0].ids[: rows[0].alike_to].tolist() == rows[1].ids[: rows[1].alike_to].tolist()
+    assert rows[0].group == rows[1].group != other.group
+    assert min(rows[0].group, other.group) >= 0
+    whole = encoder(tokenizer, template, target="y", group_by=["s", "n"])
+    assert one(whole, s="MK", d="CCO", n="1", y=0).alike_to == len(rows[0].ids)
+    none = one(encoder(tokenizer, template, target="y"), s="MK", d="CCO", n="1", y=0)
+    assert (none.group, none.alike_to) == (-1, 0)

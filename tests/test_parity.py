@@ -12,8 +12,9 @@ from safetensors import safe_open
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tagllm.config import HeadConfig
-from tagllm.data.batch import Collator
+from tagllm.data.collate import Collator
 from tagllm.data.encode import Example, TagLayout
+from tagllm.model.attention import plain_attention
 from tagllm.model.loss import Weights
 from tagllm.model.tagged import TaggedModel
 from tagllm.tags import Head, Tag
@@ -46,7 +47,7 @@ def build(reference: dict[str, torch.Tensor], learned: tuple[str, ...]) -> Tagge
     made = {n: Tag(n, kinds[n], rows[n], head if n == "F" else None) for n in kinds}
     # The reference numbers its rows A, B, F; with A and B learned or frozen together the layout does too.
     layout = TagLayout.of(320, kinds, dict.fromkeys(kinds, 5), learned, {"F": spec})
-    return TaggedModel(llama.eval().requires_grad_(False), made, layout, 0, reads_tokens=True)
+    return TaggedModel(llama.eval().requires_grad_(False), made, layout)
 
 
 def examples(reference: dict[str, torch.Tensor], case: str, layout: TagLayout) -> list[Example]:
@@ -73,7 +74,7 @@ def test_the_authors_losses_and_gradients(reference: dict[str, torch.Tensor], ca
     tagged = build(reference, CASES[case])
     layout = tagged.layout
     rows = examples(reference, case, layout)
-    batch = Collator(layout.first_learned_id, (SPAN, OUTPUT), 1, frozen)(rows, range(len(rows)))
+    batch = Collator(layout.first_learned_id, (SPAN, OUTPUT), 1, frozen)(rows)
     loss, _ = tiny.loss_of(tagged, batch, Weights(1.0, 1.0, 100.0))
     loss.backward()
     assert loss.item() == pytest.approx(reference[f"{case}.loss"].item(), rel=1e-5)
@@ -92,13 +93,14 @@ def test_against_plain_transformers() -> None:
     of = tiny.layout(("F", "Text"))
     tagged = tiny.model(of)
     row = tiny.rows(of)[2]
-    batch = tiny.collator(of)([row], [0])
+    batch = tiny.collator(of)([row])
     loss, _ = tiny.loss_of(tagged, batch)
     loss.backward()
     rows_TD = torch.cat([tagged.tags.frozen_TD, tagged.tags.learned_TD]).detach().requires_grad_()
     table = torch.cat([tagged.backbone.get_input_embeddings().weight, rows_TD])
     labels = torch.tensor([[t if m == OUTPUT else -100 for t, m in zip(row.ids, row.marks, strict=True)]])
-    expected = tagged.backbone(inputs_embeds=table[torch.tensor(row.ids).long()][None], labels=labels).loss
+    with plain_attention(tagged.backbone):
+        expected = tagged.backbone(inputs_embeds=table[torch.tensor(row.ids).long()][None], labels=labels).loss
     expected.backward()
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     assert rows_TD.grad is not None and tagged.tags.learned_TD.grad is not None

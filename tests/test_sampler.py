@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from itertools import pairwise
+from itertools import groupby, pairwise
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tagllm.data.sampler import Draw, Sampler, deal
+from tagllm.data.sampler import Draw, Groups, Sampler, deal
 
 quick = settings(max_examples=50, deadline=None)
 sizes_st = st.lists(st.integers(1, 30), min_size=1, max_size=4)
@@ -136,3 +137,20 @@ def test_rows_with_even_homes_never_move() -> None:
         rows = [draw.row for draw in sampler.step(step)]
         found.append({row: rank for rank, hand in enumerate(deal(rows, rows, 4)) for row in hand})
     assert found[0] == found[1] == found[2]
+
+
+@quick
+@given(st.lists(st.integers(0, 5), min_size=1, max_size=40), st.integers(1, 8), st.integers(0, 9), st.integers(1, 12))
+def test_groups_come_together(group_n: list[int], together: int, seed: int, rows_per_step: int) -> None:
+    """Every epoch has each row once; rows of a group stand in stretches of `rows_per_group` and one shorter one, whose
+    order changes from epoch to epoch; and the number of rows per step does not matter."""
+    groups = Groups(np.array(group_n), together)
+    draws = stream(Sampler([len(group_n)], None, rows_per_step, seed, [groups]), 2 * len(group_n))
+    assert draws == stream(Sampler([len(group_n)], None, 1, seed, [groups]), 2 * len(group_n))
+    for epoch in (draws[: len(group_n)], draws[len(group_n) :]):
+        assert sorted(draw.row for draw in epoch) == list(range(len(group_n)))
+        stretches = [len(list(run)) for _, run in groupby(epoch, key=lambda draw: group_n[draw.row])]
+        fewest = sum(-(-size // together) for size in Counter(group_n).values())
+        assert len(stretches) <= fewest
+    if len(set(group_n)) > 5:
+        assert [d.row for d in draws[: len(group_n)]] != [d.row for d in draws[len(group_n) :]]

@@ -76,15 +76,23 @@ def test_loaded_tags_are_frozen_and_bring_kind_length_and_head(library: str) -> 
     assert layout.lengths == {"SMILES": 7, "QED": 3, "New": 4}
     assert layout.first_learned_id == 96 + 7
     assert layout.heads == {"QED": HeadConfig(outputs=2)}
-    collator = stage.collator(layout)
+    collator = stage.collator(layout, free_spans=True)
     assert (collator.first_learned_id, collator.terms, collator.num_outputs) == (103, (), 2)
 
 
 def test_the_plain_backward_has_no_prefix() -> None:
     plain = config({"D": {}}, "a <D> {x}").model_copy(update={"prefix": "full"})
     stage = read_stage(plain, "c.yaml")
-    collator = stage.collator(stage.layout(10))
-    assert (collator.frozen_prefix, collator.min_prefix) == (False, 0)
+    assert not stage.collator(stage.layout(10), free_spans=True).frozen_prefix
+
+
+@pytest.mark.parametrize(("key", "value"), [("prefix", "full"), ("engine", {"zero_stage": 3})])
+def test_remembering_is_refused_where_it_cannot_be(key: str, value: object) -> None:
+    """And left out of a config it is off there."""
+    plain = config({"D": {}}, "a <D> {x}").model_dump() | {key: value}
+    assert RunConfig.model_validate(plain).remembered_bytes == (0, 0)
+    with pytest.raises(UserError, match=r"c.yaml: remember_gib is 1.0 and remember_device_gib 0, but .* Set both to 0"):
+        read_stage(RunConfig.model_validate(plain | {"remember_gib": 1.0}), "c.yaml")
 
 
 def test_a_bad_name() -> None:

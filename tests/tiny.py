@@ -21,9 +21,11 @@ from transformers import (
 )
 
 from tagllm.config import HeadConfig
-from tagllm.data.batch import Batch, Collator, count
+from tagllm.data.batch import Batch, count
+from tagllm.data.collate import Collator
 from tagllm.data.encode import Example, TagLayout
 from tagllm.model.loss import Weights, total
+from tagllm.model.prefix import PrefixMemory
 from tagllm.model.tagged import Output, TaggedModel
 from tagllm.tags import Head, Tag
 from tagllm.template import OUTPUT, SPAN, TAG, TEXT
@@ -75,30 +77,40 @@ def tags(of: TagLayout, seed: int = 1) -> dict[str, Tag]:
 
 
 def model(of: TagLayout, family: str = "llama", remember: int = 0, dtype: torch.dtype = torch.float32) -> TaggedModel:
-    return TaggedModel(backbone(family, dtype=dtype), tags(of), of, remember, reads_tokens=True)
+    return TaggedModel(backbone(family, dtype=dtype), tags(of), of, PrefixMemory(0, remember) if remember else None)
 
 
-def example(of: TagLayout, pieces: Sequence[str | int], random: np.random.Generator, target: bool = True) -> Example:
-    """`pieces`: a number is fixed text of so many tokens, `~n` a span, `>n` output, else a tag's name."""
+def example(
+    of: TagLayout, pieces: Sequence[str | int], random: np.random.Generator, target: bool = True, group: int = -1
+) -> Example:
+    """`pieces`: a number is fixed text of so many tokens, `~n` a span, `>n` output, else a tag's name; `~n#s` has the
+    content of seed s. Rows of a group are alike up to their second span."""
     ids: list[int] = []
     marks: list[int] = []
-    read_at, function_at = -1, -1
+    read_at, function_at, tag_at = -1, -1, -1
+    fields_at, spans_at = [], []
     for piece in pieces:
         if isinstance(piece, str) and piece in of.kinds:
             new, mark = list(of.ids(piece)), TAG
+            tag_at = len(ids) if of.kinds[piece] == "domain" else -1
             function_at = len(ids) if of.kinds[piece] == "function" else function_at
             read_at = len(ids) + len(new) - 1 if piece in of.heads else read_at
         else:
             mark = TEXT if isinstance(piece, int) else {"~": SPAN, ">": OUTPUT}[piece[0]]
-            size = piece if isinstance(piece, int) else int(piece[1:])
-            new = random.integers(1, VOCABULARY, size).tolist()
+            size, _, seed = str(piece).lstrip("~>").partition("#")
+            fixed = np.random.default_rng(int(seed or 0)) if seed or isinstance(piece, int) else random
+            new = fixed.integers(1, VOCABULARY, int(size)).tolist()
+            fields_at += [len(ids)] * (mark == SPAN)
+            spans_at += [(tag_at, len(ids) + len(new))] * (mark == SPAN and tag_at >= 0)
+            tag_at = -1
         ids += new
         marks += [mark] * len(new)
     has_target = read_at >= 0 and target
     return Example(
         np.array(ids, np.int32), np.array(marks, np.uint8),
         random.normal(size=2).astype(np.float32) if has_target else np.zeros(0, np.float32),
-        0 if read_at >= 0 else -1, read_at, function_at, 0,
+        0 if read_at >= 0 else -1, read_at, function_at, 0, np.array(fields_at, np.int32),
+        np.array(spans_at, np.int32).reshape(-1, 2), group, alike_to=fields_at[1] if group >= 0 else 0,
     )  # fmt: skip
 
 
@@ -117,8 +129,8 @@ def rows(of: TagLayout, seed: int = 0) -> list[Example]:
     return [*made, example(of, (4, "Frozen", "~7", "F"), random, target=False)]
 
 
-def collator(of: TagLayout, frozen: bool = True, terms: tuple[int, ...] = (OUTPUT,)) -> Collator:
-    return Collator(of.first_learned_id, terms, 2, frozen, 1 if frozen else 0)
+def collator(of: TagLayout, frozen: bool = True, terms: tuple[int, ...] = (OUTPUT,), **settings: bool) -> Collator:
+    return Collator(of.first_learned_id, terms, 2, frozen, **settings)
 
 
 def loss_of(

@@ -1,6 +1,6 @@
-"""Examples -> padded tensors, cut at the first learned row.
+"""What one micro-batch is to the model: stretches of prompts one behind the other, without padding.
 
-B rows, P prefix positions (left-padded), L live positions (right-padded), N labelled positions, K head outputs.
+B rows, N positions of all rows, M labelled positions, K head outputs.
 """
 
 from __future__ import annotations
@@ -13,33 +13,114 @@ import torch
 from torch import Tensor
 
 from tagllm.data.encode import Example
-from tagllm.template import FIELD, OUTPUT, SPAN
+from tagllm.template import OUTPUT, SPAN
+
+
+class Tokens(NamedTuple):
+    """Stretches of prompts; `lengths` says where each ends. `spans`: whether any position lies in a numbered span.
+
+    One position beyond the lengths is a dummy, so that a rank with nothing to compute still runs the backbone.
+    """
+
+    columns_4N: Tensor
+    lengths: tuple[int, ...]
+    spans: bool
+
+    @property
+    def ids_N(self) -> Tensor:
+        return self.columns_4N[0]
+
+    @property
+    def at_N(self) -> Tensor:
+        """Positions within the prompt."""
+        return self.columns_4N[1]
+
+    @property
+    def span_N(self) -> Tensor:
+        """Number of the span within the row, from 1 (0: outside of any, or no block mask)."""
+        return self.columns_4N[2]
+
+    @property
+    def pool_N(self) -> Tensor:
+        """1 at the field positions that `reads: mean` averages."""
+        return self.columns_4N[3]
+
+    def to(self, device: torch.device) -> Tokens:
+        return self._replace(columns_4N=self.columns_4N.to(device, non_blocking=True))
+
+    def only(self, chosen: Sequence[int]) -> Tokens:
+        """These stretches, in this order."""
+        starts = np.cumsum([0, *self.lengths])
+        at = torch.from_numpy(np.concatenate([np.arange(starts[i], starts[i + 1]) for i in chosen]))
+        lengths = tuple(self.lengths[i] for i in chosen)
+        return Tokens(self.columns_4N[:, at.to(self.columns_4N.device, non_blocking=True)], lengths, self.spans)
+
+
+class Placement(NamedTuple):
+    """Where shared pieces stand: in row b piece `piece_B[b]` (-1: none), from position `offset_B[b]` on, as span number
+    `span_B[b]`."""
+
+    piece_B: tuple[int, ...]
+    offset_B: tuple[int, ...]
+    span_B: tuple[int, ...]
+
+
+class Pieces(NamedTuple):
+    """Stretches that are computed once however many rows have them. `keys` digest all that their keys and values depend
+    on. The second placement is for rows that have two of them (spans under the block mask), and so on."""
+
+    tokens: Tokens
+    keys: tuple[bytes, ...]
+    placements: tuple[Placement, ...]
+
+    def to(self, device: torch.device) -> Pieces:
+        return self._replace(tokens=self.tokens.to(device))
 
 
 class Batch(NamedTuple):
-    """What one micro-batch is to the model. A NamedTuple, since ZeRO-3's hooks walk tuples.
+    """A NamedTuple, since ZeRO-3's hooks walk tuples.
 
-    `label_at_N` are flat positions in B x L whose *next* token is `label_N`, of the term `label_term_N` (SPAN or
-    OUTPUT; -1 pads, so that a rank without labels still calls the LM head). `pool_*` marks the field positions that
-    `reads: mean` averages. `target_BK` is padded with NaN to the widest head; `head_B` is -1 for rows without one.
+    The frozen prefix of a row is made of shared `pieces` and of its `own` positions; `prefix_end_B` says which
+    placement holds the last one (their number: `own`). Heads read at `read_at_B`, counted over all of `live`.
+    `target_BK` is padded with NaN to the widest head; `head_B` is -1 for rows without one.
     """
 
-    row_B: Tensor
-    prefix_ids_BP: Tensor
-    prefix_mask_BP: Tensor
-    prefix_pool_BP: Tensor
-    live_ids_BL: Tensor
-    live_mask_BL: Tensor
-    live_pool_BL: Tensor
-    label_at_N: Tensor
-    label_N: Tensor
-    label_term_N: Tensor
+    pieces: Pieces
+    own: Tokens
+    own_keys: tuple[bytes, ...]
+    prefix_end_B: tuple[int, ...]
+    num_pooled_B: Tensor
+    live: Tokens
+    labels_3M: Tensor
     read_at_B: Tensor
     head_B: Tensor
     target_BK: Tensor
 
     def to(self, device: torch.device) -> Batch:
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+        moved = (v.to(device) if isinstance(v, Tensor | Tokens | Pieces) else v for v in self)
+        return Batch(*moved)  # type: ignore[arg-type]
+
+    @property
+    def label_at_M(self) -> Tensor:
+        """Positions in `live` whose next token is a label."""
+        return self.labels_3M[0]
+
+    @property
+    def label_M(self) -> Tensor:
+        return self.labels_3M[1]
+
+    @property
+    def label_term_M(self) -> Tensor:
+        """SPAN or OUTPUT; -1 pads, so that a rank without labels still calls the LM head."""
+        return self.labels_3M[2]
+
+    @property
+    def prefix_lengths(self) -> list[int]:
+        """Frozen positions of each row, those of shared pieces counted for every row that has them."""
+        lengths = np.array(self.own.lengths)
+        for placement in self.pieces.placements:
+            lengths = lengths + [self.pieces.tokens.lengths[i] if i >= 0 else 0 for i in placement.piece_B]
+        return [int(length) for length in lengths]
 
 
 class Counts(NamedTuple):
@@ -50,89 +131,24 @@ class Counts(NamedTuple):
     value: int
 
 
-class Collator(NamedTuple):
-    """`terms`: the marks whose tokens are labels. `frozen_prefix` False puts every position into the live part.
-
-    `min_prefix` is 1 where any row of the run may have a prefix, so that all ranks run the same modules.
-    """
-
-    first_learned_id: int
-    terms: tuple[int, ...]
-    num_outputs: int
-    frozen_prefix: bool = True
-    min_prefix: int = 1
-    cut_at_function: bool = False
-    """Without a gradient any cut is exact; this one gives probes the last state before the function tag."""
-
-    def live_at(self, example: Example) -> int:
-        """The first position needed in the live part: the first learned row, the first labelled position, or where the
-        head reads."""
-        if self.cut_at_function:
-            return min([example.function_at, *[example.read_at] * (example.read_at >= 0)])
-        if not self.frozen_prefix:
-            return 0
-        learned = np.flatnonzero(example.ids >= self.first_learned_id)
-        labelled = self._label_positions(example)
-        last = example.read_at if example.read_at >= 0 else len(example.ids) - 1
-        return int(min([last, *learned[:1], *labelled[:1]]))
-
-    def probing(self) -> Collator:
-        """For features without a gradient: cut right before the function tag, no labels."""
-        return self._replace(terms=(), frozen_prefix=True, min_prefix=1, cut_at_function=True)
-
-    def _label_positions(self, example: Example) -> np.ndarray:
-        """Positions whose next token is a label."""
-        return np.flatnonzero(np.isin(example.marks[1:], self.terms))
-
-    def __call__(self, examples: Sequence[Example], rows: Sequence[int]) -> Batch:
-        """Pads and cuts. Positions behind the last one needed are dropped."""
-        cuts = [self.live_at(example) for example in examples]
-        labels = [self._label_positions(example) for example in examples]
-        ends = [
-            int(max([example.read_at, *at[-1:]])) + 1 if len(at) or example.read_at >= 0 else len(example.ids)
-            for example, at in zip(examples, labels, strict=True)
-        ]
-        num_prefix = max([self.min_prefix, *cuts])
-        num_live = max(end - cut for cut, end in zip(cuts, ends, strict=True))
-        size = len(examples)
-        prefix = np.zeros((3, size, num_prefix), np.int64)
-        live = np.zeros((3, size, num_live), np.int64)
-        targets = np.full((size, max(self.num_outputs, 1)), np.nan, np.float32)
-        label_at, label, term = [], [], []
-        for i, (example, cut, end) in enumerate(zip(examples, cuts, ends, strict=True)):
-            pool = np.isin(example.marks, (SPAN, FIELD))
-            if cut:
-                prefix[:, i, num_prefix - cut :] = example.ids[:cut], np.ones(cut), pool[:cut]
-            live[:, i, : end - cut] = example.ids[cut:end], np.ones(end - cut), pool[cut:end]
-            label_at.append(i * num_live + labels[i] - cut)
-            label.append(example.ids[labels[i] + 1])
-            term.append(example.marks[labels[i] + 1])
-            targets[i, : len(example.target)] = example.target
-        pad = [np.zeros(1, np.int64)] if not sum(map(len, label)) else []
-        read_at = [max(example.read_at - cut, 0) for example, cut in zip(examples, cuts, strict=True)]
-        prefix_ids_BP, prefix_mask_BP, prefix_pool_BP = torch.from_numpy(prefix)
-        live_ids_BL, live_mask_BL, live_pool_BL = torch.from_numpy(live)
-        return Batch(
-            torch.tensor(rows),
-            prefix_ids_BP,
-            prefix_mask_BP,
-            prefix_pool_BP,
-            live_ids_BL,
-            live_mask_BL,
-            live_pool_BL,
-            torch.from_numpy(np.concatenate([*label_at, *pad]).astype(np.int64)),
-            torch.from_numpy(np.concatenate([*label, *pad]).astype(np.int64)),
-            torch.from_numpy(np.concatenate([*term, *[p - 1 for p in pad]]).astype(np.int64)),
-            torch.tensor(read_at),
-            torch.tensor([example.head for example in examples]),
-            torch.from_numpy(targets),
-        )
-
-
 def count(batch: Batch) -> Counts:
     """Known before any forward, so the reduction over ranks comes first."""
     return Counts(
-        int((batch.label_term_N == SPAN).sum()),
-        int((batch.label_term_N == OUTPUT).sum()),
+        int((batch.label_term_M == SPAN).sum()),
+        int((batch.label_term_M == OUTPUT).sum()),
         int((~batch.target_BK.isnan()).sum()),
     )
+
+
+def in_chunks(examples: Sequence[Example], size: int) -> list[list[int]]:
+    """Indices of examples, so many to a chunk: groups together, and chunks alike in length."""
+    longest: dict[int, int] = {}
+    for example in examples:
+        longest[example.group] = max(longest.get(example.group, 0), len(example.ids))
+
+    def key(at: int) -> tuple[int, int, int, bytes]:
+        e = examples[at]
+        return longest[e.group] if e.group >= 0 else len(e.ids), e.group, len(e.ids), e.ids.tobytes()
+
+    order = sorted(range(len(examples)), key=key)
+    return [order[at : at + size] for at in range(0, len(order), size)]

@@ -21,7 +21,7 @@ from tagllm.errors import UserError
 from tagllm.files import write_durably
 from tagllm.template import Template
 
-FORMAT = 1
+FORMAT = 2
 CHUNK_ROWS = 1000
 _LISTED_ERRORS = 5
 
@@ -33,10 +33,11 @@ class BadRow(NamedTuple):
 
 
 class Examples:
-    """The examples of one split of one source, memory-mapped. `uids` are the same in every run on the same rows."""
+    """The examples of one split of one source, memory-mapped."""
 
     def __init__(self, table: Any, source: int) -> None:
-        self._table, self._first_uid = table, (source + 1) << 40
+        self._table, self.source = table, source
+        self.groups_n = np.array(table["group"], np.int64)
 
     def __len__(self) -> int:
         return len(self._table)
@@ -45,11 +46,14 @@ class Examples:
         row = self._table[index]
         return Example(
             np.array(row["ids"], np.int32), np.array(row["marks"], np.uint8), np.array(row["target"], np.float32),
-            row["head"], row["read_at"], row["function_at"], row["tokens_cut"],
+            row["head"], row["read_at"], row["function_at"], row["tokens_cut"], np.array(row["fields_at"], np.int32),
+            np.array(row["spans_at"], np.int32).reshape(-1, 2), row["group"], row["alike_to"],
         )  # fmt: skip
 
-    def uid(self, index: int) -> int:
-        return self._first_uid + int(self._table[index]["row"])
+    def home(self, index: int) -> int:
+        """Rows with the same home, modulo the number of ranks, go to the same rank in every epoch."""
+        group = int(self.groups_n[index])
+        return group if group >= 0 else self.source + index
 
     def targets(self) -> np.ndarray:
         """(n, K) of rows with a target; empty without a head."""
@@ -113,7 +117,10 @@ def prepare(
             for row in (table.filter(lambda bad: bad != "", input_columns="_bad") if rows.num_bad else [])
         ]
         encoder = Encoder(template, source, prompts.layout, prompts.tokenizer, prompts.max_tokens)
-        stem = [digest_of([source.model_dump(exclude={"weight"}), prompts.digest()]), split_record(found, keys)]
+        stem = [
+            digest_of([source.model_dump(exclude={"weight", "rows_per_group"}), prompts.digest()]),
+            split_record(found, keys),
+        ]
         record[str(at)] = {
             "name": rows.name, "rows": len(rows.table), "left_out_by_max_characters": len(rows.table) - len(table),
             "splits": stem[1],
@@ -139,7 +146,9 @@ def prepare(
 def check_columns(source: SourceConfig, template: Template, columns: Sequence[str], where: str) -> None:
     """Raises UserError for every column that the template, the target, the key or a filter needs and is not there."""
     output = [source.output] if template.has_output else []
-    needed = dict.fromkeys([*template.fields, *output, *source.target, *source.split.by, *source.max_characters])
+    needed = dict.fromkeys(
+        [*template.fields, *output, *source.target, *source.split.by, *source.group_by, *source.max_characters]
+    )
     problems = [
         f"{where}: there is no column {name!r}. The columns are {', '.join(columns)}."
         for name in needed
@@ -172,8 +181,9 @@ def _write_examples(file: Path, table: Any, indices: np.ndarray, encoder: Encode
     """Examples as one Arrow file, and beside it a JSON of what was cut, unusable or wrong."""
     import pyarrow as pa
 
-    lists = {"ids": pa.int32(), "marks": pa.uint8(), "target": pa.float32()}
-    numbers = ("head", "read_at", "function_at", "tokens_cut", "row")
+    lists = {"ids": pa.int32(), "marks": pa.uint8(), "target": pa.float32(), "fields_at": pa.int32()}
+    lists |= {"spans_at": pa.int32()}
+    numbers = ("head", "read_at", "function_at", "tokens_cut", "group", "alike_to", "row")
     schema = pa.schema([*((k, pa.list_(v)) for k, v in lists.items()), *((k, pa.int64()) for k in numbers)])
     report: dict[str, Any] = {"bad_rows": [], "unlabelled": 0, "rows_cut": 0, "tokens_cut": 0}
     unfinished = file.with_name(f"{file.stem}.tmp-{uuid.uuid4().hex}")
@@ -201,7 +211,7 @@ def _encoded(
                 continue
             report["rows_cut"] += result.tokens_cut > 0
             report["tokens_cut"] += result.tokens_cut
-            examples.append({**result._asdict(), "row": int(index)})
+            examples.append({**result._asdict(), "spans_at": result.spans_at.ravel(), "row": int(index)})
         yield examples
 
 

@@ -5,6 +5,7 @@ Tag rows are the ids V, V+1, ... after the vocabulary, in the order of the layou
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -62,6 +63,10 @@ class Example(NamedTuple):
     `target` holds numbers (regression) or one class index; empty without a head. `head` indexes `TagLayout.heads` or is
     -1; `read_at` is the position of the last row of the function tag that owns it. `function_at` is where the last
     function tag starts, or the length of the prompt: everything before is what a probe on the frozen LLM may see.
+
+    `fields_at` are the positions where fields start; `spans_at` (n, 2) where each domain tag with a field behind it
+    starts and that field ends. `group` is the same for rows with the same `group_by` values (-1: not grouped), and
+    these are alike up to `alike_to`.
     """
 
     ids: NDArray[np.int32]
@@ -71,6 +76,10 @@ class Example(NamedTuple):
     read_at: int
     function_at: int
     tokens_cut: int
+    fields_at: NDArray[np.int32] = np.zeros(0, np.int32)
+    spans_at: NDArray[np.int32] = np.zeros((0, 2), np.int32)
+    group: int = -1
+    alike_to: int = 0
 
 
 class Unusable(NamedTuple):
@@ -106,6 +115,9 @@ class Encoder:
         self.spec = layout.heads[owner] if owner else None
         start = tokenizer("a").input_ids
         self.bos = [tokenizer.bos_token_id] if start and start[0] == tokenizer.bos_token_id else []
+        self.inputs = [i for i, part in enumerate(parts) if part.kind == "field" and self.marks[i] != OUTPUT]
+        grouped = [at for at, i in enumerate(self.inputs) if parts[i].value in source.group_by]
+        self.num_alike = grouped[-1] + 1 if grouped else 0
         ends_with_output = bool(parts) and parts[-1].kind == "field" and parts[-1].value == "output"
         self.eos = [tokenizer.eos_token_id] if ends_with_output else []
 
@@ -126,7 +138,7 @@ class Encoder:
         for i, row in enumerate(rows):
             target = self._target(row, reasons, i)
             values = {part: ids[i] for part, ids in columns.items()}
-            results.append(Unusable(reasons[i]) if reasons[i] else self._assemble(values, target))
+            results.append(Unusable(reasons[i]) if reasons[i] else self._assemble(values, target, self._group(row)))
         return results
 
     def _text(self, row: Mapping[str, Any], name: str, reasons: list[str], i: int) -> str:
@@ -136,6 +148,13 @@ class Encoder:
         if not text.strip():
             reasons[i] = reasons[i] or f"{column} is empty; the template needs it"
         return text
+
+    def _group(self, row: Mapping[str, Any]) -> int:
+        """A 63-bit digest of the grouping columns; -1 without any."""
+        if not self.source.group_by:
+            return -1
+        values = "\0".join(str(row[column]) for column in self.source.group_by)
+        return int.from_bytes(hashlib.blake2b(values.encode(), digest_size=8).digest()) >> 1
 
     def _target(self, row: Mapping[str, Any], reasons: list[str], i: int) -> NDArray[np.float32]:
         target = np.zeros(0, np.float32)
@@ -155,9 +174,10 @@ class Encoder:
                 reasons[i] = reasons[i] or f"{column} is {value!r}; it must be a finite number"
         return target if reasons[i] else np.array(numbers, np.float32)
 
-    def _assemble(self, values: Mapping[Part, list[int]], target: NDArray[np.float32]) -> Example | Unusable:
-        parts = self.template.parts
-        inputs = [i for i, part in enumerate(parts) if part.kind == "field" and self.marks[i] != OUTPUT]
+    def _assemble(
+        self, values: Mapping[Part, list[int]], target: NDArray[np.float32], group: int
+    ) -> Example | Unusable:
+        parts, inputs = self.template.parts, self.inputs
         configs = [self.source.fields.get(parts[i].value, FieldConfig()) for i in inputs]
         whole = [values[parts[i]] for i in inputs]
         capped = [
@@ -186,6 +206,12 @@ class Encoder:
             int(starts[self.head_part + 1]) - 1 if self.head_part is not None else -1,
             int(starts[self.function_part]) if self.function_part is not None else len(ids),
             sum(map(len, whole)) - sum(map(len, fitted)),
+            starts[inputs].astype(np.int32),
+            np.array([(starts[i - 1], starts[i + 1]) for i in inputs if self.marks[i] == SPAN], np.int32).reshape(
+                -1, 2
+            ),
+            group,
+            int(starts[[*inputs, -1][self.num_alike]]) if self.num_alike else 0,
         )
 
     def _fixed_ids(self, part_at: int, values: Mapping[Part, list[int]]) -> Sequence[int]:

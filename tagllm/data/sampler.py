@@ -17,6 +17,25 @@ class Draw(NamedTuple):
     row: int
 
 
+class Groups(NamedTuple):
+    """Which group each row of a source is in, (n,), and how many rows of one are drawn together."""
+
+    group_n: np.ndarray
+    rows_per_group: int
+
+    def order(self, random: np.random.Generator) -> np.ndarray:
+        """All rows once: each group shuffled and cut into so many rows, these stretches shuffled."""
+        shuffled = random.permutation(len(self.group_n))
+        by_group = shuffled[np.argsort(self.group_n[shuffled], kind="stable")]
+        starts = np.flatnonzero(np.diff(self.group_n[by_group], prepend=-1))
+        stretches = [
+            group[at : at + self.rows_per_group]
+            for group in np.split(by_group, starts[1:])
+            for at in range(0, len(group), self.rows_per_group)
+        ]
+        return np.concatenate([stretches[i] for i in random.permutation(len(stretches))])
+
+
 class Sampler:
     """Draws rows from several sources as one endless stream, epoch after epoch.
 
@@ -26,9 +45,14 @@ class Sampler:
     Args:
         sizes: rows of each source.
         shares: how often each source is drawn, in any unit; None draws in proportion to the rows.
+        groups: for each source, what to draw together.
     """
 
-    def __init__(self, sizes: Sequence[int], shares: Sequence[float] | None, rows_per_step: int, seed: int) -> None:
+    def __init__(
+        self, sizes: Sequence[int], shares: Sequence[float] | None, rows_per_step: int, seed: int,
+        groups: Sequence[Groups | None] | None = None,
+    ) -> None:  # fmt: skip
+        self.groups = [None] * len(sizes) if groups is None else list(groups)
         self.sizes, self.rows_per_step, self.seed = list(sizes), rows_per_step, seed
         self.rows_per_epoch = sum(sizes)
         self.draws = list(sizes) if shares is None else _apportion(shares, self.rows_per_epoch)
@@ -59,7 +83,8 @@ class Sampler:
         rows = np.empty(len(positions), np.int64)
         for cycle in np.unique(positions // size):
             here = positions // size == cycle
-            order = np.random.default_rng([self.seed, 1, source, int(cycle)]).permutation(size)
+            random, groups = np.random.default_rng([self.seed, 1, source, int(cycle)]), self.groups[source]
+            order = groups.order(random) if groups else random.permutation(size)
             rows[here] = order[positions[here] % size]
         return rows
 

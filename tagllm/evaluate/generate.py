@@ -9,7 +9,7 @@ import torch
 
 from tagllm.config import Split
 from tagllm.data.encode import Example
-from tagllm.model.prefix import positions_of
+from tagllm.model.attention import plain_attention
 from tagllm.model.tagged import TaggedModel
 from tagllm.template import OUTPUT
 from tagllm.train.build import Built
@@ -30,15 +30,16 @@ def generate(model: TaggedModel, tokenizer: object, prompts: Sequence[np.ndarray
         mask[row, width - len(prompt) :] = 1
     device = model.tags.learned_TD.device
     ids, mask = ids.to(device), mask.to(device)
-    made = model.backbone.generate(
-        inputs_embeds=model.tags(model.backbone.get_input_embeddings(), ids),
-        attention_mask=mask,
-        position_ids=positions_of(mask),
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=tokenizer.eos_token_id,  # type: ignore[attr-defined]  # transformers' tokenizers are untyped here
-        pad_token_id=tokenizer.pad_token_id,  # type: ignore[attr-defined]
-    )
+    with plain_attention(model.backbone):
+        made = model.backbone.generate(
+            inputs_embeds=model.tags(model.backbone.get_input_embeddings(), ids),
+            attention_mask=mask,
+            position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            eos_token_id=tokenizer.eos_token_id,  # type: ignore[attr-defined]  # transformers' tokenizers are untyped
+            pad_token_id=tokenizer.pad_token_id,  # type: ignore[attr-defined]
+        )
     texts: list[str] = tokenizer.batch_decode(made, skip_special_tokens=True)  # type: ignore[attr-defined]
     return [text.strip() for text in texts]
 

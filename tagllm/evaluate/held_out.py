@@ -137,8 +137,8 @@ def _with_tags(evaluation: Evaluation, tags: dict[str, Tag]) -> Pass:
 def _pass(built: Built, ranks: Ranks, split: Split, limit: int | None, probing: bool = False) -> Pass:
     import torch
 
-    collate = built.stage.collator(built.layout)
-    collate = collate.probing() if probing else collate._replace(frozen_prefix=True, min_prefix=1)
+    collate = built.collator()
+    collate = collate.probing() if probing else collate._replace(frozen_prefix=True)
     sources = built.examples(split)
     size = built.config.evaluation.rows_per_batch
     built.model.memory = None  # every row is seen once

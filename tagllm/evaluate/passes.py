@@ -11,7 +11,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tagllm.data.batch import Batch, Collator, Counts, count
+from tagllm.data.batch import Batch, Counts, count, in_chunks
+from tagllm.data.collate import Collator
 from tagllm.data.dataset import Examples
 from tagllm.data.encode import Example
 from tagllm.data.sampler import Draw
@@ -63,21 +64,20 @@ def run_over(
 ) -> Pass:
     """Every rank takes its own rows (the home rank of training, so remembered prefixes are met again) and equally many
     batches; a rank with fewer repeats one and drops the result."""
-    mine = [i for i, draw in enumerate(draws) if home_of(draw) % ranks.size == ranks.rank]
+    homes = [sources[draw.source].home(draw.row) for draw in draws]
+    mine = [i for i, home in enumerate(homes) if home % ranks.size == ranks.rank]
     examples = {i: sources[draws[i].source][draws[i].row] for i in mine}
-    mine.sort(key=lambda i: len(examples[i].ids))
-    batches = [mine[at : at + rows_per_batch] for at in range(0, len(mine), rows_per_batch)]
+    batches = [[mine[k] for k in chunk] for chunk in in_chunks([examples[i] for i in mine], rows_per_batch)]
     num_batches = max(ranks.gather(len(batches)))
     sums, counts = np.zeros(3), np.zeros(3, int)
     parts: list[tuple[list[int], list[Floats]]] = []
     filler = _filler(sources)
     for at in range(num_batches):
         if at >= len(batches):
-            forward(collate([filler], [-1]))
+            forward(collate([filler]))
             continue
         chosen = batches[at]
-        uids = [sources[draws[i].source].uid(draws[i].row) for i in chosen]
-        batch = collate([examples[i] for i in chosen], uids)
+        batch = collate([examples[i] for i in chosen])
         output = forward(batch)
         sums += [float(term) for term in output.sums]
         counts += count(batch)
@@ -86,10 +86,6 @@ def run_over(
     total = ranks.sum([*sums, *counts])
     columns = _in_order(everything, len(draws))
     return Pass((total[0], total[1], total[2]), Counts(*(int(n) for n in total[3:])), *columns)
-
-
-def home_of(draw: Draw) -> int:
-    return draw.source + draw.row
 
 
 def _filler(sources: Sequence[Examples]) -> Example:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from tagllm.config import BackboneConfig, HeadConfig, SourceConfig
-from tagllm.data.batch import Collator
+from tagllm.data.collate import Collator
 from tagllm.data.encode import Encoder, Example, TagLayout, Unusable
 from tagllm.data.readers import BadRow, Row, column_names, read_rows
 from tagllm.data.writers import open_writer, writable_kind
@@ -59,7 +59,7 @@ class Predictor:
         self.spec: HeadConfig | None = heads.get(self.tag)
         lengths = {n: len(tag.rows_PD) for n, tag in used.items()}
         layout = TagLayout.of(backbone.vocabulary_size, {n: kinds[n] for n in used}, lengths, [], heads)
-        self.model = TaggedModel(backbone.model, used, layout, 0, reads_tokens=False).to(device)
+        self.model = TaggedModel(backbone.model, used, layout, reads_tokens=False, kernel=backbone.kernel).to(device)
         self.tokenizer, self.device, self.request = backbone.tokenizer, device, request
         source = SourceConfig(path="-", template=str(text), fields=about.get("fields", {}))
         self.encoder = Encoder(self.template, source, layout, backbone.tokenizer, backbone.max_tokens, labelled=False)
@@ -93,7 +93,7 @@ class Predictor:
         if self.spec is None:
             prompts = [example.ids for example in examples]
             return [[text] for text in generate(self.model, self.tokenizer, prompts, self.request.max_new_tokens)]
-        batch = self.collate(examples, range(len(examples))).to(self.device)
+        batch = self.collate(examples).to(self.device)
         values_BK = self.model(batch).values_BK[:, : self.spec.outputs].float().cpu()
         if self.spec.classes:
             best = values_BK.softmax(dim=1).max(dim=1)

@@ -1,97 +1,247 @@
-"""Two-part attention: scores against the frozen prefix and against the live keys apart, one softmax over both.
+"""Attention in parts: over frozen keys of earlier passes and over the keys of this pass, with one softmax over all.
 
-Keys and values of the prefix are plain constants: never concatenated, copied, repeated over heads or differentiated
-(concatenating made the backward of SDPA spend most of a step on gradients nobody needs).
+Frozen keys and values are plain constants: never concatenated, never repeated over heads or over the rows that share
+them, never differentiated (concatenating made the backward spend most of a step on gradients nobody needs). Outside of
+this file rows stand behind each other without padding; attention is per row, so here they are padded.
 
-B rows, H query heads, G key-value heads, R = H / G, Q live queries, P prefix and L live keys, E head size.
+B rows, N positions, S the longest row, H query heads, G key-value heads, T keys of a part, E head size, n pieces.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, AttentionMaskInterface, DynamicCache
-from transformers.cache_utils import DynamicLayer
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from torch.nn import functional
+from transformers import AttentionInterface, DynamicCache
 
-NAME = "tagllm_two_part"
+from tagllm.data.batch import Tokens
+from tagllm.errors import UserError
+from tagllm.model.masks import seen
+from tagllm.model.parts_function import Groups, KeySet, attend_parts
+from tagllm.model.rotation import Rotation, turned_back
 
-
-class Parts(NamedTuple):
-    """Keys or values: constants of the prefix (B, G, P, E), and the live ones (B, G, L, E)."""
-
-    prefix: Tensor
-    live: Tensor
+NAME = "tagllm_parts"
 
 
-class _FrozenLayer(DynamicLayer):
-    """One layer's prefix. `update` hands both parts on and keeps nothing."""
+class Part(NamedTuple):
+    """Frozen keys and values, of each layer (n, G, T, E); `at_nT` are positions (-1 at pads), `span_nT` spans.
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> Any:
-        assert self.keys is not None and self.values is not None
-        return Parts(self.keys, key_states), Parts(self.values, value_states)
+    `piece_B` says which piece a row has (-1: none; None: row b has piece b). With `offset_B`, pieces do not know where
+    they stand: in row b from `offset_B[b]` on, as span `span_B[b]`.
+    """
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+    at_nT: Tensor
+    span_nT: Tensor
+    piece_B: tuple[int, ...] | None = None
+    offset_B: Tensor | None = None
+    span_B: Tensor | None = None
+
+    def only(self, rows: Sequence[int]) -> Part:
+        """For these rows of the batch."""
+        pieces = range(len(self.at_nT)) if self.piece_B is None else self.piece_B
+        at = torch.tensor(rows, device=self.at_nT.device)
+        offset_B, span_B = (None if t is None else t[at] for t in (self.offset_B, self.span_B))
+        return self._replace(piece_B=tuple(pieces[b] for b in rows), offset_B=offset_B, span_B=span_B)
+
+    def groups(self) -> Groups:
+        if self.piece_B is None:
+            return None
+        rows_of: dict[int, list[int]] = {}
+        for b, piece in enumerate(self.piece_B):
+            if piece >= 0:
+                rows_of.setdefault(piece, []).append(b)
+        return [(piece, _slice_if_adjacent(rows)) for piece, rows in rows_of.items()]
+
+    def geometry(self) -> tuple[Tensor, Tensor]:
+        """Positions (-1: no key) and spans of the keys that each row has, both (B, T)."""
+        if self.piece_B is None:
+            return self.at_nT, self.span_nT
+        piece_B = torch.tensor(self.piece_B, device=self.at_nT.device)
+        at_BT, span_BT = self.at_nT[piece_B.clamp(min=0)], self.span_nT[piece_B.clamp(min=0)]
+        there_BT = (at_BT >= 0) & (piece_B >= 0)[:, None]
+        if self.offset_B is not None and self.span_B is not None:
+            at_BT, span_BT = at_BT + self.offset_B[:, None], self.span_B[:, None].expand_as(at_BT)
+        return at_BT.where(there_BT, -1), span_BT
 
 
-class FrozenCache(DynamicCache):
-    """The keys and values of a prefix, for one live pass of a model under two-part attention."""
+def _slice_if_adjacent(rows: list[int]) -> slice | list[int]:
+    return slice(rows[0], rows[-1] + 1) if rows[-1] - rows[0] + 1 == len(rows) else rows
 
-    def __init__(self, keys: tuple[Tensor, ...], values: tuple[Tensor, ...]) -> None:
+
+class Pass(DynamicCache):
+    """One pass of the decoder over `tokens` on top of `parts`: all that attention must know, and where its keys stay.
+
+    To transformers it is a cache: `update` hands the keys on together with this object.
+    """
+
+    def __init__(
+        self, tokens: Tokens, parts: Sequence[Part], keep: bool, kernel: str, rotation: Rotation | None
+    ) -> None:
         super().__init__()
-        for key, value in zip(keys, values, strict=True):
-            layer = _FrozenLayer()  # type: ignore[no-untyped-call]
-            layer.lazy_initialization(key, value)
-            layer.keys, layer.values = key, value
-            self.layers.append(layer)
+        self.tokens, self.parts, self.keep, self.kernel = tokens, list(parts), keep, kernel
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.groups = [part.groups() for part in self.parts]
+        self.turns = [
+            rotation.turn(part.offset_B) if rotation and part.offset_B is not None else None for part in self.parts
+        ]
+        self.rows = Rows(tokens)
+        self._seen: dict[int | None, list[Tensor]] = {}
+
+    def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
+        if self.keep:
+            self.keys.append(key_states.detach())
+            self.values.append(value_states.detach())
+        return Keyed(self, layer_idx, key_states), value_states
+
+    def is_plain(self, window: int | None) -> bool:
+        """Whether every row sees all of its own earlier positions and nothing else."""
+        return not self.parts and not self.tokens.spans and (window is None or window >= self.rows.longest)
+
+    def seen(self, window: int | None) -> list[Tensor]:
+        """For each part, then for this pass: who sees whom (B, S, T); computed once for all layers."""
+        if window not in self._seen:
+            at_BS, span_BS = self.rows.padded(self.tokens.at_N), self.rows.padded(self.tokens.span_N)
+            own = at_BS.masked_fill(~self.rows.there_BS, -1), span_BS
+            geometries = [*(part.geometry() for part in self.parts), own]
+            self._seen[window] = [seen(at_BS, span_BS, at_BT, span_BT, window) for at_BT, span_BT in geometries]
+        return self._seen[window]
 
 
-def use_two_part_attention(model: Any) -> bool:
-    """Switches a transformers model over; False (and no change) where its attention is not plain SDPA or eager."""
-    if model.config._attn_implementation not in ("sdpa", "eager", NAME):
-        return False
-    model.set_attn_implementation(NAME)
-    return bool(model.config._attn_implementation == NAME)
+class Keyed(NamedTuple):
+    """The keys (1, G, N, E) of one layer of a pass."""
+
+    of: Pass
+    layer: int
+    keys: Tensor
+
+
+class Rows:
+    """From rows behind each other to padded rows and back."""
+
+    def __init__(self, tokens: Tokens) -> None:
+        lengths, device, self.num_positions = tokens.lengths, tokens.ids_N.device, len(tokens.ids_N)
+        self.num_rows, self.longest = len(lengths), max(lengths, default=0)
+        self.even = len(set(lengths)) == 1 and self.num_positions == sum(lengths)
+        lengths_B = torch.tensor(lengths, device=device)
+        place_S = torch.arange(self.longest, device=device)
+        self.there_BS = place_S < lengths_B[:, None]
+        # pads point at a real position of their row: whatever is computed for them is finite, and dropped
+        self.at_BS = (lengths_B.cumsum(0) - lengths_B)[:, None] + place_S.minimum((lengths_B[:, None] - 1).clamp(min=0))
+        self.at_BS = self.at_BS.clamp(max=max(self.num_positions - 1, 0))
+        if not self.even:
+            starts = [i * self.longest for i in range(self.num_rows)]
+            flat = [s + k for s, length in zip(starts, lengths, strict=True) for k in range(length)]
+            self.slot_N = torch.tensor(flat, dtype=torch.long, device=device)
+
+    def padded(self, values_N: Tensor) -> Tensor:
+        """(N,) -> (B, S)."""
+        return values_N[self.at_BS]
+
+    def split(self, states_1hNE: Tensor) -> Tensor:
+        """(1, h, N, E) -> (B, h, S, E)."""
+        _, h, _, E = states_1hNE.shape
+        states = states_1hNE[0]
+        if not self.even:
+            states = states.index_select(1, self.at_BS.flatten())
+        return states.view(h, self.num_rows, self.longest, E).transpose(0, 1)
+
+    def join(self, states_BhSE: Tensor) -> Tensor:
+        """(B, h, S, E) -> (1, N, h, E); zeros at the dummy."""
+        _, h, _, E = states_BhSE.shape
+        states = states_BhSE.transpose(1, 2).reshape(-1, h, E)
+        if not self.even:
+            states = states.index_select(0, self.slot_N)
+            states = functional.pad(states, (0, 0, 0, 0, 0, self.num_positions - len(self.slot_N)))
+        return states[None]
+
+
+def use_parts_attention(model: Any) -> None:
+    """Switches a transformers model over.
+
+    Raises:
+        UserError: the architecture does not take its attention from transformers' interface.
+    """
+    with suppress(ValueError):
+        model.set_attn_implementation(NAME)
+    if model.config.get_text_config()._attn_implementation != NAME:
+        raise UserError(
+            f"backbone.model: the architecture {model.config.model_type} does not let its attention be chosen, so "
+            "prefixes cannot be frozen. Take one that uses transformers' attention interface: Llama, Mistral, Qwen, "
+            "Gemma, GPT-2 and most others."
+        )
+
+
+@contextmanager
+def plain_attention(model: Any) -> Iterator[None]:
+    """For transformers' own `generate`, which pads its rows."""
+    model.set_attn_implementation("sdpa" if model._supports_sdpa else "eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(NAME)
 
 
 def attend(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor | Parts,
-    value: Tensor | Parts,
-    attention_mask: Tensor | None,
-    scaling: float | None = None,
-    dropout: float = 0.0,
-    softcap: float | None = None,
-    **kwargs: Any,
-) -> tuple[Tensor, None]:
-    """The attention function of transformers' interface; gives (B, Q, H, E). No dropout: the backbone is frozen."""
-    if isinstance(key, Tensor) and isinstance(value, Tensor) and softcap is None:
-        out, _ = sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-        return out, None
-    keys = [key] if isinstance(key, Tensor) else list(key)
-    values = [value] if isinstance(value, Tensor) else list(value)
-    B, H, Q, E = query.shape
-    G = keys[-1].shape[1]
-    grouped_BGrE = query.reshape(B, G, -1, E)  # R heads x Q queries in one matrix: heads are grouped, not repeated
-    scores = torch.cat([grouped_BGrE @ part.transpose(2, 3) for part in keys], dim=3)
-    scores = scores.float() * (E**-0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if attention_mask is not None:
-        allowed = attention_mask[:, :, None].expand(-1, G, H // G, -1, -1).reshape(scores.shape)
-        scores = scores.masked_fill(~allowed, torch.finfo(scores.dtype).min)
-    weights = scores.softmax(dim=3).to(query.dtype).split([part.shape[2] for part in keys], dim=3)
-    out_BGrE = sum((w @ part for w, part in zip(weights[1:], values[1:], strict=True)), weights[0] @ values[0])
-    return out_BGrE.view(B, H, Q, E).transpose(1, 2), None
+    module: nn.Module, query: Tensor, key: Keyed, value: Tensor, attention_mask: Tensor | None,
+    scaling: float | None = None, dropout: float = 0.0, softcap: float | None = None,
+    sliding_window: int | None = None, **kwargs: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """The attention function of transformers' interface; gives (1, N, H, E). No dropout: the backbone is frozen."""
+    this, rows = key.of, key.of.rows
+    scale = query.shape[3] ** -0.5 if scaling is None else scaling
+    # an fp32 residual stream turns queries and keys into fp32 while values keep the dtype of the weights
+    query_1HNE, key_1GNE = query.to(value.dtype), key.keys.to(value.dtype)
+    if not rows.longest:
+        return torch.zeros_like(query_1HNE).transpose(1, 2), None
+    if this.is_plain(sliding_window) and softcap is None:
+        return _plain(this, query_1HNE, key_1GNE, value, scale), None
+    query_BHSE = rows.split(query_1HNE)
+    keys_BGSE, values_BGSE = rows.split(key_1GNE), rows.split(value)
+    B, H, S, E = query_BHSE.shape
+    G = keys_BGSE.shape[1]
+    masks = this.seen(sliding_window)
+    sets = [
+        KeySet(part.keys[key.layer], part.values[key.layer], groups, mask)
+        for part, groups, mask in zip(this.parts, this.groups, masks, strict=False)
+    ]
+    queries = [
+        (query_BHSE if turn is None else turned_back(query_BHSE, turn)).reshape(B, G, -1, E)
+        for turn in [*this.turns, None]
+    ]
+    out_BGME = attend_parts(queries, [*sets, KeySet(keys_BGSE, values_BGSE, None, masks[-1])], scale, softcap)
+    return rows.join(out_BGME.view(B, H, S, E)).to(value.dtype), None
 
 
-def _whole_mask(*args: Any, **kwargs: Any) -> Tensor | None:
-    """transformers leaves masks out where SDPA's `is_causal` would do; two parts have no such flag."""
-    mask: Tensor | None = sdpa_mask(*args, **{**kwargs, "allow_is_causal_skip": False})
-    return mask
+def _plain(this: Pass, query_1HNE: Tensor, key_1GNE: Tensor, value_1GNE: Tensor, scale: float) -> Tensor:
+    """Causal attention within each row: the kernels that are fastest for it. Pads stand behind, where nobody looks."""
+    if this.kernel == "flash_attention_2":
+        return _flash(this.tokens, query_1HNE, key_1GNE, value_1GNE, scale)
+    query, key, value = (this.rows.split(states) for states in (query_1HNE, key_1GNE, value_1GNE))
+    out_BHSE = functional.scaled_dot_product_attention(
+        query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
+    )
+    return this.rows.join(out_BHSE)
+
+
+def _flash(tokens: Tokens, query_1HNE: Tensor, key_1GNE: Tensor, value_1GNE: Tensor, scale: float) -> Tensor:
+    """flash-attn takes rows behind each other as they are."""
+    from flash_attn import flash_attn_varlen_func
+
+    lengths = torch.tensor([0, *tokens.lengths], device=query_1HNE.device)
+    starts = lengths.cumsum(0).to(torch.int32)
+    states = (t[0].transpose(0, 1)[: sum(tokens.lengths)] for t in (query_1HNE, key_1GNE, value_1GNE))
+    longest = max(tokens.lengths)
+    out_NHE: Tensor = flash_attn_varlen_func(
+        *states, starts, starts, longest, longest, softmax_scale=scale, causal=True
+    )
+    return functional.pad(out_NHE, (0, 0, 0, 0, 0, query_1HNE.shape[2] - len(out_NHE)))[None]
 
 
 AttentionInterface.register(NAME, attend)
-AttentionMaskInterface.register(NAME, _whole_mask)

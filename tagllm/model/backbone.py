@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -23,6 +24,8 @@ class Backbone(NamedTuple):
     model: Any
     tokenizer: Any
     identity: BackboneIdentity
+    kernel: str
+    """What computes plain attention: sdpa or flash_attention_2."""
 
     @property
     def vocabulary_size(self) -> int:
@@ -61,14 +64,25 @@ def load_backbone(config: BackboneConfig, device: torch.device) -> Backbone:
 
     disable_progress_bar()
     dtype = DTYPES[fastest_dtype(device) if config.dtype == "auto" else config.dtype]
-    attention = {} if config.attention == "auto" else {"attn_implementation": config.attention}
+    kernel = _kernel(config, device, dtype)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(resolve(config.model), dtype=dtype, **attention)
+        model: Any = AutoModelForCausalLM.from_pretrained(resolve(config.model), dtype=dtype)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(_cannot_load(config.model, error)) from None
     model.requires_grad_(False)
     model.eval()
-    return Backbone(model.to(device), load_tokenizer(config.model), identify(config.model, model))
+    return Backbone(model.to(device), load_tokenizer(config.model), identify(config.model, model), kernel)
+
+
+def _kernel(config: BackboneConfig, device: torch.device, dtype: torch.dtype) -> str:
+    """flash-attn where it is installed and can run: on CUDA, not in fp32."""
+    usable = device.type == "cuda" and dtype != torch.float32 and find_spec("flash_attn") is not None
+    if config.attention == "flash_attention_2" and not usable:
+        raise UserError(
+            f"backbone.attention is flash_attention_2; it needs the package flash-attn, CUDA (here: {device.type}) and "
+            f"bf16 (here: {str(dtype).removeprefix('torch.')}). Install tagllm[gpu], or set backbone.attention=auto."
+        )
+    return "flash_attention_2" if usable and config.attention != "sdpa" else "sdpa"
 
 
 def identify(name: str, model: Any) -> BackboneIdentity:

@@ -1,100 +1,109 @@
-"""The frozen prefix: forward once without a graph, keep keys and values, run the live part on top.
+"""What is kept of frozen stretches of prompts: their keys and values, and what heads and probes read of them.
 
-Everything before the first learned row is a constant of the data (attention is causal), so the gradient is the same
-as that of the plain full backward. Where the backbone is replicated, prefixes seen before are remembered.
+Everything before the first learned row is a constant of the data (attention is causal), so keys and values computed
+once, without a graph, give the same gradient as the plain full backward. Where the backbone is replicated they are
+remembered, by a digest of all that they depend on.
 
-B rows, P prefix positions (left-padded), D hidden size; keys and values are (B, kv heads, P, head size) per layer.
+n pieces, T positions of the longest, D hidden size, G key-value heads, E head size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from tagllm.data.batch import Tokens
+from tagllm.model.attention import Part
+
+
+class Piece(NamedTuple):
+    """Keys and values (layers, 2, G, length, E); last state and sum over field positions, fp32 (2, D); positions
+    and spans (2, length)."""
+
+    kv: Tensor
+    hidden_2D: Tensor
+    place: Tensor
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self)
+
+    def to(self, device: torch.device) -> Piece:
+        return Piece(*(tensor.to(device, non_blocking=True) for tensor in self))
+
 
 class Prefix(NamedTuple):
-    """What the live part and the probes need of a prefix. `pooled_BD` is a sum over the field positions."""
+    """What the live pass builds on (`parts`), and per row the last state and the sum over field positions."""
 
-    keys: tuple[Tensor, ...]
-    values: tuple[Tensor, ...]
+    parts: list[Part]
     last_BD: Tensor
     pooled_BD: Tensor
 
 
-class _Remembered(NamedTuple):
-    """One row without padding: keys and values (layers, 2, kv heads, P, head size), last and pooled (2, D)."""
+def cut_into_pieces(tokens: Tokens, keys: Sequence[Tensor], values: Sequence[Tensor], hidden_ND: Tensor) -> list[Piece]:
+    """One piece per stretch; `keys` and `values` of each layer (1, G, N, E)."""
+    kv = torch.stack([torch.stack([k[0], v[0]]) for k, v in zip(keys, values, strict=True)])
+    place = torch.stack([tokens.at_N, tokens.span_N])
+    pieces, start = [], 0
+    for length in tokens.lengths:
+        here = slice(start, start + length)
+        hidden_LD = hidden_ND[here].float()
+        pooled_D = (hidden_LD * tokens.pool_N[here, None]).sum(dim=0)
+        last_D = hidden_LD[-1] if length else torch.zeros_like(pooled_D)
+        pieces.append(Piece(kv[:, :, :, here].contiguous(), torch.stack([last_D, pooled_D]), place[:, here].clone()))
+        start += length
+    return pieces
 
-    kv: Tensor
-    hidden: Tensor
 
-    @property
-    def num_bytes(self) -> int:
-        return self.kv.nbytes + self.hidden.nbytes
-
-
-Key = tuple[int, int]
-"""A row and the length of its prefix (a probe may cut elsewhere than training does)."""
-Compute = Callable[[Tensor, Tensor, Tensor], Prefix]
-
-
-def positions_of(mask_BS: Tensor) -> Tensor:
-    """Position ids under padding on either side: the number of real positions before (0 at pads)."""
-    return (mask_BS.cumsum(dim=1) - 1).clamp(min=0)
+def part_of(pieces: Sequence[Piece]) -> Part:
+    """Pieces side by side, padded to the longest."""
+    if len(pieces) == 1:
+        kv, place = pieces[0].kv[:, :, None], pieces[0].place[:, None]
+    else:
+        layers, two, heads, _, size = pieces[0].kv.shape
+        longest = max(piece.kv.shape[3] for piece in pieces)
+        kv = pieces[0].kv.new_zeros(layers, two, len(pieces), heads, longest, size)
+        place = pieces[0].place.new_full((2, len(pieces), longest), -1)
+        for i, piece in enumerate(pieces):
+            length = piece.kv.shape[3]
+            kv[:, :, i, :, :length] = piece.kv
+            place[:, i, :length] = piece.place
+    return Part(tuple(kv[:, 0]), tuple(kv[:, 1]), place[0], place[1])
 
 
 class PrefixMemory:
-    """Whole prefixes in host memory under a byte budget, by row.
+    """Pieces seen before, first on the device, then in host memory (pinned for CUDA), each under a byte budget.
 
-    What has been admitted stays: epochs visit every row equally often, so an LRU would drop each row right before its
+    What has been admitted stays: epochs visit every row equally often, so an LRU would drop each piece right before its
     next use, while a memory that is full for good keeps hitting in proportion to its size.
-    Only for replicated backbones: under ZeRO-3 a rank that skips the prefix pass while another runs it would hang both.
+    Only for replicated backbones: under ZeRO-3 a rank that skips a pass while another runs it would hang both.
     """
 
-    def __init__(self, budget_bytes: int) -> None:
-        self.budget_bytes = budget_bytes
-        self.num_bytes = self.hits = self.lookups = 0
-        self._rows: dict[Key, _Remembered] = {}
+    def __init__(self, device_bytes: int, host_bytes: int) -> None:
+        self.device_bytes, self.host_bytes = device_bytes, host_bytes
+        self.used_device = self.used_host = 0
+        self.hits = self.lookups = 0
+        self._pieces: dict[bytes, Piece] = {}
 
-    def prefix(self, rows: list[int], ids_BP: Tensor, mask_BP: Tensor, pool_BP: Tensor, compute: Compute) -> Prefix:
-        """The prefixes of a batch: remembered rows are copied, the others computed together and then remembered."""
-        keys = list(zip(rows, mask_BP.sum(dim=1).tolist(), strict=True))
-        known = [key in self._rows for key in keys]
-        self.lookups += len(rows)
-        self.hits += sum(known)
-        held = {key: self._rows[key] for key, hit in zip(keys, known, strict=True) if hit}
-        missing = [at for at, hit in enumerate(known) if not hit]
-        if missing:
-            width = int(mask_BP[missing].sum(dim=1).max())
-            cut = ids_BP.shape[1] - max(width, 1)
-            fresh = compute(ids_BP[missing, cut:], mask_BP[missing, cut:], pool_BP[missing, cut:])
-            if len(missing) == len(rows) and not cut:
-                self._remember(keys, fresh)
-                return fresh
-            held |= self._remember([keys[b] for b in missing], fresh)
-        return _assemble([held[key] for key in keys], ids_BP.shape[1], ids_BP.device)
+    def recall(self, key: bytes, device: torch.device) -> Piece | None:
+        self.lookups += 1
+        piece = self._pieces.get(key)
+        if piece is None:
+            return None
+        self.hits += 1
+        return piece.to(device)
 
-    def _remember(self, keys: list[Key], fresh: Prefix) -> dict[Key, _Remembered]:
-        new = {}
-        for i, key in enumerate(keys):
-            start = fresh.keys[0].shape[2] - key[1]
-            pairs = [torch.stack([k[i, :, start:], v[i, :, start:]]) for k, v in zip(*fresh[:2], strict=True)]
-            new[key] = item = _Remembered(
-                torch.stack(pairs).cpu(), torch.stack([fresh.last_BD[i], fresh.pooled_BD[i]]).cpu()
-            )
-            if key not in self._rows and self.num_bytes + item.num_bytes <= self.budget_bytes:
-                self._rows[key] = item
-                self.num_bytes += item.num_bytes
-        return new
-
-
-def _assemble(held: list[_Remembered], width: int, device: torch.device) -> Prefix:
-    layers, two, heads, _, size = held[0].kv.shape
-    kv = held[0].kv.new_zeros(layers, two, len(held), heads, width, size)
-    for b, item in enumerate(held):
-        kv[:, :, b, :, width - item.kv.shape[3] :] = item.kv
-    kv = kv.to(device, non_blocking=True)
-    hidden = torch.stack([item.hidden for item in held]).to(device)
-    return Prefix(tuple(kv[:, 0]), tuple(kv[:, 1]), hidden[:, 0], hidden[:, 1])
+    def admit(self, key: bytes, piece: Piece) -> None:
+        if key in self._pieces:
+            return
+        on_device = piece.kv.device.type != "cpu"
+        if on_device and self.used_device + piece.num_bytes <= self.device_bytes:
+            self.used_device += piece.num_bytes
+            self._pieces[key] = piece
+        elif self.used_host + piece.num_bytes <= self.host_bytes:
+            self.used_host += piece.num_bytes
+            host = piece.to(torch.device("cpu"))
+            self._pieces[key] = Piece(*(tensor.pin_memory() for tensor in host)) if on_device else host

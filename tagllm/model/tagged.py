@@ -1,32 +1,33 @@
 """The frozen backbone with tags and heads: one forward from a batch to summed losses, values and features.
 
-B rows, P prefix and L live positions, D hidden size, N labelled positions, K head outputs.
+B rows, N positions of all rows, M labelled positions, D hidden size, K head outputs.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
 
-from tagllm.data.batch import Batch
+from tagllm.data.batch import Batch, Placement, Tokens
 from tagllm.data.encode import TagLayout
-from tagllm.model.attention import FrozenCache, use_two_part_attention
+from tagllm.model.attention import Part, Pass, use_parts_attention
 from tagllm.model.embedding import TagEmbedding
 from tagllm.model.loss import Sums, token_losses, value_losses
-from tagllm.model.prefix import Prefix, PrefixMemory, positions_of
+from tagllm.model.prefix import Piece, Prefix, PrefixMemory, cut_into_pieces, part_of
+from tagllm.model.rotation import Rotation
 from tagllm.tags import Head, Tag
 from tagllm.template import OUTPUT, SPAN
 
 
 class Output(NamedTuple):
-    """`token_loss_N` per labelled position; `values_BK` in units of the data (regression) or logits; features for
+    """`token_loss_M` per labelled position; `values_BK` in units of the data (regression) or logits; features for
     closed-form fits: the state at the head's position, the mean over the fields, and the last state of the prefix."""
 
     sums: Sums
-    token_loss_N: Tensor
+    token_loss_M: Tensor
     values_BK: Tensor
     last_BD: Tensor
     mean_BD: Tensor
@@ -64,15 +65,18 @@ class TaggedModel(nn.Module):
     Args:
         backbone: a transformers causal LM, frozen and in eval mode.
         tags: every tag of the layout; learned ones become rows of one parameter.
-        remember_bytes: budget of the prefix memory; 0 remembers nothing (a must under ZeRO-3).
+        memory: where prefixes are remembered; None (a must under ZeRO-3) computes them anew each time.
         reads_tokens: whether any token is supervised; decided by the config, so that all ranks call the LM head alike.
+        kernel: what computes attention where a row sees nothing but itself (`sdpa`, `flash_attention_2`).
     """
 
     def __init__(
-        self, backbone: Any, tags: dict[str, Tag], layout: TagLayout, remember_bytes: int, reads_tokens: bool
-    ) -> None:
+        self, backbone: Any, tags: dict[str, Tag], layout: TagLayout, memory: PrefixMemory | None = None,
+        reads_tokens: bool = True, kernel: str = "sdpa",
+    ) -> None:  # fmt: skip
         super().__init__()
-        self.backbone, self.layout, self.reads_tokens = backbone, layout, reads_tokens
+        self.backbone, self.layout, self.memory = backbone, layout, memory
+        self.reads_tokens, self.kernel = reads_tokens, kernel
         rows = {name: tags[name].rows_PD for name in layout.lengths}
         hidden_size = backbone.config.get_text_config().hidden_size
         empty = [torch.zeros(0, hidden_size)]
@@ -85,79 +89,88 @@ class TaggedModel(nn.Module):
         self.heads = nn.ModuleDict({name: HeadModule(head) for name, head in heads.items() if head is not None})
         for name, head in self.heads.items():
             head.requires_grad_(name in layout.learned)
-        self.memory = PrefixMemory(remember_bytes) if remember_bytes else None
-        self.two_part = use_two_part_attention(backbone)
+        use_parts_attention(backbone)
+        self.rotation = Rotation.of(backbone)
 
     def forward(self, batch: Batch) -> Output:
         """Prefix without a graph, live part on top of it, then losses at the supervised positions only."""
-        prefix = self.encode_prefix(batch) if batch.prefix_ids_BP.shape[1] else None
-        live_BLD = self._decode(
-            batch.live_ids_BL,
-            torch.cat([batch.prefix_mask_BP, batch.live_mask_BL], dim=1),
-            self._cache_of(prefix) if prefix else None,
-        ).last_hidden_state
-        last_BD = live_BLD[torch.arange(len(live_BLD), device=live_BLD.device), batch.read_at_B].float()
-        pooled_BD = (live_BLD * batch.live_pool_BL[..., None]).sum(dim=1).float()
-        num_pooled_B = batch.prefix_pool_BP.sum(dim=1) + batch.live_pool_BL.sum(dim=1)
-        if prefix:
-            pooled_BD = pooled_BD + prefix.pooled_BD.float()
-        mean_BD = pooled_BD / num_pooled_B.clamp(min=1)[:, None]
-        token_loss_N = self._token_losses(live_BLD, batch)
+        prefix = self.encode_prefix(batch)
+        live_ND, _ = self._decode(batch.live, prefix.parts)
+        last_BD = live_ND[batch.read_at_B].float()
+        pooled_BD = prefix.pooled_BD + _pooled(live_ND, batch.live)
+        mean_BD = pooled_BD / batch.num_pooled_B.clamp(min=1)[:, None]
+        token_loss_M = self._token_losses(live_ND, batch)
         value_sum, values_BK = self._values(last_BD, mean_BD, batch)
         sums = Sums(
-            token_loss_N[batch.label_term_N == SPAN].sum(),
-            token_loss_N[batch.label_term_N == OUTPUT].sum(),
+            token_loss_M[batch.label_term_M == SPAN].sum(),
+            token_loss_M[batch.label_term_M == OUTPUT].sum(),
             value_sum,
         )
-        prefix_last_BD = prefix.last_BD.float() if prefix else torch.zeros_like(last_BD)
-        return Output(sums, token_loss_N, values_BK, last_BD, mean_BD, prefix_last_BD)
-
-    def _cache_of(self, prefix: Prefix) -> DynamicCache:
-        """A fresh cache for one live pass; without two-part attention transformers appends to it out of place."""
-        if self.two_part:
-            return FrozenCache(prefix.keys, prefix.values)
-        return DynamicCache(zip(prefix.keys, prefix.values, strict=True))
-
-    def encode_prefix(self, batch: Batch) -> Prefix:
-        """Keys, values and hidden sums of the prefix; from memory where it is there."""
-        ids_BP, mask_BP, pool_BP = batch.prefix_ids_BP, batch.prefix_mask_BP, batch.prefix_pool_BP
-        if self.memory is None:
-            return self._compute_prefix(ids_BP, mask_BP, pool_BP)
-        return self.memory.prefix(batch.row_B.tolist(), ids_BP, mask_BP, pool_BP, self._compute_prefix)
+        return Output(sums, token_loss_M, values_BK, last_BD, mean_BD, prefix.last_BD)
 
     @torch.no_grad()
-    def _compute_prefix(self, ids_BP: Tensor, mask_BP: Tensor, pool_BP: Tensor) -> Prefix:
-        out = self._decode(ids_BP, mask_BP, DynamicCache())  # without a config: sliding layers keep all keys too
-        layers = out.past_key_values.layers
-        hidden_BPD = out.last_hidden_state
-        return Prefix(
-            tuple(layer.keys for layer in layers),
-            tuple(layer.values for layer in layers),
-            hidden_BPD[:, -1],
-            torch.where(pool_BP[..., None] > 0, hidden_BPD, 0).sum(dim=1),
-        )
+    def encode_prefix(self, batch: Batch) -> Prefix:
+        """The shared pieces, then what each row has of its own on top of them; from memory where it is there."""
+        device = batch.live.ids_N.device
+        pieces = self._pieces(batch.pieces.tokens, batch.pieces.keys, [])
+        parts = [
+            _placed(pieces, placement, device) for placement in batch.pieces.placements if max(placement.piece_B) >= 0
+        ]
+        own = self._pieces(batch.own, batch.own_keys, parts)
+        if sum(batch.own.lengths):
+            parts = [*parts, part_of(own)]
+        hidden_size = self.tags.learned_TD.shape[1]
+        none = torch.zeros(2, hidden_size, device=device)
+        columns = [[pieces[i].hidden_2D if i >= 0 else none for i in p.piece_B] for p in batch.pieces.placements]
+        columns.append([piece.hidden_2D for piece in own] if own else [none] * len(batch.own.lengths))
+        last = [columns[at][b][0] for b, at in enumerate(batch.prefix_end_B)]
+        pooled = [torch.stack([hidden[1] for hidden in row]).sum(dim=0) for row in zip(*columns, strict=True)]
+        return Prefix(parts, torch.stack(last), torch.stack(pooled))
 
-    def _decode(self, ids_BS: Tensor, mask: Tensor, cache: DynamicCache | None) -> Any:
-        """`mask` covers the cached positions too; position ids follow from it."""
-        return self.backbone.base_model(
-            inputs_embeds=self.tags(self.backbone.get_input_embeddings(), ids_BS),
-            attention_mask=mask,
-            position_ids=positions_of(mask)[:, mask.shape[1] - ids_BS.shape[1] :],
-            past_key_values=cache,
-            use_cache=cache is not None,
-        )
+    def _pieces(self, tokens: Tokens, keys: Sequence[bytes], parts: list[Part]) -> list[Piece]:
+        """The pieces of `tokens` on top of `parts`: remembered ones, and the others computed in one pass."""
+        if not len(tokens.ids_N):
+            return []
+        if self.memory is None:
+            return self._compute(tokens, parts)
+        device = tokens.ids_N.device
+        found = [self.memory.recall(key, device) for key in keys]
+        missing = [i for i, piece in enumerate(found) if piece is None]
+        if not missing:
+            return [piece for piece in found if piece is not None]
+        some = len(missing) < len(keys)
+        here, below = (tokens.only(missing), [part.only(missing) for part in parts]) if some else (tokens, parts)
+        for i, piece in zip(missing, self._compute(here, below), strict=True):
+            self.memory.admit(keys[i], piece)
+            found[i] = piece
+        return [piece for piece in found if piece is not None]
 
-    def _token_losses(self, live_BLD: Tensor, batch: Batch) -> Tensor:
+    def _compute(self, tokens: Tokens, parts: list[Part]) -> list[Piece]:
+        hidden_ND, this = self._decode(tokens, parts, keep=True)
+        return cut_into_pieces(tokens, this.keys, this.values, hidden_ND)
+
+    def _decode(self, tokens: Tokens, parts: list[Part], keep: bool = False) -> tuple[Tensor, Pass]:
+        """Hidden states (N, D) of one pass of the backbone, and its keys and values if kept."""
+        this = Pass(tokens, parts, keep, self.kernel, self.rotation)
+        out = self.backbone.base_model(
+            inputs_embeds=self.tags(self.backbone.get_input_embeddings(), tokens.ids_N[None]),
+            position_ids=tokens.at_N[None],
+            past_key_values=this,
+            use_cache=True,
+        )
+        return out.last_hidden_state[0], this
+
+    def _token_losses(self, live_ND: Tensor, batch: Batch) -> Tensor:
+        hidden_MD = live_ND[batch.label_at_M]
         if not self.reads_tokens:
-            return live_BLD.flatten(0, 1)[batch.label_at_N].float().sum(dim=1) * 0.0
-        hidden_ND = live_BLD.flatten(0, 1)[batch.label_at_N]
-        return token_losses(self._logits(hidden_ND), batch.label_N)
+            return hidden_MD.float().sum(dim=1) * 0.0
+        return token_losses(self._logits(hidden_MD), batch.label_M)
 
-    def _logits(self, hidden_ND: Tensor) -> Tensor:
+    def _logits(self, hidden_MD: Tensor) -> Tensor:
         config = self.backbone.config.get_text_config()
-        logits_NV: Tensor = self.backbone.get_output_embeddings()(hidden_ND)
+        logits_MV: Tensor = self.backbone.get_output_embeddings()(hidden_MD)
         cap = getattr(config, "final_logit_softcapping", None)
-        return torch.tanh(logits_NV / cap) * cap if cap else logits_NV
+        return torch.tanh(logits_MV / cap) * cap if cap else logits_MV
 
     def _values(self, last_BD: Tensor, mean_BD: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Every head sees every row and each row keeps its own head's answer: the same modules on all ranks."""
@@ -175,3 +188,27 @@ class TaggedModel(nn.Module):
             answer_BK = nn.functional.pad(head.unstandardise(answer_BK), (0, values_BK.shape[1] - width))
             values_BK = torch.where(mine_B[:, None], answer_BK.detach(), values_BK)
         return value_sum, values_BK
+
+
+def _placed(pieces: Sequence[Piece], placement: Placement, device: torch.device) -> Part:
+    """Pieces where the rows have them. Only spans have numbers, and only free spans are placed with an offset."""
+    used = sorted({i for i in placement.piece_B if i >= 0})
+    part = part_of([pieces[i] for i in used])._replace(
+        piece_B=tuple(used.index(i) if i >= 0 else -1 for i in placement.piece_B)
+    )
+    if not any(placement.span_B):
+        return part
+    offset_B, span_B = (torch.tensor(column, device=device) for column in (placement.offset_B, placement.span_B))
+    return part._replace(offset_B=offset_B, span_B=span_B)
+
+
+def _pooled(hidden_ND: Tensor, tokens: Tokens) -> Tensor:
+    """Sums over the field positions of each row (B, D), fp32; a product, since adding by index is not deterministic on
+    CUDA."""
+    device = hidden_ND.device
+    row_N = torch.arange(len(tokens.lengths), device=device).repeat_interleave(
+        torch.tensor(tokens.lengths, device=device), output_size=sum(tokens.lengths)
+    )
+    row_N = nn.functional.pad(row_N, (0, len(hidden_ND) - len(row_N)), value=-1)
+    of_row_BN = (torch.arange(len(tokens.lengths), device=device)[:, None] == row_N) * tokens.pool_N
+    return of_row_BN.float() @ hidden_ND.float()

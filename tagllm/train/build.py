@@ -9,10 +9,12 @@ import numpy as np
 import torch
 
 from tagllm.config import SPLITS, BackboneConfig, DataConfig, RunConfig, Split
+from tagllm.data.collate import Collator
 from tagllm.data.dataset import Data, Examples, Prompts, prepare, tokenizer_digest
 from tagllm.data.encode import TagLayout
 from tagllm.errors import UserError
 from tagllm.model.backbone import Backbone, fastest_dtype, load_backbone, resolve
+from tagllm.model.prefix import PrefixMemory
 from tagllm.model.smollm2 import cache_folder
 from tagllm.model.tagged import TaggedModel
 from tagllm.stage import Stage
@@ -35,6 +37,9 @@ class Built(NamedTuple):
 
     def examples(self, split: Split) -> list[Examples]:
         return self.data.splits[split]
+
+    def collator(self) -> Collator:
+        return self.stage.collator(self.layout, self.model.rotation is not None)
 
     def identity(self) -> dict[str, str]:
         """What a checkpoint of this run must agree on to be gone on from."""
@@ -69,12 +74,11 @@ def build(stage: Stage, ranks: Ranks) -> Built:
 
 
 def assemble(stage: Stage, backbone: Backbone, layout: TagLayout, tags: dict[str, Tag], ranks: Ranks) -> TaggedModel:
-    """The model of a stage. Prefixes are remembered only where every rank holds the whole backbone."""
-    config = stage.config
-    sharded = config.engine.zero_stage == 3
-    remember = 0 if sharded or config.prefix == "full" else int(config.remember_gib * 2**30)
+    budgets = stage.config.remembered_bytes
+    memory = PrefixMemory(*budgets) if any(budgets) else None
     reads_tokens = bool(stage.weights.span or stage.weights.output)
-    return TaggedModel(backbone.model, tags, layout, remember, reads_tokens).to(ranks.device)
+    model = TaggedModel(backbone.model, tags, layout, memory, reads_tokens, backbone.kernel)
+    return model.to(ranks.device)
 
 
 def prepare_on_all(

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tagllm.config import Split
-from tagllm.data.batch import Collator
+from tagllm.data.collate import Collator
 from tagllm.evaluate.baselines import Probe
 from tagllm.evaluate.metrics import value_metrics
 from tagllm.evaluate.passes import Pass, all_draws, run_over
@@ -25,7 +25,7 @@ class GradientFree:
 
     def __init__(self, built: Built, engine: Engine, ranks: Ranks) -> None:
         self.built, self.engine, self.ranks = built, engine, ranks
-        self.collate = built.stage.collator(built.layout)
+        self.collate = built.collator()
 
     def validate(self) -> dict[str, float]:
         """Loss and metrics on the validation split; empty without such rows."""

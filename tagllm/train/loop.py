@@ -10,10 +10,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from tagllm.config import RunConfig
-from tagllm.data.batch import Batch, Counts, count
-from tagllm.data.sampler import Draw, Sampler, deal
+from tagllm.data.batch import Batch, Counts, count, in_chunks
+from tagllm.data.sampler import Draw, Groups, Sampler, deal
 from tagllm.errors import UserError
-from tagllm.evaluate.passes import home_of
 from tagllm.files import RunLock
 from tagllm.model.loss import total
 from tagllm.stage import check_world, read_stage
@@ -84,7 +83,7 @@ class Trainer:
     def __init__(self, built: Built, engine: Engine, ranks: Ranks, run: RunFolder, stop: StopRequest) -> None:
         self.built, self.engine, self.ranks, self.run, self.stop = built, engine, ranks, run, stop
         self.config, self.sources = built.config, built.examples("train")
-        self.collate = built.stage.collator(built.layout)
+        self.collate = built.collator()
         self.gradient_free = GradientFree(built, engine, ranks)
         shares = {
             "proportional": None,
@@ -92,7 +91,12 @@ class Trainer:
             "given": [s.weight for s in self.config.data.sources],
         }
         sizes = [len(examples) for examples in self.sources]
-        self.sampler = Sampler(sizes, shares[self.config.data.mix], self.config.optim.rows_per_step, self.config.seed)
+        groups = [
+            Groups(examples.groups_n, source.rows_per_group) if source.group_by else None
+            for examples, source in zip(self.sources, self.config.data.sources, strict=True)
+        ]
+        optim = self.config.optim
+        self.sampler = Sampler(sizes, shares[self.config.data.mix], optim.rows_per_step, self.config.seed, groups)
         self.total = total_steps(self.config.optim, sum(sizes))
         self.progress, self.best = Progress(), dict[str, Tensor]()
 
@@ -126,8 +130,8 @@ class Trainer:
             output = self.engine(batch)
             self.engine.backward(total(output.sums, counts, self.built.stage.weights))
             sums = [a + float(b.detach()) for a, b in zip(sums, output.sums, strict=True)]
-        live = sum(int(batch.live_mask_BL.sum()) for batch in batches)
-        frozen = sum(int(batch.prefix_mask_BP.sum()) for batch in batches)
+        live = sum(sum(batch.live.lengths) for batch in batches)
+        frozen = sum(sum(batch.prefix_lengths) for batch in batches)
         *sums, live_tokens, frozen_tokens = self.ranks.sum([*sums, live, frozen])
         loss = sum(w * s / c for w, s, c in zip(self.built.stage.weights, sums, counts, strict=True) if c)
         if not math.isfinite(loss):
@@ -140,12 +144,12 @@ class Trainer:
 
     def _micro_batches(self, draws: list[Draw]) -> list[Batch]:
         """This rank's rows, alike in length within a micro-batch."""
-        mine = deal(draws, [home_of(draw) for draw in draws], self.ranks.size)[self.ranks.rank]
-        examples = [(self.sources[d.source][d.row], self.sources[d.source].uid(d.row)) for d in mine]
-        examples.sort(key=lambda pair: (len(pair[0].ids), pair[1]))
+        homes = [self.sources[draw.source].home(draw.row) for draw in draws]
+        mine = deal(draws, homes, self.ranks.size)[self.ranks.rank]
+        examples = [self.sources[draw.source][draw.row] for draw in mine]
         size = self.config.optim.rows_per_micro_batch
-        chunks = [examples[at : at + size] for at in range(0, len(examples), size)]
-        return [self.collate([e for e, _ in chunk], [uid for _, uid in chunk]) for chunk in chunks]
+        chunks = in_chunks(examples, size)
+        return [self.collate([examples[i] for i in chunk]) for chunk in chunks]
 
     def _evaluate(self, step: int) -> None:
         """Scores the validation split and keeps the best state."""
