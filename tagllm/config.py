@@ -179,7 +179,7 @@ class OptimConfig(Section):
     steps: Count | None = None
     tag_lr: Rate = 1e-2
     head_lr: Rate = 1e-3
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Share, Share] = (0.9, 0.999)
     weight_decay: Weight = 0.0
     clip: Rate | None = 1.0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from tagllm.config import RunConfig
+from tagllm.config import FieldConfig, RunConfig
 from tagllm.data.collate import Collator
 from tagllm.data.encode import TagLayout
 from tagllm.errors import UserError, did_you_mean
@@ -139,6 +139,11 @@ def _contradictions(stage: Stage, where: str) -> list[str]:
                 f"{place}.target names {len(source.target)} columns ({', '.join(source.target) or 'none'}); the head "
                 f"of {', '.join(owners) or 'the template (it has none)'} needs {width}."
             )
+        if (limit := source.fields.get("output", FieldConfig()).max_tokens) is not None:
+            problems.append(
+                f"{place}.fields.output.max_tokens is {limit}; the answer is never cut. Drop it, or leave long rows out "
+                "with max_characters."
+            )
         unknown = [name for name in source.fields if name not in (*template.fields, "output")]
         problems += [
             f"{place}.fields.{name}: the template has no {{{name}}}. {did_you_mean(name, template.fields)}"
@@ -159,8 +164,8 @@ def _cannot_remember(config: RunConfig, where: str) -> str:
     if config.prefix == "full":
         why = "prefix is full, which leaves nothing to remember"
     return (
-        f"{where}: remember_gib is {config.remember_gib or 0} and remember_device_gib {config.remember_device_gib or 0},"
-        f" but {why}. Set both to 0, or leave them out."
+        f"{where}: remember_gib is {config.remember_gib or 0} and remember_device_gib "
+        f"{config.remember_device_gib or 0}, but {why}. Set both to 0, or leave them out."
     )
 
 

@@ -95,6 +95,13 @@ def test_remembering_is_refused_where_it_cannot_be(key: str, value: object) -> N
         read_stage(RunConfig.model_validate(plain | {"remember_gib": 1.0}), "c.yaml")
 
 
+def test_the_answer_is_never_cut() -> None:
+    assert problems({"D": {}}, "<D> {x} {output}", fields={"output": {"max_tokens": 3}}) == [
+        "c.yaml: data.sources.0.fields.output.max_tokens is 3; the answer is never cut. Drop it, or leave long rows out "
+        "with max_characters."
+    ]
+
+
 def test_a_bad_name() -> None:
     assert "c.yaml: tags.2D: a tag's name is letters, digits, - and _, a letter first." in problems(
         {"2D": {}}, "<2D> {x}"
