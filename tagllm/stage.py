@@ -141,8 +141,8 @@ def _contradictions(stage: Stage, where: str) -> list[str]:
             )
         if (limit := source.fields.get("output", FieldConfig()).max_tokens) is not None:
             problems.append(
-                f"{place}.fields.output.max_tokens is {limit}; the answer is never cut. Drop it, or leave long rows out "
-                "with max_characters."
+                f"{place}.fields.output.max_tokens is {limit}; the answer is never cut. Drop it, or leave long "
+                "rows out with max_characters."
             )
         unknown = [name for name in source.fields if name not in (*template.fields, "output")]
         problems += [

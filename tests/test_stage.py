@@ -97,8 +97,8 @@ def test_remembering_is_refused_where_it_cannot_be(key: str, value: object) -> N
 
 def test_the_answer_is_never_cut() -> None:
     assert problems({"D": {}}, "<D> {x} {output}", fields={"output": {"max_tokens": 3}}) == [
-        "c.yaml: data.sources.0.fields.output.max_tokens is 3; the answer is never cut. Drop it, or leave long rows out "
-        "with max_characters."
+        "c.yaml: data.sources.0.fields.output.max_tokens is 3; the answer is never cut. Drop it, or leave long "
+        "rows out with max_characters."
     ]
 
 

@@ -89,6 +89,7 @@ class TaggedModel(nn.Module):
         self.heads = nn.ModuleDict({name: HeadModule(head) for name, head in heads.items() if head is not None})
         for name, head in self.heads.items():
             head.requires_grad_(name in layout.learned)
+        self._num_computed = 0
         use_parts_attention(backbone)
         self.rotation = Rotation.of(backbone)
 
@@ -145,7 +146,13 @@ class TaggedModel(nn.Module):
             found[i] = piece
         return [piece for piece in found if piece is not None]
 
+    def take_computed(self) -> int:
+        """Frozen positions computed since the last time this was asked."""
+        taken, self._num_computed = self._num_computed, 0
+        return taken
+
     def _compute(self, tokens: Tokens, parts: list[Part]) -> list[Piece]:
+        self._num_computed += sum(tokens.lengths)
         hidden_ND, this = self._decode(tokens, parts, keep=True)
         return cut_into_pieces(tokens, this.keys, this.values, hidden_ND)
 

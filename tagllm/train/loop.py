@@ -26,6 +26,7 @@ from tagllm.train.result import library_of
 from tagllm.train.run_folder import RunFolder
 from tagllm.train.schedule import lr_factor, total_steps
 from tagllm.train.signals import Stopped, StopRequest
+from tagllm.train.work import Work, work_of
 
 
 class Step(NamedTuple):
@@ -35,8 +36,7 @@ class Step(NamedTuple):
     sums: list[float]
     counts: Counts
     gradient_norm: float
-    live_tokens: float
-    frozen_tokens: float
+    work: Work
 
 
 class Progress(NamedTuple):
@@ -130,9 +130,9 @@ class Trainer:
             output = self.engine(batch)
             self.engine.backward(total(output.sums, counts, self.built.stage.weights))
             sums = [a + float(b.detach()) for a, b in zip(sums, output.sums, strict=True)]
-        live = sum(sum(batch.live.lengths) for batch in batches)
-        frozen = sum(sum(batch.prefix_lengths) for batch in batches)
-        *sums, live_tokens, frozen_tokens = self.ranks.sum([*sums, live, frozen])
+        work = work_of(batches, self.built.model.take_computed())
+        totals = self.ranks.sum([*sums, *work])
+        sums, work = totals[: len(sums)], Work(*totals[len(sums) :])
         loss = sum(w * s / c for w, s, c in zip(self.built.stage.weights, sums, counts, strict=True) if c)
         if not math.isfinite(loss):
             raise UserError(
@@ -140,7 +140,7 @@ class Trainer:
                 f"{self.config.optim.tag_lr}) or optim.head_lr, or look for extreme targets."
             )
         norm = self.engine.step(lr_factor(self.config.optim, step, self.total))
-        return Step(loss, sums, counts, norm, live_tokens, frozen_tokens)
+        return Step(loss, sums, counts, norm, work)
 
     def _micro_batches(self, draws: list[Draw]) -> list[Batch]:
         """This rank's rows, alike in length within a micro-batch."""
@@ -209,10 +209,8 @@ class Trainer:
                 "train/loss": done.loss, **terms, "train/gradient_norm": done.gradient_norm,
                 "train/lr_factor": lr_factor(self.config.optim, step - 1, self.total),
                 "speed/seconds": seconds, "speed/rows_per_second": self.config.optim.rows_per_step / seconds,
-                "speed/live_tokens_per_second": done.live_tokens / seconds,
-                "speed/frozen_tokens_per_second": done.frozen_tokens / seconds,
                 "speed/prefix_hit_ratio": memory.hits / max(memory.lookups, 1) if memory else math.nan,
-                "memory/peak_gib_rank0": peak_memory_gib(),
+                **done.work.scalars(seconds), "memory/peak_gib_rank0": peak_memory_gib(),
             },
         )  # fmt: skip
 
