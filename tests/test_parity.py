@@ -15,11 +15,13 @@ from tagllm.config import HeadConfig
 from tagllm.data.collate import Collator
 from tagllm.data.encode import Example, TagLayout
 from tagllm.model.attention import plain_attention
+from tagllm.model.frozen import make_frozen_aware
 from tagllm.model.loss import Weights
 from tagllm.model.tagged import TaggedModel
 from tagllm.tags import Head, Tag
 from tagllm.template import OUTPUT, SPAN, TAG, TEXT
 from tests import tiny
+from tests.test_prefix import drawn_mask
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "parity" / "reference.safetensors"
 CASES = {"domain_lm": ("A", "B"), "function_regression": ("F",), "function_text": ("F",)}
@@ -47,7 +49,8 @@ def build(reference: dict[str, torch.Tensor], learned: tuple[str, ...]) -> Tagge
     made = {n: Tag(n, kinds[n], rows[n], head if n == "F" else None) for n in kinds}
     # The reference numbers its rows A, B, F; with A and B learned or frozen together the layout does too.
     layout = TagLayout.of(320, kinds, dict.fromkeys(kinds, 5), learned, {"F": spec})
-    return TaggedModel(llama.eval().requires_grad_(False), made, layout)
+    make_frozen_aware(llama.eval().requires_grad_(False))
+    return TaggedModel(llama, made, layout)
 
 
 def examples(reference: dict[str, torch.Tensor], case: str, layout: TagLayout) -> list[Example]:
@@ -86,6 +89,42 @@ def test_the_authors_losses_and_gradients(reference: dict[str, torch.Tensor], ca
         head = tagged.heads["F"].weight_KF.grad
         assert head is not None
         assert tiny.relative_error(head, reference[f"{case}.head_grad"]) < 1e-5
+
+
+@pytest.mark.parametrize("free", [False, True], ids=["in place", "free spans"])
+@pytest.mark.parametrize("case", ["function_regression", "function_text"])
+def test_the_authors_block_mask(reference: dict[str, torch.Tensor], case: str, free: bool) -> None:
+    """Their weights, tags and rows under the mask they describe: tag A and what follows it up to B see only each other,
+    so do B and what follows it up to F. Against transformers' own LLaMA with that mask written out."""
+    tagged = build(reference, CASES[case])
+    domain = [list(tagged.layout.ids(name)) for name in "AB"]
+    function = tagged.layout.ids("F").start
+    rows = []
+    for row in examples(reference, case, tagged.layout):
+        starts = [int(np.flatnonzero(row.ids == ids[0])[0]) for ids in domain if ids[0] in row.ids]
+        ends = [*starts[1:], int(np.flatnonzero(row.ids == function)[0])]
+        rows.append(row._replace(spans_at=np.array(list(zip(starts, ends, strict=True)), np.int32).reshape(-1, 2)))
+    collate = Collator(tagged.layout.first_learned_id, (OUTPUT,), 1, block=True, free_spans=free)
+    assert sum(map(len, (row.spans_at for row in rows)))
+    direction_D = torch.randn(64, generator=torch.Generator().manual_seed(0))
+    for row in rows:
+        tagged.zero_grad()
+        output = tagged(collate([row]))
+        (output.last_BD[0] * direction_D).sum().backward()
+        ours = tagged.tags.learned_TD.grad
+        assert ours is not None
+        tagged.zero_grad()
+        with plain_attention(tagged.backbone):
+            hidden_SD = tagged.backbone.base_model(
+                inputs_embeds=tagged.tags(tagged.backbone.get_input_embeddings(), torch.tensor(row.ids).long()[None]),
+                attention_mask=torch.tensor(drawn_mask(row))[None, None],
+            ).last_hidden_state[0]
+        expected = hidden_SD[max(row.read_at, collate.live_at(row))]
+        (expected * direction_D).sum().backward()
+        theirs = tagged.tags.learned_TD.grad
+        assert theirs is not None
+        torch.testing.assert_close(output.last_BD[0], expected, rtol=1e-5, atol=1e-5)
+        assert tiny.relative_error(ours, theirs) < 1e-5
 
 
 def test_against_plain_transformers() -> None:

@@ -201,7 +201,7 @@ def plain_loss(tagged: TaggedModel, rows: list[tuple[Example, torch.Tensor]], co
     loss = torch.zeros(())
     for row, hidden_SD in rows:
         at = np.flatnonzero(row.marks[1:] == OUTPUT)
-        logits = tagged._logits(hidden_SD[at])
+        logits = tagged.backbone.get_output_embeddings()(hidden_SD[at])
         loss = loss + functional.cross_entropy(logits, torch.tensor(row.ids[at + 1]).long(), reduction="sum") / max(
             counts.output, 1
         )

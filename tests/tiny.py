@@ -24,6 +24,7 @@ from tagllm.config import HeadConfig
 from tagllm.data.batch import Batch, count
 from tagllm.data.collate import Collator
 from tagllm.data.encode import Example, TagLayout
+from tagllm.model.frozen import make_frozen_aware
 from tagllm.model.loss import Weights, total
 from tagllm.model.prefix import PrefixMemory
 from tagllm.model.tagged import Output, TaggedModel
@@ -47,7 +48,8 @@ KINDS = {"Frozen": "domain", "Learned": "domain", "F": "function", "Text": "func
 HEAD = HeadConfig(reads="both", outputs=2)
 
 
-def backbone(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+def plain_backbone(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+    """As transformers makes it."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(copy.deepcopy(FAMILIES[family]))
     with torch.no_grad():  # the usual .02 makes activations so small that errors hide
@@ -55,6 +57,13 @@ def backbone(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.fl
             if parameter.ndim > 1:
                 parameter.mul_(5)
     return model.to(dtype).eval().requires_grad_(False)
+
+
+def backbone(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.float32) -> Any:
+    """As `load_backbone` gives it."""
+    model = plain_backbone(family, seed, dtype)
+    make_frozen_aware(model)
+    return model
 
 
 def layout(learned: Sequence[str] = ("F",), length: int = 3) -> TagLayout:
@@ -147,7 +156,7 @@ def gradients(tagged: TaggedModel) -> dict[str, torch.Tensor]:
 
 
 def relative_error(a: torch.Tensor, b: torch.Tensor) -> float:
-    return float((a - b).norm() / b.norm().clamp(min=1e-12))
+    return float(((a - b).norm() / b.norm().clamp(min=1e-12)).detach())
 
 
 def save_backbone(folder: Path, family: str = "llama") -> Path:

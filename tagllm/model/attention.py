@@ -77,11 +77,12 @@ def _slice_if_adjacent(rows: list[int]) -> slice | list[int]:
 class Pass(DynamicCache):
     """One pass of the decoder over `tokens` on top of `parts`: all that attention must know, and where its keys stay.
 
-    To transformers it is a cache: `update` hands the keys on together with this object.
+    To transformers it is a cache: `update` hands the keys on together with this object. `keep` is the dtype in which
+    keys and values are kept and attention is computed; None keeps nothing and computes as the inputs are.
     """
 
     def __init__(
-        self, tokens: Tokens, parts: Sequence[Part], keep: bool, kernel: str, rotation: Rotation | None
+        self, tokens: Tokens, parts: Sequence[Part], keep: torch.dtype | None, kernel: str, rotation: Rotation | None
     ) -> None:
         super().__init__()
         self.tokens, self.parts, self.keep, self.kernel = tokens, list(parts), keep, kernel
@@ -96,8 +97,9 @@ class Pass(DynamicCache):
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         if self.keep:
-            self.keys.append(key_states.detach())
-            self.values.append(value_states.detach())
+            key_states, value_states = key_states.to(self.keep), value_states.to(self.keep)
+            self.keys.append(key_states)
+            self.values.append(value_states)
         return Keyed(self, layer_idx, key_states), value_states
 
     def is_plain(self, window: int | None) -> bool:
@@ -196,7 +198,6 @@ def attend(
     """The attention function of transformers' interface; gives (1, N, H, E). No dropout: the backbone is frozen."""
     this, rows = key.of, key.of.rows
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
-    # an fp32 residual stream turns queries and keys into fp32 while values keep the dtype of the weights
     query_1HNE, key_1GNE = query.to(value.dtype), key.keys.to(value.dtype)
     if not rows.longest:
         return torch.zeros_like(query_1HNE).transpose(1, 2), None

@@ -12,6 +12,7 @@ import torch
 
 from tagllm.config import BackboneConfig
 from tagllm.errors import UserError
+from tagllm.model.frozen import make_frozen_aware
 from tagllm.model.smollm2 import smollm2_folder
 from tagllm.tags import BackboneIdentity
 
@@ -71,6 +72,7 @@ def load_backbone(config: BackboneConfig, device: torch.device) -> Backbone:
         raise UserError(_cannot_load(config.model, error)) from None
     model.requires_grad_(False)
     model.eval()
+    make_frozen_aware(model)
     return Backbone(model.to(device), load_tokenizer(config.model), identify(config.model, model), kernel)
 
 

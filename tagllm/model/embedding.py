@@ -24,10 +24,10 @@ class TagEmbedding(nn.Module):
         self.learned_TD = nn.Parameter(learned_TD.clone())
         self.register_buffer("frozen_TD", frozen_TD)
 
-    def forward(self, token_embedding: nn.Module, ids_BS: Tensor) -> Tensor:
-        """Embeddings in the backbone's dtype; the learned rows stay fp32 behind the cast."""
+    def forward(self, token_embedding: nn.Module, ids_BS: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """Embeddings in `dtype` (None: the backbone's); the learned rows stay fp32 behind the cast."""
         is_tag_BS = ids_BS >= self.vocabulary_size
-        tokens_BSD: Tensor = token_embedding(ids_BS.masked_fill(is_tag_BS, 0))
+        tokens_BSD: Tensor = token_embedding(ids_BS.masked_fill(is_tag_BS, 0)).to(dtype)
         rows_TD = torch.cat([self.frozen_TD, self.learned_TD]).to(tokens_BSD.dtype)
         if not len(rows_TD):  # the control without a tag
             return tokens_BSD

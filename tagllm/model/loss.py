@@ -1,6 +1,6 @@
 """Loss terms as (sum, count). Means of means would weigh rows by how they were split; sums over global counts do not.
 
-N labelled positions, V vocabulary, B rows, K outputs.
+B rows, K outputs.
 """
 
 from __future__ import annotations
@@ -26,11 +26,6 @@ class Weights(NamedTuple):
     span: float
     output: float
     value: float
-
-
-def token_losses(logits_NV: Tensor, label_N: Tensor) -> Tensor:
-    """Cross entropy of each labelled position, fp32 (N)."""
-    return functional.cross_entropy(logits_NV.float(), label_N, reduction="none")
 
 
 def value_losses(values_BK: Tensor, target_BK: Tensor, num_classes: int) -> Tensor:

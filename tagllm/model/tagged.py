@@ -15,7 +15,8 @@ from tagllm.data.batch import Batch, Placement, Tokens
 from tagllm.data.encode import TagLayout
 from tagllm.model.attention import Part, Pass, use_parts_attention
 from tagllm.model.embedding import TagEmbedding
-from tagllm.model.loss import Sums, token_losses, value_losses
+from tagllm.model.head import FrozenHead
+from tagllm.model.loss import Sums, value_losses
 from tagllm.model.prefix import Piece, Prefix, PrefixMemory, cut_into_pieces, part_of
 from tagllm.model.rotation import Rotation
 from tagllm.tags import Head, Tag
@@ -153,14 +154,15 @@ class TaggedModel(nn.Module):
 
     def _compute(self, tokens: Tokens, parts: list[Part]) -> list[Piece]:
         self._num_computed += sum(tokens.lengths)
-        hidden_ND, this = self._decode(tokens, parts, keep=True)
+        hidden_ND, this = self._decode(tokens, parts, keep=self.backbone.dtype)
         return cut_into_pieces(tokens, this.keys, this.values, hidden_ND)
 
-    def _decode(self, tokens: Tokens, parts: list[Part], keep: bool = False) -> tuple[Tensor, Pass]:
-        """Hidden states (N, D) of one pass of the backbone, and its keys and values if kept."""
+    def _decode(self, tokens: Tokens, parts: list[Part], keep: torch.dtype | None = None) -> tuple[Tensor, Pass]:
+        """Hidden states (N, D) of one pass of the backbone, and its keys and values if kept. The residual stream is
+        fp32."""
         this = Pass(tokens, parts, keep, self.kernel, self.rotation)
         out = self.backbone.base_model(
-            inputs_embeds=self.tags(self.backbone.get_input_embeddings(), tokens.ids_N[None]),
+            inputs_embeds=self.tags(self.backbone.get_input_embeddings(), tokens.ids_N[None], torch.float32),
             position_ids=tokens.at_N[None],
             past_key_values=this,
             use_cache=True,
@@ -171,13 +173,10 @@ class TaggedModel(nn.Module):
         hidden_MD = live_ND[batch.label_at_M]
         if not self.reads_tokens:
             return hidden_MD.float().sum(dim=1) * 0.0
-        return token_losses(self._logits(hidden_MD), batch.label_M)
-
-    def _logits(self, hidden_MD: Tensor) -> Tensor:
-        config = self.backbone.config.get_text_config()
-        logits_MV: Tensor = self.backbone.get_output_embeddings()(hidden_MD)
-        cap = getattr(config, "final_logit_softcapping", None)
-        return torch.tanh(logits_MV / cap) * cap if cap else logits_MV
+        head: FrozenHead = self.backbone.get_output_embeddings()
+        cap = getattr(self.backbone.config.get_text_config(), "final_logit_softcapping", None)
+        nats_M: Tensor = head(hidden_MD, batch.label_M, cap or None)
+        return nats_M
 
     def _values(self, last_BD: Tensor, mean_BD: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Every head sees every row and each row keeps its own head's answer: the same modules on all ranks."""

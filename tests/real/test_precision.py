@@ -1,0 +1,106 @@
+"""Tag gradients of a low-precision backbone against fp32 arithmetic on the same weights, on real prompts.
+
+SmolLM2 is stored in bf16 and the reference computes in fp32 with just these weights, so that arithmetic alone differs.
+For a quantised backbone the reference is the quantised weights in fp32 likewise.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from torch import Tensor
+
+from tagllm.config import parse_config
+from tagllm.data.batch import count
+from tagllm.model.loss import total
+from tagllm.stage import read_stage
+from tagllm.train.build import Built, build
+from tagllm.train.ranks import Ranks
+from tests import tiny
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]
+NUM_PROMPTS = 8
+TEXT = "The SMILES of the molecule is {smiles}. Its drug-likeness is"
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "domain tag": (
+        {"SMILES": {"kind": "domain", "length": 10}}, {"template": "The SMILES of the molecule is <SMILES> {smiles}"}
+    ),
+    "function tag with a head": (
+        {"QED": {"kind": "function", "length": 4, "head": {"reads": "both"}}},
+        {"template": f"{TEXT} <QED>", "target": "qed"},
+    ),
+    "function tag that writes": (
+        {"QED": {"kind": "function", "length": 4}}, {"template": f"{TEXT} <QED> {{output}}", "output": "qed"}
+    ),
+}  # fmt: skip
+
+
+class Bound(NamedTuple):
+    cosine: float
+    relative: float
+
+
+# What is aimed at is .9999 and 2 %. Rounding in the bf16 pass over the prefix is most of what is left: with it in fp32
+# the cosines are .99996 and more. A head makes the error depend on the rows, as it scales with how far its values are.
+BOUNDS = {
+    ("bf16", "domain tag"): Bound(0.9998, 0.02),
+    ("bf16", "function tag with a head"): Bound(0.9998, 0.02),
+    ("bf16", "function tag that writes"): Bound(0.9999, 0.02),
+}
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", "0")
+        for name in ("RANK", "WORLD_SIZE"):
+            patch.delenv(name, raising=False)
+        ranks = Ranks.start(60)
+        yield ranks
+        ranks.stop()
+
+
+def built(case: str, dtype: str, output: Path, ranks: Ranks) -> Built:
+    tags, source = CASES[case]
+    rows = {"train": NUM_PROMPTS, "valid": 1, "test": 1}
+    source = {"recipe": "rdkit-nci", "max_characters": {"smiles": 60}, "rows": rows, **source}
+    optim = {"steps": 1, "rows_per_step": NUM_PROMPTS, "rows_per_micro_batch": NUM_PROMPTS}
+    config = {"output": str(output), "tags": tags, "data": {"sources": [source]}, "optim": optim}
+    stage = read_stage(parse_config({**config, "backbone": {"model": "smollm2", "dtype": dtype}}, case), case)
+    return build(stage, ranks)
+
+
+def tag_gradient(of: Built) -> Tensor:
+    """Of the untrained tag; its head starts at zeros, so it gets fixed random numbers."""
+    random = torch.Generator().manual_seed(0)
+    for head in of.model.heads.values():
+        weight_KF = head.get_parameter("weight_KF")
+        weight_KF.data = torch.randn(weight_KF.shape, generator=random) * 0.02
+    examples = of.examples("train")[0]
+    rows = [examples[i] for i in range(NUM_PROMPTS)]
+    batch = of.collator()(rows)
+    total(of.model(batch).sums, count(batch), of.stage.weights).backward()
+    gradient = of.model.tags.learned_TD.grad
+    assert gradient is not None
+    return gradient
+
+
+@pytest.fixture(scope="module")
+def references(tmp_path_factory: pytest.TempPathFactory, ranks: Ranks) -> dict[str, Tensor]:
+    folder = tmp_path_factory.mktemp("reference")
+    return {case: tag_gradient(built(case, "fp32", folder, ranks)) for case in CASES}
+
+
+@pytest.mark.parametrize(("dtype", "case"), BOUNDS, ids=[f"{dtype} {case}" for dtype, case in BOUNDS])
+def test_tag_gradients(dtype: str, case: str, references: dict[str, Tensor], tmp_path: Path, ranks: Ranks) -> None:
+    expected, found = references[case], tag_gradient(built(case, dtype, tmp_path, ranks))
+    cosine = float(torch.cosine_similarity(found.flatten(), expected.flatten(), dim=0))
+    relative = tiny.relative_error(found, expected)
+    print(f"{dtype}, {case}: cosine {cosine:.6f}, relative error {relative:.2%}")
+    assert found.dtype == torch.float32
+    assert cosine >= BOUNDS[dtype, case].cosine
+    assert relative <= BOUNDS[dtype, case].relative
