@@ -36,6 +36,8 @@ class BackboneConfig(Section):
     """`auto` takes bf16 where this machine multiplies bf16 matrices faster than fp32 ones."""
     attention: Literal["auto", "sdpa", "flash_attention_2"] = "auto"
     """`auto` takes flash-attn where it is installed and can run."""
+    gradient_checkpointing: bool = False
+    """Keep only the input of each layer of the live part and compute the layer again in backward."""
 
 
 class HeadConfig(Section):
@@ -251,7 +253,8 @@ class RunConfig(Section):
     def digest(self) -> str:
         """sha256 of what shapes the learned rows; not of where they are written or how the work is spread."""
         left_out = dict.fromkeys(("output", "checkpoint", "engine", "remember_gib", "remember_device_gib"), True)
-        return digest_of(self.model_dump(mode="json", exclude={**left_out, "optim": {"rows_per_micro_batch"}}))
+        spread = {"optim": {"rows_per_micro_batch"}, "backbone": {"gradient_checkpointing"}}
+        return digest_of(self.model_dump(mode="json", exclude={**left_out, **spread}))
 
 
 def digest_of(value: Any) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -10,6 +12,7 @@ from torch.nn import functional
 from tagllm.data.batch import Counts, count
 from tagllm.data.encode import Example, TagLayout
 from tagllm.model.attention import plain_attention
+from tagllm.model.backbone import checkpoint_layers
 from tagllm.model.loss import Weights, total
 from tagllm.model.tagged import TaggedModel
 from tagllm.template import FIELD, OUTPUT, SPAN
@@ -225,3 +228,28 @@ def test_a_free_span_is_computed_once_wherever_it_stands() -> None:
         expected = plain(tiny.collator(of, block=True)([row])).values_BK
         torch.testing.assert_close(tagged(batch).values_BK, expected, rtol=1e-4, atol=1e-5)
         assert tagged.memory.hits == seen_before
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+def test_gradient_checkpointing_changes_nothing_but_memory(family: str) -> None:
+    of = tiny.layout(("F", "Text"))
+    batch = tiny.collator(of)(tiny.rows(of))
+    found = []
+    for checkpointed in (False, True):
+        tagged = tiny.model(of, family)
+        if checkpointed:
+            checkpoint_layers(tagged.backbone)
+        saved: list[torch.Tensor] = []
+        with torch.autograd.graph.saved_tensors_hooks(partial(_noted, saved), lambda t: t):
+            loss, _ = tiny.loss_of(tagged, batch)
+        num_bytes = sum({t.untyped_storage().data_ptr(): t.nbytes for t in saved}.values())
+        loss.backward()
+        found.append((tiny.gradients(tagged), num_bytes))
+    for name, gradient in found[0][0].items():
+        assert tiny.relative_error(found[1][0][name], gradient) < 1e-6, name
+    assert found[1][1] < 0.8 * found[0][1]
+
+
+def _noted(saved: list[torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
+    saved.append(tensor)
+    return tensor
