@@ -196,6 +196,34 @@ def test_enriching_and_several_sources(run: Run, folder: Path) -> None:
     assert {"predict_mean", "ridge_both"} <= results["baselines"].keys()
 
 
+@pytest.mark.parametrize("mask", ["causal", "block"])
+def test_groups_are_shared_and_remembered(run: Run, folder: Path, mask: str) -> None:
+    """Causal: all up to the second field is shared; block: the span alone. The second epoch computes next to nothing,
+    and the losses are those of the plain full backward."""
+    base = config(folder, "sites", tags={"D": {"length": 2}}, data__template="A <D> {smiles}", data__target=[])
+    assert run("train", base).exit_code == 0
+    template = "The site <D> {name} {name} {name} {name} binds <D> {smiles} by <W>"
+    tags = {"D": {"load": "runs/sites/library"}, "W": {"kind": "function", "length": 2, "head": {"reads": "both"}}}
+    losses = {}
+    for prefix in ("frozen", "full"):
+        file = config(folder, f"{mask}-{prefix}", tags=tags, data__template=template, prefix=prefix, mask=mask, optim={
+            "epochs": 2, "rows_per_step": 8, "rows_per_micro_batch": 8,
+        })  # fmt: skip
+        values = yaml.safe_load(file.read_text())
+        values["data"]["sources"][0] |= {"group_by": "name", "rows_per_group": 4, "split": {"by": "smiles"}}
+        file.write_text(yaml.safe_dump(values))
+        result = run("train", file)
+        assert result.exit_code == 0, result.output
+        lines = [json.loads(line) for line in (folder / f"runs/{mask}-{prefix}/metrics.jsonl").read_text().splitlines()]
+        steps = [line for line in lines if "train/loss" in line]
+        losses[prefix] = [line["train/loss"] for line in steps]
+        if prefix == "frozen":
+            assert steps[0]["speed/prefix_sharing_ratio"] > (0.05 if mask == "block" else 0.4)
+            assert steps[0]["speed/flops_ratio"] > 2 * steps[-1]["speed/flops_ratio"]
+            assert steps[-1]["speed/prefix_hit_ratio"] > 0.3
+    assert losses["frozen"] == pytest.approx(losses["full"], rel=2e-4)
+
+
 MISTAKES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     "unknown key": ({}, ["optim.tag_lrr=1"], ["tag_lrr", "Did you mean tag_lr?"]),
     "wrong type": ({}, ["seed=many"], ["seed is 'many'"]),
