@@ -93,7 +93,7 @@ class Pass(DynamicCache):
             rotation.turn(part.offset_B) if rotation and part.offset_B is not None else None for part in self.parts
         ]
         self.rows = Rows(tokens)
-        self._seen: dict[int | None, list[Tensor]] = {}
+        self._bias: dict[int | None, Tensor] = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
         if self.keep:
@@ -106,14 +106,17 @@ class Pass(DynamicCache):
         """Whether every row sees all of its own earlier positions and nothing else."""
         return not self.parts and not self.tokens.spans and (window is None or window >= self.rows.longest)
 
-    def seen(self, window: int | None) -> list[Tensor]:
-        """For each part, then for this pass: who sees whom (B, S, T); computed once for all layers."""
-        if window not in self._seen:
+    def bias(self, window: int | None) -> Tensor:
+        """(B, 1, 1, S, T): 0 where a query sees a key of the parts or of this pass, else very low; once for all
+        layers."""
+        if window not in self._bias:
             at_BS, span_BS = self.rows.padded(self.tokens.at_N), self.rows.padded(self.tokens.span_N)
             own = at_BS.masked_fill(~self.rows.there_BS, -1), span_BS
-            geometries = [*(part.geometry() for part in self.parts), own]
-            self._seen[window] = [seen(at_BS, span_BS, at_BT, span_BT, window) for at_BT, span_BT in geometries]
-        return self._seen[window]
+            at_BT, span_BT = (torch.cat(c, dim=1) for c in zip(*(p.geometry() for p in self.parts), own, strict=True))
+            hidden_BST = ~seen(at_BS, span_BS, at_BT, span_BT, window)
+            bias_BST = torch.zeros(hidden_BST.shape, device=at_BS.device)
+            self._bias[window] = bias_BST.masked_fill_(hidden_BST, torch.finfo(torch.float32).min)[:, None, None]
+        return self._bias[window]
 
 
 class Keyed(NamedTuple):
@@ -207,16 +210,16 @@ def attend(
     keys_BGSE, values_BGSE = rows.split(key_1GNE), rows.split(value)
     B, H, S, E = query_BHSE.shape
     G = keys_BGSE.shape[1]
-    masks = this.seen(sliding_window)
     sets = [
-        KeySet(part.keys[key.layer], part.values[key.layer], groups, mask)
-        for part, groups, mask in zip(this.parts, this.groups, masks, strict=False)
+        KeySet(part.keys[key.layer], part.values[key.layer], groups)
+        for part, groups in zip(this.parts, this.groups, strict=True)
     ]
     queries = [
         (query_BHSE if turn is None else turned_back(query_BHSE, turn)).reshape(B, G, -1, E)
         for turn in [*this.turns, None]
     ]
-    out_BGME = attend_parts(queries, [*sets, KeySet(keys_BGSE, values_BGSE, None, masks[-1])], scale, softcap)
+    sets.append(KeySet(keys_BGSE, values_BGSE))
+    out_BGME = attend_parts(queries, sets, this.bias(sliding_window), scale, softcap)
     return rows.join(out_BGME.view(B, H, S, E)).to(value.dtype), None
 
 

@@ -1,9 +1,9 @@
 """Softmax attention over several sets of keys at once, and its gradient, as one autograd function.
 
 Only queries and the keys and values of the last set have a gradient; the others are constants. Nothing of size
-queries x keys is saved for backward: scores are computed again from the log of their sums (as flash attention does).
+queries x keys is saved for backward: scores are computed again, as flash attention does.
 
-B rows, G key-value heads, M queries of all heads of a group (R heads x S positions), T keys of a set, E head size,
+B rows, G key-value heads, M queries of all heads of a group (R heads x S positions), T keys of all sets, E head size,
 n pieces of a set. All arithmetic is fp32.
 """
 
@@ -19,24 +19,30 @@ Groups = list[tuple[int, slice | list[int]]] | None
 
 
 class KeySet(NamedTuple):
-    """Keys and values (n, G, T, E), and which query sees which key."""
+    """Keys and values (n, G, T of this set, E)."""
 
     keys: Tensor
     values: Tensor
-    groups: Groups
-    seen_BST: Tensor
+    groups: Groups = None
+
+    @property
+    def num_keys(self) -> int:
+        return self.keys.shape[2]
 
 
-def attend_parts(queries: list[Tensor], sets: list[KeySet], scale: float, softcap: float | None) -> Tensor:
-    """softmax over all sets of (scale * query_i keys_i), times the values: (B, G, M, E), fp32.
+def attend_parts(
+    queries: list[Tensor], sets: list[KeySet], bias_B11ST: Tensor, scale: float, softcap: float | None
+) -> Tensor:
+    """softmax over the keys of all sets of (scale * query_i keys_i + bias), times the values: (B, G, M, E), fp32.
 
     Args:
         queries: (B, G, M, E), one per set (each may be turned otherwise).
         sets: the last one is differentiated.
+        bias_B11ST: 0 where a query sees a key, else very low.
     """
-    last = sets[-1]
+    keys, values, _ = sets[-1]
     result: Tensor = _AttendParts.apply(  # type: ignore[no-untyped-call]
-        sets[:-1], last.seen_BST, scale, softcap, last.keys, last.values, *queries
+        sets[:-1], bias_B11ST, scale, softcap, keys, values, *queries
     )
     return result
 
@@ -44,47 +50,52 @@ def attend_parts(queries: list[Tensor], sets: list[KeySet], scale: float, softca
 class _AttendParts(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, frozen: list[KeySet], seen_BST: Tensor, scale: float, softcap: float | None,
+        ctx: Any, frozen: list[KeySet], bias_B11ST: Tensor, scale: float, softcap: float | None,
         keys: Tensor, values: Tensor, *queries: Tensor,
     ) -> Tensor:  # fmt: skip
-        sets = [*frozen, KeySet(keys, values, None, seen_BST)]
-        scores = [_scores(q, one, scale, softcap) for q, one in zip(queries, sets, strict=True)]
-        highest_BGM1 = torch.stack([s.amax(dim=3, keepdim=True) for s in scores]).amax(dim=0)
-        weights = [s.sub_(highest_BGM1).exp_() for s in scores]
-        sum_BGM1 = torch.stack([w.sum(dim=3, keepdim=True) for w in weights]).sum(dim=0)
-        out = sum(_times(w, one.values, one.groups) for w, one in zip(weights, sets, strict=True)) / sum_BGM1
-        ctx.frozen, ctx.seen_BST, ctx.scale, ctx.softcap = frozen, seen_BST, scale, softcap
-        ctx.save_for_backward(keys, values, out, highest_BGM1 + sum_BGM1.log(), *queries)
-        return out
+        ctx.frozen, ctx.bias_B11ST, ctx.scale, ctx.softcap = frozen, bias_B11ST, scale, softcap
+        ctx.save_for_backward(keys, values, *queries)
+        sets = [*frozen, KeySet(keys, values)]
+        weights_BGMT, _ = _weights(queries, sets, bias_B11ST, scale, softcap)
+        parts = weights_BGMT.split([one.num_keys for one in sets], dim=3)
+        return torch.stack([_times(w, one.values, one.groups) for w, one in zip(parts, sets, strict=True)]).sum(dim=0)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        keys, values, out, log_sum_BGM1, *queries = ctx.saved_tensors
-        sets = [*ctx.frozen, KeySet(keys, values, None, ctx.seen_BST)]
-        delta_BGM1 = (grads[0] * out).sum(dim=3, keepdim=True)
-        query_grads = []
-        for query, one in zip(queries, sets, strict=True):
-            scores = _scores(query, one, ctx.scale, ctx.softcap)
-            weights = (scores - log_sum_BGM1).exp_()
-            score_grads = _times(grads[0], one.values.transpose(2, 3), one.groups).sub_(delta_BGM1).mul_(weights)
-            if ctx.softcap is not None:  # masked scores are far outside of the cap, and their weights are zero
-                score_grads *= 1 - (scores / ctx.softcap).clamp_(-1, 1).square_()
-            score_grads *= ctx.scale
-            query_grads.append(_times(score_grads, one.keys, one.groups).to(query.dtype))
-        key_grad = (score_grads.transpose(2, 3) @ queries[-1].float()).to(keys.dtype)
-        value_grad = (weights.transpose(2, 3) @ grads[0]).to(values.dtype)
-        return (None, None, None, None, key_grad, value_grad, *query_grads)
+        keys, values, *queries = ctx.saved_tensors
+        sets = [*ctx.frozen, KeySet(keys, values)]
+        sizes = [one.num_keys for one in sets]
+        weights_BGMT, capped = _weights(queries, sets, ctx.bias_B11ST, ctx.scale, ctx.softcap)
+        weight_grad = torch.cat([_times(grads[0], one.values.transpose(2, 3), one.groups) for one in sets], dim=3)
+        score_grad: Tensor = torch._softmax_backward_data(weight_grad, weights_BGMT, 3, torch.float32)
+        if capped is not None:
+            score_grad = score_grad * (1 - capped.square())
+        parts = (score_grad * ctx.scale).split(sizes, dim=3)
+        query_grads = [
+            _times(part, one.keys, one.groups).to(query.dtype)
+            for part, one, query in zip(parts, sets, queries, strict=True)
+        ]
+        key_grad = parts[-1].transpose(2, 3) @ queries[-1].float()
+        value_grad = weights_BGMT.split(sizes, dim=3)[-1].transpose(2, 3) @ grads[0]
+        return (None, None, None, None, key_grad.to(keys.dtype), value_grad.to(values.dtype), *query_grads)
 
 
-def _scores(query_BGME: Tensor, one: KeySet, scale: float, softcap: float | None) -> Tensor:
-    """(B, G, M, T), very low where a query does not see a key or a row has no piece."""
-    scores = _times(query_BGME.float(), one.keys.transpose(2, 3), one.groups).mul_(scale)
+def _weights(
+    queries: tuple[Tensor, ...] | list[Tensor], sets: list[KeySet], bias_B11ST: Tensor, scale: float,
+    softcap: float | None,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """(B, G, M, T), and with a softcap the scores over it."""
+    scores = torch.cat(
+        [_times(q.float() * scale, one.keys.transpose(2, 3), one.groups) for q, one in zip(queries, sets, strict=True)],
+        dim=3,
+    )
+    capped = None
     if softcap is not None:
-        scores = scores.div_(softcap).tanh_().mul_(softcap)
-    B, S, T = one.seen_BST.shape
-    hidden = ~one.seen_BST[:, None, None]
-    scores.view(B, scores.shape[1], -1, S, T).masked_fill_(hidden, torch.finfo(scores.dtype).min)
-    return scores
+        capped = scores.div_(softcap).tanh_()
+        scores = capped * softcap
+    B, _, _, S, T = bias_B11ST.shape
+    scores.view(B, scores.shape[1], -1, S, T).add_(bias_B11ST)
+    return scores.softmax(dim=3), capped
 
 
 def _times(x_BGMa: Tensor, matrix_nGab: Tensor, groups: Groups) -> Tensor:

@@ -59,13 +59,14 @@ def cut_into_pieces(tokens: Tokens, keys: Sequence[Tensor], values: Sequence[Ten
 
 
 def part_of(pieces: Sequence[Piece]) -> Part:
-    """Pieces side by side, padded to the longest."""
+    """Pieces side by side, padded to the longest. On a CPU in fp32, the dtype of attention over them."""
+    dtype = torch.float32 if pieces[0].kv.device.type == "cpu" else pieces[0].kv.dtype
     if len(pieces) == 1:
-        kv, place = pieces[0].kv[:, :, None], pieces[0].place[:, None]
+        kv, place = pieces[0].kv[:, :, None].to(dtype), pieces[0].place[:, None]
     else:
         layers, two, heads, _, size = pieces[0].kv.shape
         longest = max(piece.kv.shape[3] for piece in pieces)
-        kv = pieces[0].kv.new_zeros(layers, two, len(pieces), heads, longest, size)
+        kv = pieces[0].kv.new_zeros(layers, two, len(pieces), heads, longest, size, dtype=dtype)
         place = pieces[0].place.new_full((2, len(pieces), longest), -1)
         for i, piece in enumerate(pieces):
             length = piece.kv.shape[3]
