@@ -49,6 +49,8 @@ setup(
         "quickstart": ["gguf>=0.17", "accelerate>=1.10"],
         # Needs nvcc and the torch of this environment: pip install --no-build-isolation -e .[gpu]
         "gpu": ["flash-attn>=2.8", "liger-kernel>=0.6"],
+        # What benchmarks/vs_peers.py measures against; the package needs none of it.
+        "benchmarks": ["peft>=0.19", "trl>=1.0", "accelerate>=1.10"],
         "dev": [
             "pytest>=8.3",
             "pytest-timeout>=2.3",

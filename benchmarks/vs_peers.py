@@ -1,0 +1,167 @@
+"""tagllm against everything a user could pick instead: `python -m benchmarks.vs_peers --json FILE`.
+
+One run on one machine, the same backbone, rows, dtype, batch and attention backend for all. Needs
+`pip install -c constraints.txt tagllm[benchmarks]`.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+
+from benchmarks.contestant import Contestant
+from benchmarks.measure import alternate, kept_bytes, matmul_rate, seconds_of, tune
+from benchmarks.models import Models, Settings, tiny_model
+from benchmarks.ours import Ours, ours
+from benchmarks.peak import ROWS, peak_of
+from benchmarks.peers import peers
+from benchmarks.report import Encoding, Figures, Result, as_json, result_table, target_table, verdicts
+from benchmarks.workloads import WORKLOADS, Workload, available, build_workload
+from tagllm.model.backbone import DTYPES, fastest_dtype
+
+PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "tagllm")
+say = Console(stderr=True, highlight=False, soft_wrap=True).print
+
+
+def contestants() -> list[Contestant]:
+    return [*peers(), *ours()]
+
+
+def main(
+    json_file: Annotated[Path | None, typer.Option("--json", help="Where all figures go.")] = None,
+    workload: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(WORKLOADS)}; may be repeated.")] = None,
+    only: Annotated[str, typer.Option(help="Letters of contestants, as in a,d,i.")] = "",
+    repeats: Annotated[int, typer.Option(min=1, help="Alternating repeats.")] = 5,
+    model: Annotated[str, typer.Option(help="smollm2, a folder, or a hub name.")] = "smollm2",
+    dtype: Annotated[str, typer.Option(help="fp32, bf16, or auto: which multiplies faster here.")] = "auto",
+    protein_tokens: Annotated[int, typer.Option(min=8, help="Residues kept of each protein.")] = 256,
+    memory: Annotated[bool, typer.Option(help="Peak memory, each contestant in a process of its own.")] = True,
+    quick: Annotated[
+        bool, typer.Option(help="A tiny random model and few rows: does everything run? No figures.")
+    ] = False,
+) -> None:
+    """Times tagllm and its peers on the same rows and prints tables, the last one against the targets."""
+    quiet()
+    started = time.monotonic()
+    names = _known(workload or available(), available(), "--workload")
+    chosen = _known([x for x in only.split(",") if x] or [c.letter for c in contestants()],
+                    [c.letter for c in contestants()], "--only")  # fmt: skip
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype not in ("auto", *DTYPES):
+        raise typer.BadParameter(f"{dtype!r} is none of auto, {', '.join(DTYPES)}", param_hint="--dtype")
+    kind = fastest_dtype(device) if dtype == "auto" else dtype
+    with tempfile.TemporaryDirectory() as folder:
+        scratch = Path(folder)
+        settings = Settings(tiny_model(scratch) if quick else model, kind, quick, 24 if quick else protein_tokens)  # type: ignore[arg-type]
+        models = Models(settings, scratch)
+        config = models.tagged.model.config.get_text_config()
+        rate = matmul_rate(DTYPES[settings.dtype], device, config.hidden_size, config.intermediate_size)
+        say(f"{settings.dtype} on {hardware()}; measured matmul rate {rate / 1e12:.3f} TFLOP/s")
+        results = [_measure(name, chosen, models, repeats, memory, rate) for name in names]
+    found = verdicts(results)
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    for result in results:
+        console.print(result_table(result))
+    if found:
+        console.print(target_table(found))
+    if json_file:
+        about = {
+            "command": "python -m benchmarks.vs_peers " + " ".join(sys.argv[1:]),
+            "date": datetime.now(UTC).isoformat(timespec="seconds"), "minutes": (time.monotonic() - started) / 60,
+            "hardware": hardware(), "versions": {name: version(name) for name in PACKAGES},
+            "model": "tiny random" if quick else model, "dtype": settings.dtype, "repeats": repeats,
+            "matmul_flops_per_second": rate,
+        }  # fmt: skip
+        json_file.write_text(json.dumps({**about, "workloads": as_json(results), "targets": as_json(found)}, indent=1))
+
+
+def _known(wanted: Sequence[str], known: Sequence[str], option: str) -> list[str]:
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise typer.BadParameter(f"{', '.join(unknown)}; it must be among {', '.join(known)}", param_hint=option)
+    return [name for name in known if name in wanted]
+
+
+def _measure(name: str, letters: Sequence[str], models: Models, repeats: int, memory: bool, rate: float) -> Result:
+    """One workload: tune everybody, then time in turns, then count bytes."""
+    settings = models.settings
+    workload = build_workload(name, settings, models.plain, models.scratch)
+    say(f"\n{name}: {workload.description}")
+    ready = [c for c in contestants() if c.letter in letters]
+    tuned: dict[str, dict[int, float]] = {}
+    for contestant in ready:
+        contestant.setup(workload, models)
+        tuned[contestant.letter] = rates = tune(contestant, workload, settings.micro_batches)
+        shown = ", ".join(f"{size}: {rate:.2f}" for size, rate in rates.items())
+        say(f"  {contestant.letter:2s} {contestant.label}: rows/s by rows per micro-batch {shown}")
+    sizes = {letter: max(rates, key=lambda size: rates[size]) for letter, rates in tuned.items()}
+    seconds = alternate(
+        ready, sizes, workload.steps, repeats, lambda x, r, s: say(f"  repeat {r + 1}/{repeats}  {x:2s} {s:.2f} s")
+    )
+    figures = {}
+    for c in ready:
+        peak = peak_of(c.letter, name, settings) if memory else None
+        rows = [row for step in workload.steps for row in step]
+        figures[c.letter] = Figures(
+            c.letter, c.label, sizes[c.letter], tuned[c.letter], seconds[c.letter], len(rows),
+            sum(map(c.num_tokens, rows)), kept_bytes(c, workload.chunk(ROWS)) / ROWS,
+            peak.process_bytes if peak else None, peak.steps_bytes if peak else None,
+            c.ideal_speedup(workload.steps, sizes[c.letter]) if isinstance(c, Ours) else None,
+        )  # fmt: skip
+    return Result(name, workload.description, figures, _encode(ready, workload, models, rate))
+
+
+def _encode(ready: Sequence[Contestant], workload: Workload, models: Models, rate: float) -> Encoding | None:
+    """Prefix encoding without memory on the batch size that suits it best; None where (h) does not run."""
+    ours = next((c for c in ready if isinstance(c, Ours) and c.letter == "h"), None)
+    if ours is None:
+        return None
+    found = []
+    for size in models.settings.micro_batches:
+        batch = ours.batches(workload.chunk(size), size)[0]
+        taken = min(seconds_of(lambda batch=batch: ours.encode(batch), ours.device) for _ in range(3))  # type: ignore[misc]
+        flops, tokens = ours.encoding_flops(batch)
+        found.append(Encoding(size, tokens, taken, flops, flops / taken / rate))
+    return max(found, key=lambda e: e.utilisation)
+
+
+def hardware() -> str:
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {torch.get_num_threads()} threads"
+
+
+def quiet() -> None:
+    """Libraries keep their progress bars and advice to themselves."""
+    import datasets
+    import transformers
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    datasets.disable_progress_bars()
+
+
+if __name__ == "__main__":
+    typer.run(main)
