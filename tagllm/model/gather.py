@@ -83,7 +83,7 @@ def plain_gather(
     if not len(rows_TD):  # the control without a tag
         return tokens_BSD
     tags_BSD = embedding((ids_BS - vocabulary_size).clamp(min=0), rows_TD)
-    return torch.where((ids_BS < vocabulary_size)[..., None], tokens_BSD, tags_BSD)
+    return torch.where((ids_BS < vocabulary_size)[..., None], tokens_BSD, tags_BSD, out=tokens_BSD)
 
 
 def plain_sum(grad_BSD: Tensor, ids_BS: Tensor, first_learned_id: int, num_learned: int) -> Tensor:
