@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from benchmarks.contestant import Contestant, synchronise
 from benchmarks.workloads import Step, Workload
 
-TUNING_SECONDS, TUNING_RUNS = 1.0, 3
+TUNING_RUNS, LONG_SECONDS = 3, 10.0
+"""A run as long as that is not repeated for tuning, and steps as long as that need no warm-up."""
 
 
 class Spread(NamedTuple):
@@ -38,15 +39,21 @@ class Spread(NamedTuple):
 
 
 def tune(contestant: Contestant, workload: Workload, sizes: Sequence[int]) -> dict[int, float]:
-    """Rows per second for each number of rows per micro-batch: the best of a few runs over one micro-batch."""
+    """Rows per second for each number of rows per micro-batch: the best of two or three runs over one micro-batch."""
     contestant.run([workload.chunk(sizes[0])], sizes[0])  # whatever is made lazily
     rates = {}
     for size in sizes:
         chunk, seconds = workload.chunk(size), list[float]()
-        while len(seconds) < TUNING_RUNS and sum(seconds) < TUNING_SECONDS:
+        while len(seconds) < TUNING_RUNS and sum(seconds) < (LONG_SECONDS if len(seconds) < 2 else 1.0):
             seconds += contestant.run([chunk], size)
         rates[size] = size / min(seconds)
     return rates
+
+
+def warm_up(contestant: Contestant, steps: Sequence[Step], rows_per_micro_batch: int, rows_per_second: float) -> None:
+    """One untimed pass over the steps where it would show: kernels are made at the first sight of a shape."""
+    if sum(map(len, steps)) / rows_per_second < LONG_SECONDS:
+        contestant.run(steps, rows_per_micro_batch)
 
 
 def alternate(
@@ -68,10 +75,12 @@ def alternate(
 def kept_bytes(contestant: Contestant, rows: Step) -> int:
     """Bytes of distinct storages that one forward of these rows keeps until its backward, without parameters.
 
-    What autograd saves, and what autograd functions merely hold (the keys and values of a frozen prefix).
+    What autograd saves, and what autograd functions merely hold (the keys and values of a frozen prefix). Where the
+    contestant makes several passes the last one counts.
     """
     known = {t.untyped_storage().data_ptr() for t in [*contestant.module.parameters(), *contestant.module.buffers()]}
     kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address comes twice
+    totals: list[int] = []
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -79,9 +88,14 @@ def kept_bytes(contestant: Contestant, rows: Step) -> int:
             kept[storage.data_ptr()] = storage
         return tensor
 
-    with _before_backward(lambda loss: _each_held(loss, keep)), torch.autograd.graph.saved_tensors_hooks(keep, _same):
+    def add_up(loss: Tensor) -> None:
+        _each_held(loss, keep)
+        totals.append(sum(storage.nbytes() for storage in kept.values()))
+        kept.clear()
+
+    with _before_backward(add_up), torch.autograd.graph.saved_tensors_hooks(keep, _same):
         contestant.run([rows], len(rows))
-    return sum(storage.nbytes() for storage in kept.values())
+    return totals[-1]
 
 
 def _same(tensor: Tensor) -> Tensor:
@@ -91,7 +105,7 @@ def _same(tensor: Tensor) -> Tensor:
 @contextmanager
 def _before_backward(look: Callable[[Tensor], None]) -> Iterator[None]:
     """Shows each loss that `Tensor.backward` is called on."""
-    original = Tensor.backward
+    original: Any = Tensor.backward
 
     def backward(self: Tensor, *args: Any, **kwargs: Any) -> None:
         look(self)

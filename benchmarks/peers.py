@@ -95,14 +95,16 @@ class TrlPromptTuning(PromptTuning):
 
     def trainer(self, texts: Sequence[Text], arguments: dict[str, Any], watch: Any) -> Any:
         from datasets import Dataset
-        from trl import SFTConfig, SFTTrainer
+        from trl.trainer.sft_config import SFTConfig
+        from trl.trainer.sft_trainer import SFTTrainer
 
         columns = {
             "input_ids": [text.ids for text in texts],
             "completion_mask": [[int(label != IGNORED) for label in text.labels] for text in texts],
         }
+        model: Any = self.module
         return SFTTrainer(
-            model=self.module, args=SFTConfig(**arguments, max_length=None, completion_only_loss=True),
+            model=model, args=SFTConfig(**arguments, max_length=None, completion_only_loss=True),
             train_dataset=Dataset.from_dict(columns), processing_class=self.tokenizer, callbacks=[watch],
         )  # fmt: skip
 
@@ -155,6 +157,29 @@ class Padded(NamedTuple):
     target_B: Tensor
 
 
+class InlineTags(nn.Module):
+    """Tag rows behind the vocabulary (frozen ones first), a head of one number, and the backbone they belong to."""
+
+    frozen_TD: Tensor
+
+    def __init__(self, backbone: Any, frozen: list[Tensor], learned: list[Tensor], vocabulary_size: int) -> None:
+        super().__init__()
+        self.backbone, self.vocabulary_size = backbone, vocabulary_size
+        self.register_buffer("frozen_TD", torch.cat([*frozen, learned[0][:0]]))
+        self.learned_TD = nn.Parameter(torch.cat(learned))
+        self.head = nn.Linear(self.learned_TD.shape[1], 1)
+
+    def forward(self, ids_BS: Tensor) -> Tensor:
+        """The last hidden states, positions of all rows behind each other (B x S, D)."""
+        is_tag_BS = ids_BS >= self.vocabulary_size
+        tokens_BSD = self.backbone.model.embed_tokens(ids_BS.masked_fill(is_tag_BS, 0))
+        rows_TD = torch.cat([self.frozen_TD, self.learned_TD]).to(tokens_BSD.dtype)
+        tags_BSD = functional.embedding((ids_BS - self.vocabulary_size).clamp(min=0), rows_TD)
+        embedded_BSD = torch.where(is_tag_BS[..., None], tags_BSD, tokens_BSD)
+        hidden_BSD: Tensor = self.backbone.model(inputs_embeds=embedded_BSD, use_cache=False).last_hidden_state
+        return hidden_BSD.flatten(0, 1)
+
+
 class FullBackward(LoopContestant[Padded]):
     """(d) What a good engineer writes in an hour: tags looked up inline, plain forward and backward of everything, a
     linear head on the last tag row (or cross entropy at supervised positions, gathered before the LM head)."""
@@ -163,22 +188,19 @@ class FullBackward(LoopContestant[Padded]):
 
     def setup(self, workload: Workload, models: Models) -> None:
         layout, tags, self.device = workload.layout, workload.tags, models.settings.device
-        self.backbone, self.vocabulary_size, self.terms = models.twin(), layout.vocabulary_size, workload.stage.terms
-        rows = {name: tags[name].rows_PD for name in layout.lengths}
-        frozen = [rows[name] for name in rows if name not in layout.learned]
-        self.module = nn.Module()
-        self.module.backbone = self.backbone
-        self.module.register_buffer("frozen_TD", torch.cat([*frozen, rows[layout.learned[0]][:0]]))
-        self.module.learned_TD = nn.Parameter(torch.cat([rows[name] for name in layout.learned]).clone())
-        heads = [tags[name].head for name in layout.heads]
+        self.terms = workload.stage.terms
+        frozen, learned = (
+            [tags[name].rows_PD for name in layout.lengths if (name in layout.learned) == wanted]
+            for wanted in (False, True)
+        )
+        self.module = self.model = InlineTags(models.twin(), frozen, learned, layout.vocabulary_size).to(self.device)
+        heads = [head for name in layout.heads if (head := tags[name].head) is not None]
         self.regresses = bool(heads)
-        self.module.head = nn.Linear(self.module.learned_TD.shape[1], 1)
-        self.mean, self.std = (float(heads[0].mean_K), float(heads[0].std_K)) if heads[0:] and heads[0] else (0.0, 1.0)
-        self.module.to(self.device)
+        self.mean, self.std = (float(heads[0].mean_K), float(heads[0].std_K)) if heads else (0.0, 1.0)
 
     def groups(self) -> list[dict[str, object]]:
-        head = list(self.module.head.parameters()) if self.regresses else []
-        return [{"params": [self.module.learned_TD], "lr": TAG_LR}, {"params": head, "lr": HEAD_LR}]
+        head = list(self.model.head.parameters()) if self.regresses else []
+        return [{"params": [self.model.learned_TD], "lr": TAG_LR}, {"params": head, "lr": HEAD_LR}]
 
     def num_tokens(self, row: Row) -> int:
         return len(row.example.ids)
@@ -205,22 +227,13 @@ class FullBackward(LoopContestant[Padded]):
     def losses(self, batches: list[Padded]) -> Iterator[Tensor]:
         num_terms = sum(len(batch.target_B) if self.regresses else len(batch.label_M) for batch in batches)
         for batch in batches:
-            hidden_ND = self.backbone.model(
-                inputs_embeds=self._embed(batch.ids_BS), use_cache=False
-            ).last_hidden_state.flatten(0, 1)
+            hidden_ND = self.model(batch.ids_BS)
             if self.regresses:
-                value_B = self.module.head(hidden_ND[batch.read_at_B].float())[:, 0]
+                value_B = self.model.head(hidden_ND[batch.read_at_B].float())[:, 0]
                 yield ((value_B - batch.target_B) ** 2).sum() / num_terms
             else:
-                logits_MV = self.backbone.lm_head(hidden_ND[batch.at_M])
+                logits_MV = self.model.backbone.lm_head(hidden_ND[batch.at_M])
                 yield functional.cross_entropy(logits_MV.float(), batch.label_M, reduction="sum") / num_terms
-
-    def _embed(self, ids_BS: Tensor) -> Tensor:
-        is_tag_BS = ids_BS >= self.vocabulary_size
-        tokens_BSD = self.backbone.model.embed_tokens(ids_BS.masked_fill(is_tag_BS, 0))
-        rows_TD = torch.cat([self.module.frozen_TD, self.module.learned_TD]).to(tokens_BSD.dtype)
-        tags_BSD = functional.embedding((ids_BS - self.vocabulary_size).clamp(min=0), rows_TD)
-        return torch.where(is_tag_BS[..., None], tags_BSD, tokens_BSD)
 
 
 def collate(rows: Sequence[Text], num_virtual: int) -> dict[str, Tensor]:

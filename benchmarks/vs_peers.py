@@ -18,20 +18,20 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NamedTuple
 
 import torch
 import typer
 from rich.console import Console
 
 from benchmarks.contestant import Contestant
-from benchmarks.measure import alternate, kept_bytes, matmul_rate, seconds_of, tune
+from benchmarks.measure import alternate, kept_bytes, matmul_rate, seconds_of, tune, warm_up
 from benchmarks.models import Models, Settings, tiny_model
 from benchmarks.ours import Ours, ours
 from benchmarks.peak import ROWS, peak_of
 from benchmarks.peers import peers
 from benchmarks.report import Encoding, Figures, Result, as_json, result_table, target_table, verdicts
-from benchmarks.workloads import WORKLOADS, Workload, available, build_workload
+from benchmarks.workloads import TUNED_AS, WORKLOADS, Workload, available, build_workload
 from tagllm.model.backbone import DTYPES, fastest_dtype
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "tagllm")
@@ -47,16 +47,18 @@ def main(
     workload: Annotated[list[str] | None, typer.Option(help=f"Of {', '.join(WORKLOADS)}; may be repeated.")] = None,
     only: Annotated[str, typer.Option(help="Letters of contestants, as in a,d,i.")] = "",
     repeats: Annotated[int, typer.Option(min=1, help="Alternating repeats.")] = 5,
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of 32 rows that a repeat times.")] = 1,
     model: Annotated[str, typer.Option(help="smollm2, a folder, or a hub name.")] = "smollm2",
     dtype: Annotated[str, typer.Option(help="fp32, bf16, or auto: which multiplies faster here.")] = "auto",
     protein_tokens: Annotated[int, typer.Option(min=8, help="Residues kept of each protein.")] = 256,
-    memory: Annotated[bool, typer.Option(help="Peak memory, each contestant in a process of its own.")] = True,
+    memory: Annotated[
+        bool | None, typer.Option(help="Peak memory, each contestant in a process of its own; off with --quick.")
+    ] = None,
     quick: Annotated[
         bool, typer.Option(help="A tiny random model and few rows: does everything run? No figures.")
     ] = False,
 ) -> None:
     """Times tagllm and its peers on the same rows and prints tables, the last one against the targets."""
-    quiet()
     started = time.monotonic()
     names = _known(workload or available(), available(), "--workload")
     chosen = _known([x for x in only.split(",") if x] or [c.letter for c in contestants()],
@@ -64,7 +66,10 @@ def main(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if dtype not in ("auto", *DTYPES):
         raise typer.BadParameter(f"{dtype!r} is none of auto, {', '.join(DTYPES)}", param_hint="--dtype")
-    kind = fastest_dtype(device) if dtype == "auto" else dtype
+    quiet()
+    if quick:
+        torch.set_num_threads(1)  # threads wait for each other longer than they work on a tiny model
+    kind = dtype if dtype != "auto" else "fp32" if quick else fastest_dtype(device)
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
         settings = Settings(tiny_model(scratch) if quick else model, kind, quick, 24 if quick else protein_tokens)  # type: ignore[arg-type]
@@ -72,7 +77,10 @@ def main(
         config = models.tagged.model.config.get_text_config()
         rate = matmul_rate(DTYPES[settings.dtype], device, config.hidden_size, config.intermediate_size)
         say(f"{settings.dtype} on {hardware()}; measured matmul rate {rate / 1e12:.3f} TFLOP/s")
-        results = [_measure(name, chosen, models, repeats, memory, rate) for name in names]
+        plan = Plan(chosen, repeats, steps, not quick if memory is None else memory, rate)
+        results: list[Result] = []
+        for name in names:
+            results.append(_measure(name, plan, models, results))
     found = verdicts(results)
     console = Console(width=None if sys.stdout.isatty() else 160)
     for result in results:
@@ -97,33 +105,47 @@ def _known(wanted: Sequence[str], known: Sequence[str], option: str) -> list[str
     return [name for name in known if name in wanted]
 
 
-def _measure(name: str, letters: Sequence[str], models: Models, repeats: int, memory: bool, rate: float) -> Result:
+class Plan(NamedTuple):
+    """What to do with every workload."""
+
+    letters: list[str]
+    repeats: int
+    steps: int
+    memory: bool
+    matmul_rate: float
+
+
+def _measure(name: str, plan: Plan, models: Models, before: Sequence[Result]) -> Result:
     """One workload: tune everybody, then time in turns, then count bytes."""
     settings = models.settings
-    workload = build_workload(name, settings, models.plain, models.scratch)
+    workload = build_workload(name, settings, models.plain, models.scratch, plan.steps)
     say(f"\n{name}: {workload.description}")
-    ready = [c for c in contestants() if c.letter in letters]
-    tuned: dict[str, dict[int, float]] = {}
-    for contestant in ready:
-        contestant.setup(workload, models)
-        tuned[contestant.letter] = rates = tune(contestant, workload, settings.micro_batches)
+    ready = [c for c in contestants() if c.letter in plan.letters]
+    tuned = next((result.tuned for result in before if result.name == TUNED_AS.get(name)), {})
+    sizes: dict[str, int] = {}
+    for c in ready:
+        c.setup(workload, models)
+        rates = tuned.get(c.letter) or tune(c, workload, settings.micro_batches)
+        sizes[c.letter] = max(rates, key=lambda size: rates[size])
+        tuned = {**tuned, c.letter: rates}
         shown = ", ".join(f"{size}: {rate:.2f}" for size, rate in rates.items())
-        say(f"  {contestant.letter:2s} {contestant.label}: rows/s by rows per micro-batch {shown}")
-    sizes = {letter: max(rates, key=lambda size: rates[size]) for letter, rates in tuned.items()}
-    seconds = alternate(
-        ready, sizes, workload.steps, repeats, lambda x, r, s: say(f"  repeat {r + 1}/{repeats}  {x:2s} {s:.2f} s")
-    )
+        say(f"  {c.letter:2s} {c.label}: rows/s by rows per micro-batch {shown}")
+        warm_up(c, workload.steps, sizes[c.letter], max(rates.values()))
+    times = alternate(
+        ready, sizes, workload.steps, plan.repeats,
+        lambda letter, repeat, taken: say(f"  repeat {repeat + 1}/{plan.repeats}  {letter:2s} {taken:.2f} s"),
+    )  # fmt: skip
     figures = {}
     for c in ready:
-        peak = peak_of(c.letter, name, settings) if memory else None
+        peak = peak_of(c.letter, name, settings) if plan.memory else None
         rows = [row for step in workload.steps for row in step]
         figures[c.letter] = Figures(
-            c.letter, c.label, sizes[c.letter], tuned[c.letter], seconds[c.letter], len(rows),
+            c.letter, c.label, sizes[c.letter], tuned[c.letter], times[c.letter], len(rows),
             sum(map(c.num_tokens, rows)), kept_bytes(c, workload.chunk(ROWS)) / ROWS,
             peak.process_bytes if peak else None, peak.steps_bytes if peak else None,
             c.ideal_speedup(workload.steps, sizes[c.letter]) if isinstance(c, Ours) else None,
         )  # fmt: skip
-    return Result(name, workload.description, figures, _encode(ready, workload, models, rate))
+    return Result(name, workload.description, figures, _encode(ready, workload, models, plan.matmul_rate))
 
 
 def _encode(ready: Sequence[Contestant], workload: Workload, models: Models, rate: float) -> Encoding | None:

@@ -73,7 +73,7 @@ def available() -> list[str]:
     return [name for name in WORKLOADS if name != "davis" or _davis().is_file()]
 
 
-def build_workload(name: str, settings: Settings, backbone: Backbone, scratch: Path) -> Workload:
+def build_workload(name: str, settings: Settings, backbone: Backbone, scratch: Path, num_steps: int = 1) -> Workload:
     """Rows through tagllm's own `prepare`, cut into steps. `scratch` takes the library of frozen domain tags."""
     config = _config(name, settings, backbone, scratch)
     stage = read_stage(parse_config(config, name), name)
@@ -81,7 +81,6 @@ def build_workload(name: str, settings: Settings, backbone: Backbone, scratch: P
     prompts = Prompts(layout, backbone.tokenizer, 240 if settings.quick else backbone.max_tokens)
     data = prepare(stage.config.data, stage.templates, prompts, cache_folder(), ("train",))
     tags = stage.loaded | {n: new_tag(stage, n, backbone, data) for n in stage.learned}
-    num_steps = 1 if settings.quick else STEPS[name]
     choose = _grouped_steps if stage.config.data.sources[0].group_by else _steps
     chosen = choose(data.splits["train"][0], 8 if settings.quick else 32, num_steps)
     steps = [[_row(example, stage, layout, backbone.tokenizer) for example in step] for step in chosen]
@@ -144,8 +143,8 @@ def _describe(config: dict[str, Any], steps: Sequence[Step]) -> str:
 _LEARNED_DOMAIN = {"kind": "domain", "length": TAG_ROWS}
 _LEARNED_FUNCTION = {"kind": "function", "length": TAG_ROWS}
 _LEARNED_HEAD = {**_LEARNED_FUNCTION, "head": {"type": "regression", "reads": "last"}}
-STEPS = {"smiles": 2, "qed": 2, "affinity": 1, "davis": 1, "translation": 2}
-"""Steps per repeat; the long rows of affinity make one step long enough to time."""
+TUNED_AS = {"davis": "affinity"}
+"""Rows of the same shape need not be tuned for again."""
 
 
 def _config(name: str, settings: Settings, backbone: Backbone, scratch: Path) -> dict[str, Any]:
@@ -205,9 +204,9 @@ def _translation(settings: Settings) -> tuple[dict[str, Any], dict[str, Any]]:
     if path.is_file():
         source: dict[str, Any] = {
             "path": str(path),
-            "template": "English: {en} French: <Translate> {output}",
-            "output": "fr",
-            "max_characters": {"en": longest, "fr": longest},
+            "template": "German: {de} English: <Translate> {output}",
+            "output": "en",
+            "max_characters": {"en": longest, "de": longest},
             "split": {"by": ["en"]},
         }
     else:
