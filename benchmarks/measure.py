@@ -16,10 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.contestant import Contestant, synchronise
-from benchmarks.workloads import Step, Workload
+from benchmarks.workloads import Step
 
-TUNING_RUNS, LONG_SECONDS = 3, 10.0
-"""A run as long as that is not repeated for tuning, and steps as long as that need no warm-up."""
+LONG_SECONDS = 10.0
+"""A step as long as that is not run again for tuning."""
 
 
 class Spread(NamedTuple):
@@ -38,22 +38,17 @@ class Spread(NamedTuple):
         return f"{self.median:.{digits}f} ({self.low:.{digits}f}-{self.high:.{digits}f})"
 
 
-def tune(contestant: Contestant, workload: Workload, sizes: Sequence[int]) -> dict[int, float]:
-    """Rows per second for each number of rows per micro-batch: the best of two or three runs over one micro-batch."""
-    contestant.run([workload.chunk(sizes[0])], sizes[0])  # whatever is made lazily
-    rates = {}
-    for size in sizes:
-        chunk, seconds = workload.chunk(size), list[float]()
-        while len(seconds) < TUNING_RUNS and sum(seconds) < (LONG_SECONDS if len(seconds) < 2 else 1.0):
-            seconds += contestant.run([chunk], size)
-        rates[size] = size / min(seconds)
-    return rates
+def tune(contestant: Contestant, rows: Step, sizes: Sequence[int]) -> dict[int, float]:
+    """Rows per second of a whole step for each number of rows per micro-batch.
 
-
-def warm_up(contestant: Contestant, steps: Sequence[Step], rows_per_micro_batch: int, rows_per_second: float) -> None:
-    """One untimed pass over the steps where it would show: kernels are made at the first sight of a shape."""
-    if sum(map(len, steps)) / rows_per_second < LONG_SECONDS:
-        contestant.run(steps, rows_per_micro_batch)
+    Every size once, then the two best again; the better run counts. So the size that is chosen has also been warmed up.
+    """
+    contestant.run([rows[: sizes[0]]], sizes[0])  # whatever is made lazily
+    seconds = {size: sum(contestant.run([rows], size)) for size in sizes}
+    for size in sorted(sizes, key=lambda size: seconds[size])[:2]:
+        if seconds[size] < LONG_SECONDS:
+            seconds[size] = min(seconds[size], sum(contestant.run([rows], size)))
+    return {size: len(rows) / taken for size, taken in seconds.items()}
 
 
 def alternate(

@@ -1,11 +1,12 @@
 """tagllm against everything a user could pick instead: `python -m benchmarks.vs_peers --json FILE`.
 
-One run on one machine, the same backbone, rows, dtype, batch and attention backend for all. Needs
-`pip install -c constraints.txt tagllm[benchmarks]`.
+One run on one machine, the same backbone, rows, dtype, batch and attention backend for all. The peers need
+`launch/setup_venv.sh quickstart dev benchmarks`.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ import warnings
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -25,16 +27,17 @@ import typer
 from rich.console import Console
 
 from benchmarks.contestant import Contestant
-from benchmarks.measure import alternate, kept_bytes, matmul_rate, seconds_of, tune, warm_up
+from benchmarks.measure import alternate, kept_bytes, matmul_rate, seconds_of, tune
 from benchmarks.models import Models, Settings, tiny_model
 from benchmarks.ours import Ours, ours
 from benchmarks.peak import ROWS, peak_of
 from benchmarks.peers import peers
 from benchmarks.report import Encoding, Figures, Result, as_json, result_table, target_table, verdicts
-from benchmarks.workloads import TUNED_AS, WORKLOADS, Workload, available, build_workload
+from benchmarks.workloads import ALIKE, WORKLOADS, Workload, available, build_workload
 from tagllm.model.backbone import DTYPES, fastest_dtype
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "tagllm")
+NEED_PEERS = {"a", "b", "c", "e"}
 say = Console(stderr=True, highlight=False, soft_wrap=True).print
 
 
@@ -64,6 +67,12 @@ def main(
     chosen = _known([x for x in only.split(",") if x] or [c.letter for c in contestants()],
                     [c.letter for c in contestants()], "--only")  # fmt: skip
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    missing = [name for name in ("peft", "trl") if find_spec(name) is None]
+    if missing and set(chosen) & NEED_PEERS:
+        raise SystemExit(
+            f"{' and '.join(missing)} not installed; {', '.join(x for x in chosen if x in NEED_PEERS)} need them. Run "
+            "launch/setup_venv.sh quickstart dev benchmarks, or choose others with --only."
+        )
     if dtype not in ("auto", *DTYPES):
         raise typer.BadParameter(f"{dtype!r} is none of auto, {', '.join(DTYPES)}", param_hint="--dtype")
     quiet()
@@ -77,6 +86,7 @@ def main(
         config = models.tagged.model.config.get_text_config()
         rate = matmul_rate(DTYPES[settings.dtype], device, config.hidden_size, config.intermediate_size)
         say(f"{settings.dtype} on {hardware()}; measured matmul rate {rate / 1e12:.3f} TFLOP/s")
+        gc.freeze()  # what is loaded by now stays: collections between runs need not walk through it
         plan = Plan(chosen, repeats, steps, not quick if memory is None else memory, rate)
         results: list[Result] = []
         for name in names:
@@ -121,23 +131,23 @@ def _measure(name: str, plan: Plan, models: Models, before: Sequence[Result]) ->
     workload = build_workload(name, settings, models.plain, models.scratch, plan.steps)
     say(f"\n{name}: {workload.description}")
     ready = [c for c in contestants() if c.letter in plan.letters]
-    tuned = next((result.tuned for result in before if result.name == TUNED_AS.get(name)), {})
+    tuned = next((result.tuned for result in before if result.name == ALIKE.get(name)), {})
+    weigh = plan.memory and not tuned
     sizes: dict[str, int] = {}
     for c in ready:
         c.setup(workload, models)
-        rates = tuned.get(c.letter) or tune(c, workload, settings.micro_batches)
+        rates = tuned.get(c.letter) or tune(c, workload.steps[0], settings.micro_batches)
         sizes[c.letter] = max(rates, key=lambda size: rates[size])
         tuned = {**tuned, c.letter: rates}
         shown = ", ".join(f"{size}: {rate:.2f}" for size, rate in rates.items())
         say(f"  {c.letter:2s} {c.label}: rows/s by rows per micro-batch {shown}")
-        warm_up(c, workload.steps, sizes[c.letter], max(rates.values()))
     times = alternate(
         ready, sizes, workload.steps, plan.repeats,
         lambda letter, repeat, taken: say(f"  repeat {repeat + 1}/{plan.repeats}  {letter:2s} {taken:.2f} s"),
     )  # fmt: skip
     figures = {}
     for c in ready:
-        peak = peak_of(c.letter, name, settings) if plan.memory else None
+        peak = peak_of(c.letter, name, settings) if weigh else None
         rows = [row for step in workload.steps for row in step]
         figures[c.letter] = Figures(
             c.letter, c.label, sizes[c.letter], tuned[c.letter], times[c.letter], len(rows),

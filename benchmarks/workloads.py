@@ -143,8 +143,8 @@ def _describe(config: dict[str, Any], steps: Sequence[Step]) -> str:
 _LEARNED_DOMAIN = {"kind": "domain", "length": TAG_ROWS}
 _LEARNED_FUNCTION = {"kind": "function", "length": TAG_ROWS}
 _LEARNED_HEAD = {**_LEARNED_FUNCTION, "head": {"type": "regression", "reads": "last"}}
-TUNED_AS = {"davis": "affinity"}
-"""Rows of the same shape need not be tuned for again."""
+ALIKE = {"davis": "affinity"}
+"""Rows of the same shape: neither tuned for nor weighed again in a run that has measured the other."""
 
 
 def _config(name: str, settings: Settings, backbone: Backbone, scratch: Path) -> dict[str, Any]:
