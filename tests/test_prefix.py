@@ -253,3 +253,20 @@ def test_gradient_checkpointing_changes_nothing_but_memory(family: str) -> None:
 def _noted(saved: list[torch.Tensor], tensor: torch.Tensor) -> torch.Tensor:
     saved.append(tensor)
     return tensor
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("block", [False, True], ids=["causal", "block"])
+def test_rows_do_not_see_each_other(family: str, block: bool) -> None:
+    """Rows stand behind each other in one sequence: another row in the middle leaves the losses of the others alone."""
+    of = tiny.layout(("Learned",))
+    random = np.random.default_rng(0)
+    first, second, other, last = (
+        tiny.example(of, (2, "Frozen", "~4#1", 1, "Learned", f"~{size}"), random) for size in (9, 5, 5, 7)
+    )
+    tagged = tiny.model(of, family)
+    collate = tiny.collator(of, terms=(SPAN,), block=block)
+    nats = [tagged(collate([first, row, last])).token_loss_M.split([4 + 9, 4 + 5, 4 + 7]) for row in (second, other)]
+    assert not torch.allclose(nats[0][1], nats[1][1])
+    for before, after in zip(nats[0][::2], nats[1][::2], strict=True):
+        torch.testing.assert_close(before, after, rtol=1e-5, atol=1e-6)
