@@ -117,6 +117,11 @@ def _contradictions(stage: Stage, where: str) -> list[str]:
     """Settings that cannot be honoured together."""
     config, heads = stage.config, stage.layout(0).heads
     problems = []
+    if config.mask == "block" and any(template.has_output for template in stage.templates):
+        problems.append(
+            f"{where}: mask is block, but a template has {{output}}; text is generated under the causal mask only. Set "
+            "mask=causal."
+        )
     if not config.remembers and (config.remember_gib or config.remember_device_gib):
         problems.append(_cannot_remember(config, where))
     used = {name for template in stage.templates for name in template.tags}

@@ -15,7 +15,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from tagllm.cli import app
-from tagllm.tags import TagLibrary
+from tagllm.tags import Tag, TagLibrary
 from tests import tiny
 
 Run = Callable[..., Result]
@@ -222,6 +222,19 @@ def test_groups_are_shared_and_remembered(run: Run, folder: Path, mask: str) -> 
             assert steps[0]["speed/flops_ratio"] > 2 * steps[-1]["speed/flops_ratio"]
             assert steps[-1]["speed/prefix_hit_ratio"] > 0.3
     assert losses["frozen"] == pytest.approx(losses["full"], rel=2e-4)
+    library = TagLibrary.load(folder / f"runs/{mask}-frozen/library")
+    assert library.tags["W"].about["mask"] == mask
+    other = TagLibrary(library.backbone)
+    for tag in library.tags.values():
+        about = tag.about | {"mask": "causal"}
+        other = other.add(Tag(tag.name, tag.kind, tag.rows_PD, tag.head, about))
+    other.save(folder / f"causal-{mask}")
+    answers = []
+    for source in (f"runs/{mask}-frozen/library", f"causal-{mask}"):
+        output = folder / f"{mask}-{Path(source).name}.csv"
+        assert run("predict", source, "rows.csv", output).exit_code == 0
+        answers.append([row["W"] for row in csv.DictReader(output.open())])
+    assert (answers[0] == answers[1]) == (mask == "causal"), "predictions are made under the mask of training"
 
 
 MISTAKES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {

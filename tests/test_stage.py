@@ -95,6 +95,13 @@ def test_remembering_is_refused_where_it_cannot_be(key: str, value: object) -> N
         read_stage(RunConfig.model_validate(plain | {"remember_gib": 1.0}), "c.yaml")
 
 
+def test_text_needs_the_causal_mask() -> None:
+    """Generation knows no other; training under one mask and writing under another would be silently off."""
+    block = config({"D": {}}, "<D> {x} {output}").model_copy(update={"mask": "block"})
+    with pytest.raises(UserError, match=r"c.yaml: mask is block, but a template has \{output\}; .* Set mask=causal."):
+        read_stage(block, "c.yaml")
+
+
 def test_the_answer_is_never_cut() -> None:
     assert problems({"D": {}}, "<D> {x} {output}", fields={"output": {"max_tokens": 3}}) == [
         "c.yaml: data.sources.0.fields.output.max_tokens is 3; the answer is never cut. Drop it, or leave long "

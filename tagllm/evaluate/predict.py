@@ -64,7 +64,8 @@ class Predictor:
         source = SourceConfig(path="-", template=str(text), fields=about.get("fields", {}))
         self.encoder = Encoder(self.template, source, layout, backbone.tokenizer, backbone.max_tokens, labelled=False)
         width = max([spec.outputs for spec in heads.values()], default=0)
-        self.collate = Collator(layout.first_learned_id, (), width, cut_at_function=True)
+        block = about.get("mask") == "block"
+        self.collate = Collator(layout.first_learned_id, (), width, cut_at_function=True, block=block)
 
     @property
     def columns(self) -> list[str]:

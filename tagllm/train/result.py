@@ -39,6 +39,7 @@ def _history(built: Built, name: str) -> dict[str, Any]:
         "target": source.target,
         "output": source.output,
         "fields": {field: config.model_dump() for field, config in source.fields.items()},
+        "mask": built.config.mask,
         "trained_with": list(built.tags),
         "config_digest": built.config.digest(),
         "created": time.strftime("%Y-%m-%d"),
