@@ -195,7 +195,7 @@ def test_peak_memory_is_taken_in_a_process_of_its_own(tmp_path: Path) -> None:
         assert figures["peak_process_bytes"] > figures["peak_steps_bytes"] > 0
 
 
-@pytest.mark.parametrize("wrong", [{"workload": ["sleep"]}, {"only": "a,z"}, {"dtype": "fp8"}])
+@pytest.mark.parametrize("wrong", [{"workload": ["sleep"]}, {"only": "a,z"}, {"dtype": "fp8", "only": "d"}])
 def test_a_wrong_name_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(typer.BadParameter, match=r"sleep|z;|fp8"):
         main(**wrong)
