@@ -75,7 +75,7 @@ rows='data.sources[0].rows'
 shorter=(
     ""
     ""
-    "optim.epochs=2 remember_gib=1.2 $rows.train=1000 $rows.valid=80 $rows.test=200"
+    "optim.epochs=3 remember_gib=1.2 $rows.train=1500 $rows.valid=80 $rows.test=200"
     "optim.epochs=4 remember_gib=1 $rows.train=200 $rows.valid=40 $rows.test=80"
 )
 for at in "${!configs[@]}"; do
