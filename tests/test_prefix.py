@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from tagllm.data.batch import Counts, count
 from tagllm.data.encode import Example, TagLayout
+from tagllm.model import attention
 from tagllm.model.attention import plain_attention
 from tagllm.model.backbone import checkpoint_layers
 from tagllm.model.loss import Weights, total
@@ -270,3 +271,23 @@ def test_rows_do_not_see_each_other(family: str, block: bool) -> None:
     assert not torch.allclose(nats[0][1], nats[1][1])
     for before, after in zip(nats[0][::2], nats[1][::2], strict=True):
         torch.testing.assert_close(before, after, rtol=1e-5, atol=1e-6)
+
+
+def test_flash_attn_gets_no_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With bf16 weights a live pass computes attention in fp32, which flash-attn refuses; prefix passes go to it."""
+    of = tiny.layout()
+    seen_dtypes: list[torch.dtype] = []
+
+    def flash(
+        tokens: object, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, scale: float
+    ) -> torch.Tensor:
+        seen_dtypes.extend(t.dtype for t in (query, key, value))
+        return torch.zeros_like(query).transpose(1, 2)
+
+    monkeypatch.setattr(attention, "_flash", flash)
+    tagged = tiny.model(of, dtype=torch.bfloat16)
+    tagged.kernel = "flash_attention_2"
+    for frozen in (False, True):
+        loss, _ = tiny.loss_of(tagged, tiny.collator(of, frozen)(tiny.rows(of)[:1]))
+        loss.backward()
+    assert set(seen_dtypes) == {torch.bfloat16}

@@ -225,7 +225,7 @@ def attend(
 
 def _plain(this: Pass, query_1HNE: Tensor, key_1GNE: Tensor, value_1GNE: Tensor, scale: float) -> Tensor:
     """Causal attention within each row: the kernels that are fastest for it. Pads stand behind, where nobody looks."""
-    if this.kernel == "flash_attention_2":
+    if this.kernel == "flash_attention_2" and value_1GNE.dtype != torch.float32:  # live passes are fp32: not for flash
         return _flash(this.tokens, query_1HNE, key_1GNE, value_1GNE, scale)
     query, key, value = (this.rows.split(states) for states in (query_1HNE, key_1GNE, value_1GNE))
     out_BHSE = functional.scaled_dot_product_attention(

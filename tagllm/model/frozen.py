@@ -5,8 +5,6 @@ give their input's dtype. Attention is where rounding hurts tag gradients most, 
 precision in the live part, and those of keys and values everywhere; MLPs, three quarters of the work, are rounded.
 
 What is kept for backward has the dtype of the weights: rounding there enters one product, not every layer above.
-
-D size of the last dimension.
 """
 
 from __future__ import annotations
@@ -119,12 +117,8 @@ class FrozenGatedMLP(nn.Module):
 
     def __init__(self, mlp: Any) -> None:
         super().__init__()
-        self.gate_proj, self.up_proj, self.down_proj, self.act_fn = (
-            mlp.gate_proj,
-            mlp.up_proj,
-            mlp.down_proj,
-            mlp.act_fn,
-        )
+        self.gate_proj, self.up_proj = mlp.gate_proj, mlp.up_proj
+        self.down_proj, self.act_fn = mlp.down_proj, mlp.act_fn
 
     def forward(self, input: Tensor) -> Tensor:
         gate, up = self.gate_proj(input), self.up_proj(input)
