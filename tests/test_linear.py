@@ -110,7 +110,8 @@ def test_a_frozen_decoder_equals_the_plain_one(family: str) -> None:
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 def test_the_embeddings_choose_the_residual_stream(family: str, dtype: torch.dtype) -> None:
-    """With bf16 weights the stream has the embeddings' dtype; MLPs are bf16, attention is exact where it is live."""
+    """With bf16 weights the stream has the embeddings' dtype; what is live is exact in attention and in the up map
+    of gated MLPs, the rest of the MLPs is bf16."""
     model = tiny.backbone(family, dtype=torch.bfloat16)
     kinds = {type(m) for m in model.modules()}
     assert nn.Linear not in kinds and Conv1D not in kinds and nn.LayerNorm not in kinds
@@ -124,7 +125,8 @@ def test_the_embeddings_choose_the_residual_stream(family: str, dtype: torch.dty
     embedded = torch.randn(2, 5, tiny.HIDDEN, generator=torch.Generator().manual_seed(0)).to(dtype).requires_grad_()
     hidden = model.base_model(inputs_embeds=embedded).last_hidden_state
     assert hidden.dtype == dtype
-    assert products == {"attn": {dtype}, "mlp": {torch.bfloat16}}
+    gated = family != "gpt2"
+    assert products == {"attn": {dtype}, "mlp": {torch.bfloat16, *[dtype] * gated}}
     exact = tiny.backbone(family, dtype=torch.bfloat16).float()
     expected = exact.base_model(inputs_embeds=embedded.float()).last_hidden_state
     assert tiny.relative_error(hidden.float(), expected) < (0.02 if dtype == torch.float32 else 0.05)

@@ -21,6 +21,7 @@ from transformers import AttentionInterface, DynamicCache
 from tagllm.data.batch import Tokens
 from tagllm.errors import UserError
 from tagllm.model.masks import seen
+from tagllm.model.parts_forward import EXPLICIT_UP_TO, Shared, attend_merged
 from tagllm.model.parts_function import Groups, KeySet, attend_parts
 from tagllm.model.rotation import Rotation, turned_back
 
@@ -28,7 +29,9 @@ NAME = "tagllm_parts"
 
 
 class Part(NamedTuple):
-    """Frozen keys and values, of each layer (n, G, T, E); `at_nT` are positions (-1 at pads), `span_nT` spans.
+    """Frozen keys and values, of each layer (n, G, T, E), T the largest of `lengths`.
+
+    `at_nT` are positions (-1 at pads), `span_nT` spans.
 
     `piece_B` says which piece a row has (-1: none; None: row b has piece b). With `offset_B`, pieces do not know where
     they stand: in row b from `offset_B[b]` on, as span `span_B[b]`.
@@ -38,6 +41,7 @@ class Part(NamedTuple):
     values: tuple[Tensor, ...]
     at_nT: Tensor
     span_nT: Tensor
+    lengths: tuple[int, ...]
     piece_B: tuple[int, ...] | None = None
     offset_B: Tensor | None = None
     span_B: Tensor | None = None
@@ -105,6 +109,13 @@ class Pass(DynamicCache):
     def is_plain(self, window: int | None) -> bool:
         """Whether every row sees all of its own earlier positions and nothing else."""
         return not self.parts and not self.tokens.spans and (window is None or window >= self.rows.longest)
+
+    def sees_all_parts(self, window: int | None) -> bool:
+        """Whether each position of a row sees all keys of its parts and all of the row's own earlier ones."""
+        if any(part.offset_B is not None for part in self.parts):  # these may stand behind some of the row's positions
+            return False
+        reach = self.rows.longest + sum(max(part.lengths, default=0) for part in self.parts)
+        return bool(self.keep) and not self.tokens.spans and (window is None or window >= reach)
 
     def bias(self, window: int | None) -> Tensor:
         """(B, 1, 1, S, T): 0 where a query sees a key of the parts or of this pass, else very low; once for all
@@ -204,12 +215,16 @@ def attend(
     query_1HNE, key_1GNE = query.to(value.dtype), key.keys.to(value.dtype)
     if not rows.longest:
         return torch.zeros_like(query_1HNE).transpose(1, 2), None
-    if this.is_plain(sliding_window) and softcap is None:
+    explicit = query.device.type == "cpu" and this.kernel == "sdpa" and rows.longest <= EXPLICIT_UP_TO
+    if this.is_plain(sliding_window) and softcap is None and not explicit:
         return _plain(this, query_1HNE, key_1GNE, value, scale), None
     query_BHSE = rows.split(query_1HNE)
     keys_BGSE, values_BGSE = rows.split(key_1GNE), rows.split(value)
     B, H, S, E = query_BHSE.shape
     G = keys_BGSE.shape[1]
+    if query.device.type == "cpu" and softcap is None and this.sees_all_parts(sliding_window):
+        shared = _shared(this, key.layer, query_BHSE)
+        return rows.join(attend_merged(query_BHSE, keys_BGSE, values_BGSE, shared, scale)).to(value.dtype), None
     sets = [
         KeySet(part.keys[key.layer], part.values[key.layer], groups)
         for part, groups in zip(this.parts, this.groups, strict=True)
@@ -221,6 +236,18 @@ def attend(
     sets.append(KeySet(keys_BGSE, values_BGSE))
     out_BGME = attend_parts(queries, sets, this.bias(sliding_window), scale, softcap)
     return rows.join(out_BGME.view(B, H, S, E)).to(value.dtype), None
+
+
+def _shared(this: Pass, layer: int, query_BHSE: Tensor) -> list[Shared]:
+    found = []
+    for part, groups in zip(this.parts, this.groups, strict=True):
+        each_its_own = [(b, slice(b, b + 1)) for b in range(len(query_BHSE))]
+        for piece, rows in each_its_own if groups is None else groups:
+            here = slice(part.lengths[piece])
+            keys, values = part.keys[layer][piece, :, here], part.values[layer][piece, :, here]
+            if part.lengths[piece]:
+                found.append(Shared(rows, query_BHSE[rows], keys, values))
+    return found
 
 
 def _plain(this: Pass, query_1HNE: Tensor, key_1GNE: Tensor, value_1GNE: Tensor, scale: float) -> Tensor:

@@ -81,6 +81,7 @@ def load_backbone(config: BackboneConfig, device: torch.device) -> Backbone:
         checkpoint_layers(model)
     if device.type == "cpu":
         keep_freed_memory()
+        multiply_fp32_in_onednn()
     return Backbone(model.to(device), load_tokenizer(config.model), identify(config.model, model), kernel)
 
 
@@ -106,6 +107,16 @@ def keep_freed_memory() -> None:
     if mallopt is not None:
         for option, num_bytes in ((-3, 1 << 30), (-1, (1 << 31) - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
             mallopt(option, num_bytes)
+
+
+def multiply_fp32_in_onednn() -> None:
+    """MKL multiplies fp32 at half the speed of oneDNN on AMD. torch leaves such products to oneDNN only if it may round
+    to bf16, which oneDNN does where the CPU has units for bf16 matrices (AMX): there MKL stays."""
+    products: Any = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before, products.fp32_precision = products.fp32_precision, "bf16"
+    exact = torch.full((320, 576), 1 + 2**-12)  # bf16 would make 1 of it
+    if not torch.equal(exact @ torch.eye(576), exact) or not torch.equal(exact[None] @ torch.eye(576), exact[None]):
+        products.fp32_precision = before
 
 
 def _kernel(config: BackboneConfig, device: torch.device, dtype: torch.dtype) -> str:

@@ -72,7 +72,8 @@ def part_of(pieces: Sequence[Piece]) -> Part:
             length = piece.kv.shape[3]
             kv[:, :, i, :, :length] = piece.kv
             place[:, i, :length] = piece.place
-    return Part(tuple(kv[:, 0]), tuple(kv[:, 1]), place[0], place[1])
+    lengths = tuple(piece.kv.shape[3] for piece in pieces)
+    return Part(tuple(kv[:, 0]), tuple(kv[:, 1]), place[0], place[1], lengths)
 
 
 class PrefixMemory:

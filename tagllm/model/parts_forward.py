@@ -1,0 +1,72 @@
+"""Attention over several sets of keys without a gradient, on a CPU: each set by itself, then put together.
+
+Each set gives its output and the logarithm of the sum of its exponentials; these weigh the outputs against each other.
+So keys are neither concatenated nor copied, and rows that share a set go through it as one long query.
+
+B rows, G key-value heads, R query heads of each, S positions, T keys, E head size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+EXPLICIT_UP_TO = 512
+"""Keys up to which three plain operations beat torch's flash kernel (on fewer than 100 keys more than fivefold)."""
+
+
+class Shared(NamedTuple):
+    """Keys and values (G, T, E) that all positions of some rows see, and these rows' queries (rows, G R, S, E)."""
+
+    rows: slice | list[int]
+    query: Tensor
+    keys: Tensor
+    values: Tensor
+
+
+def attend_merged(query: Tensor, keys: Tensor, values: Tensor, shared: Sequence[Shared], scale: float) -> Tensor:
+    """Each row sees its own keys causally and all of those it shares: (B, G R, S, E), fp32.
+
+    Args:
+        query: (B, G R, S, E).
+        keys, values: (B, G, S, E), every row's own.
+    """
+    B, H, S, E = query.shape
+    G = keys.shape[1]
+    by_group = query.float().mul(scale).reshape(B * G, H // G, S, E)
+    keys, values = (t.float().reshape(B * G, 1, S, E) for t in (keys, values))
+    out, log = _attend(by_group, keys, values, causal=True, log_too=bool(shared))
+    out, log = out.reshape(B, H, S, E), log.reshape(B, H, S, 1) if shared else log
+    for rows, asked, some_keys, some_values in shared:
+        grouped = asked.float().mul(scale).view(-1, G, H // G, S, E).transpose(0, 1)  # (G, rows, R, S, E)
+        found = _attend(grouped.reshape(1, G, -1, E), some_keys[None].float(), some_values[None].float())
+        seen, seen_log = (t.view(*grouped.shape[:4], -1).transpose(0, 1).reshape(-1, H, S, t.shape[-1]) for t in found)
+        total = torch.logaddexp(log[rows], seen_log)
+        out[rows] = out[rows] * (log[rows] - total).exp() + seen * (seen_log - total).exp()
+        log[rows] = total
+    return out
+
+
+def _attend(
+    query: Tensor, keys: Tensor, values: Tensor, causal: bool = False, log_too: bool = True
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp (b, h, M, 1) of scaled queries (b, h, M, E) over keys (b, h or 1, T, E), all fp32."""
+    b, h, M, E = query.shape
+    T = keys.shape[2]
+    if T > EXPLICIT_UP_TO:
+        there = (t.expand(b, h, T, E) for t in (keys, values))
+        out, log = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, *there, 0.0, causal, scale=1.0)
+        return out, log[..., None]
+    if keys.shape[1] == 1:  # all heads of a group in one product
+        query, keys, values = query.reshape(b, h * M, E), keys[:, 0], values[:, 0]
+    scores = (query @ keys.transpose(-1, -2)).view(b, h, M, T)
+    if causal:
+        scores += torch.full((M, T), -torch.inf).triu_(1)
+    weights = scores.softmax(dim=3)
+    out = (weights.view(*query.shape[:-1], T) @ values).view(b, h, M, E)
+    # from the largest weight: one fused softmax and two maxima are faster than an exponential of one's own
+    log = scores.amax(dim=3, keepdim=True) - weights.amax(dim=3, keepdim=True).log() if log_too else scores
+    return out, log
