@@ -46,9 +46,8 @@ class Bound(NamedTuple):
 
 AIM = Bound(0.9999, 0.02)
 # What holds, with room for other orders of summation (threads, kernels); the aim is met but for the head, whose error
-# depends on the rows: it scales with how far its values are off. Measured: .99991 / 1.4 %, .99986 / 1.7 %, .99998 / 0.7 %;
-# before the up map was exact in the live part a domain tag had .9998 / 2.2 %. With gate, down and the prefix exact as
-# well, cosines are .99995 and more.
+# depends on the rows: it scales with how far its values are off. Measured: .99991 / 1.4 %, .99986 / 1.7 % and
+# .99998 / 0.7 %; before the up map was exact in the live part a domain tag had .9998 / 2.2 %.
 BOUNDS = {
     ("bf16", "domain tag"): Bound(0.9995, 0.03),
     ("bf16", "function tag with a head"): Bound(0.9995, 0.03),
