@@ -21,7 +21,7 @@ from transformers import AttentionInterface, DynamicCache
 from tagllm.data.batch import Tokens
 from tagllm.errors import UserError
 from tagllm.model.masks import seen
-from tagllm.model.parts_forward import EXPLICIT_UP_TO, Shared, attend_merged
+from tagllm.model.merged_attention import EXPLICIT_UP_TO, Shared, attend_merged
 from tagllm.model.parts_function import Groups, KeySet, attend_parts
 from tagllm.model.rotation import Rotation, turned_back
 
@@ -110,8 +110,8 @@ class Pass(DynamicCache):
         """Whether every row sees all of its own earlier positions and nothing else."""
         return not self.parts and not self.tokens.spans and (window is None or window >= self.rows.longest)
 
-    def sees_all_parts(self, window: int | None) -> bool:
-        """Whether each position of a row sees all keys of its parts and all of the row's own earlier ones."""
+    def can_merge(self, window: int | None) -> bool:
+        """Whether there is no graph, and each position sees all keys of its parts and of the row's earlier positions."""
         if any(part.offset_B is not None for part in self.parts):  # these may stand behind some of the row's positions
             return False
         reach = self.rows.longest + sum(max(part.lengths, default=0) for part in self.parts)
@@ -222,7 +222,7 @@ def attend(
     keys_BGSE, values_BGSE = rows.split(key_1GNE), rows.split(value)
     B, H, S, E = query_BHSE.shape
     G = keys_BGSE.shape[1]
-    if query.device.type == "cpu" and softcap is None and this.sees_all_parts(sliding_window):
+    if query.device.type == "cpu" and softcap is None and this.can_merge(sliding_window):
         shared = _shared(this, key.layer, query_BHSE)
         return rows.join(attend_merged(query_BHSE, keys_BGSE, values_BGSE, shared, scale)).to(value.dtype), None
     sets = [
@@ -239,14 +239,14 @@ def attend(
 
 
 def _shared(this: Pass, layer: int, query_BHSE: Tensor) -> list[Shared]:
+    """What the rows of a prefix pass see beside their own positions: pieces that are placed, without their padding."""
     found = []
     for part, groups in zip(this.parts, this.groups, strict=True):
-        each_its_own = [(b, slice(b, b + 1)) for b in range(len(query_BHSE))]
-        for piece, rows in each_its_own if groups is None else groups:
+        assert groups is not None, "only the live pass has parts of one piece per row"
+        for piece, rows in groups:
             here = slice(part.lengths[piece])
             keys, values = part.keys[layer][piece, :, here], part.values[layer][piece, :, here]
-            if part.lengths[piece]:
-                found.append(Shared(rows, query_BHSE[rows], keys, values))
+            found.append(Shared(rows, query_BHSE[rows], keys, values))
     return found
 
 

@@ -5,16 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tagllm.model import parts_forward
+from tagllm.model import merged_attention
 from tagllm.model.backbone import multiply_fp32_in_onednn
-from tagllm.model.parts_forward import Shared, attend_merged
+from tagllm.model.merged_attention import Shared, attend_merged
 
 
 @pytest.mark.parametrize("kernel", ["explicit", "flash"])
 @pytest.mark.parametrize("num_groups", [1, 2, 4])
 def test_sets_put_together_equal_one_softmax(kernel: str, num_groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if kernel == "flash":
-        monkeypatch.setattr(parts_forward, "EXPLICIT_UP_TO", 0)
+        monkeypatch.setattr(merged_attention, "EXPLICIT_UP_TO", 0)
     torch.manual_seed(0)
     B, H, S, T, E, scale = 3, 4, 5, 7, 8, 0.3
     query, keys, values = torch.randn(B, H, S, E), *torch.randn(2, B, num_groups, S, E)
