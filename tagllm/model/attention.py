@@ -111,7 +111,7 @@ class Pass(DynamicCache):
         return not self.parts and not self.tokens.spans and (window is None or window >= self.rows.longest)
 
     def can_merge(self, window: int | None) -> bool:
-        """Whether there is no graph, and each position sees all keys of its parts and of the row's earlier positions."""
+        """Whether there is no graph and each position sees all keys of its parts and all earlier ones of its row."""
         if any(part.offset_B is not None for part in self.parts):  # these may stand behind some of the row's positions
             return False
         reach = self.rows.longest + sum(max(part.lengths, default=0) for part in self.parts)
