@@ -114,6 +114,12 @@ class Batch(NamedTuple):
         """SPAN or OUTPUT; -1 pads, so that a rank without labels still calls the LM head."""
         return self.labels_3M[2]
 
+    def is_short(self, placement: Placement) -> bool:
+        """Whether it is less to copy these pieces before each row's own positions than to attend to them apart."""
+        lengths = self.pieces.tokens.lengths
+        copied = sum(lengths[i] for i in placement.piece_B if i >= 0)
+        return not any(placement.span_B) and copied <= sum(self.own.lengths)
+
     @property
     def prefix_lengths(self) -> list[int]:
         """Frozen positions of each row, those of shared pieces counted for every row that has them."""

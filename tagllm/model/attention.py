@@ -22,7 +22,7 @@ from tagllm.data.batch import Tokens
 from tagllm.errors import UserError
 from tagllm.model.masks import seen
 from tagllm.model.merged_attention import EXPLICIT_UP_TO, Shared, attend_merged
-from tagllm.model.parts_function import Groups, KeySet, attend_parts
+from tagllm.model.parts_function import Groups, KeySet, Live, attend_parts
 from tagllm.model.rotation import Rotation, turned_back
 
 NAME = "tagllm_parts"
@@ -33,7 +33,8 @@ class Part(NamedTuple):
 
     `at_nT` are positions (-1 at pads), `span_nT` spans.
 
-    `piece_B` says which piece a row has (-1: none; None: row b has piece b). With `offset_B`, pieces do not know where
+    `piece_B` says which piece a row has (-1: none; None: row b has piece b, and behind the T keys there is room for the
+    live ones). With `offset_B`, pieces do not know where
     they stand: in row b from `offset_B[b]` on, as span `span_B[b]`.
     """
 
@@ -54,10 +55,8 @@ class Part(NamedTuple):
         return self._replace(piece_B=tuple(pieces[b] for b in rows), offset_B=offset_B, span_B=span_B)
 
     def groups(self) -> Groups:
-        if self.piece_B is None:
-            return None
         rows_of: dict[int, list[int]] = {}
-        for b, piece in enumerate(self.piece_B):
+        for b, piece in enumerate(self.piece_B or ()):
             if piece >= 0:
                 rows_of.setdefault(piece, []).append(b)
         return [(piece, _slice_if_adjacent(rows)) for piece, rows in rows_of.items()]
@@ -225,16 +224,20 @@ def attend(
     if query.device.type == "cpu" and softcap is None and this.can_merge(sliding_window):
         shared = _shared(this, key.layer, query_BHSE)
         return rows.join(attend_merged(query_BHSE, keys_BGSE, values_BGSE, shared, scale)).to(value.dtype), None
-    sets = [
-        KeySet(part.keys[key.layer], part.values[key.layer], groups)
-        for part, groups in zip(this.parts, this.groups, strict=True)
-    ]
-    queries = [
-        (query_BHSE if turn is None else turned_back(query_BHSE, turn)).reshape(B, G, -1, E)
-        for turn in [*this.turns, None]
-    ]
-    sets.append(KeySet(keys_BGSE, values_BGSE))
-    out_BGME = attend_parts(queries, sets, this.bias(sliding_window), scale, softcap)
+    query_BGME = query_BHSE.reshape(B, G, -1, E).float() * scale
+    queries, sets = [query_BGME], []
+    own = None
+    for part, groups, turn in zip(this.parts, this.groups, this.turns, strict=True):
+        if part.piece_B is None:
+            own = part
+            continue
+        if turn is not None:
+            queries.append(turned_back(query_BGME.view(B, H, S, E), turn).view(B, G, -1, E))
+        asked_by = 0 if turn is None else len(queries) - 1
+        sets.append(KeySet(part.keys[key.layer], part.values[key.layer], groups, asked_by))
+    below = (None, None) if own is None else (own.keys[key.layer], own.values[key.layer])
+    live = Live(keys_BGSE, values_BGSE, *below)
+    out_BGME = attend_parts(queries, sets, live, this.bias(sliding_window), softcap)
     return rows.join(out_BGME.view(B, H, S, E)).to(value.dtype), None
 
 
@@ -242,7 +245,7 @@ def _shared(this: Pass, layer: int, query_BHSE: Tensor) -> list[Shared]:
     """What the rows of a prefix pass see beside their own positions: pieces that are placed, without their padding."""
     found = []
     for part, groups in zip(this.parts, this.groups, strict=True):
-        assert groups is not None, "only the live pass has parts of one piece per row"
+        assert part.piece_B is not None, "only the live pass has parts of one piece per row"
         for piece, rows in groups:
             here = slice(part.lengths[piece])
             keys, values = part.keys[layer][piece, :, here], part.values[layer][piece, :, here]

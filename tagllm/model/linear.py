@@ -33,6 +33,7 @@ class FrozenLinear(nn.Linear):
         nn.Module.__init__(self)  # nn.Linear's own would allocate a second weight
         self.weight, self.transposed, self.exact = weight, transposed, exact
         self.register_parameter("bias", bias)
+        self.packs = False
         self._packed: Tensor | None = None
         shape = getattr(weight, "ds_shape", weight.shape)
         self.out_features, self.in_features = reversed(shape) if transposed else shape
@@ -59,9 +60,9 @@ class FrozenLinear(nn.Linear):
         return product if self.bias is None else product.add_(self.bias)
 
     def _multiply_rounded(self, input: Tensor) -> Tensor:
-        if input.device.type != "cpu" or input.dtype != torch.bfloat16 or hasattr(self.weight, "ds_id"):
+        if not self.packs or hasattr(self.weight, "ds_id"):
             return functional.linear(input, self.matrix(), self.bias)
-        if self._packed is None:  # ready for oneDNN; else it does so in every product, a fifth of its time
+        if self._packed is None:
             self._packed = torch.ops.mkldnn._reorder_linear_weight(self.matrix().contiguous(), PACKED_FOR_ROWS)
         product: Tensor = torch.ops.mkldnn._linear_pointwise(input, self._packed, self.bias, "none", [], "")
         return product

@@ -36,8 +36,13 @@ def attend_merged(query: Tensor, keys: Tensor, values: Tensor, shared: Sequence[
     """
     B, H, S, E = query.shape
     G = keys.shape[1]
+    # few keys that all rows share are copied before each row's own: that takes less than weighing outputs
+    few = [one for one in shared if one.rows == slice(0, B) and one.keys.shape[1] <= S <= EXPLICIT_UP_TO // 2]
+    shared = [one for one in shared if all(one is not other for other in few)]
+    keys = torch.cat([*(one.keys.expand(B, -1, -1, -1) for one in few), keys], dim=2)
+    values = torch.cat([*(one.values.expand(B, -1, -1, -1) for one in few), values], dim=2)
     by_group = query.float().mul(scale).reshape(B * G, H // G, S, E)
-    keys, values = (t.float().reshape(B * G, 1, S, E) for t in (keys, values))
+    keys, values = (t.float().reshape(B * G, 1, -1, E) for t in (keys, values))
     out, log = _attend(by_group, keys, values, causal=True, log_too=bool(shared))
     out, log = out.reshape(B, H, S, E), log.reshape(B, H, S, 1) if shared else log
     for rows, asked, some_keys, some_values in shared:
@@ -53,7 +58,8 @@ def attend_merged(query: Tensor, keys: Tensor, values: Tensor, shared: Sequence[
 def _attend(
     query: Tensor, keys: Tensor, values: Tensor, causal: bool = False, log_too: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp (b, h, M, 1) of scaled queries (b, h, M, E) over keys (b, h or 1, T, E), all fp32."""
+    """Output and log-sum-exp (b, h, M, 1) of scaled queries (b, h, M, E) over keys (b, h or 1, T, E), all fp32. If
+    causal the last query sees all keys, the one before all but one, and so on."""
     b, h, M, E = query.shape
     T = keys.shape[2]
     if T > EXPLICIT_UP_TO:
@@ -64,7 +70,7 @@ def _attend(
         query, keys, values = query.reshape(b, h * M, E), keys[:, 0], values[:, 0]
     scores = (query @ keys.transpose(-1, -2)).view(b, h, M, T)
     if causal:
-        scores += torch.full((M, T), -torch.inf).triu_(1)
+        scores += torch.full((M, T), -torch.inf).triu_(1 + T - M)
     weights = scores.softmax(dim=3)
     out = (weights.view(*query.shape[:-1], T) @ values).view(b, h, M, E)
     # from the largest weight: one fused softmax and two maxima are faster than an exponential of one's own

@@ -1,7 +1,7 @@
 """Softmax attention over several sets of keys at once, and its gradient, as one autograd function.
 
-Only queries and the keys and values of the last set have a gradient; the others are constants. Nothing of size
-queries x keys is saved for backward: scores are computed again, as flash attention does.
+Only queries and the live keys and values have a gradient; the frozen ones are constants. Nothing of size queries x keys
+is saved for backward: scores are computed again, as flash attention does.
 
 B rows, G key-value heads, M queries of all heads of a group (R heads x S positions), T keys of all sets, E head size,
 n pieces of a set. All arithmetic is fp32.
@@ -9,40 +9,57 @@ n pieces of a set. All arithmetic is fp32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-Groups = list[tuple[int, slice | list[int]]] | None
-"""Which rows have which piece; None: row b has piece b."""
+Groups = list[tuple[int, slice | list[int]]]
+"""Which rows have which piece."""
 
 
 class KeySet(NamedTuple):
-    """Keys and values (n, G, T of this set, E)."""
+    """Frozen keys and values (n, G, T of this set, E) that rows share, and which of the queries they are asked by."""
 
     keys: Tensor
     values: Tensor
-    groups: Groups = None
+    groups: Groups
+    asked_by: int
 
-    @property
-    def num_keys(self) -> int:
-        return self.keys.shape[2]
+
+class Live(NamedTuple):
+    """Keys and values (B, G, S, E) of the live positions. Before them each row has frozen ones of its own: `below` is
+    (B, G, T of a row + S, E), its last S places free for the live ones; fp32 is written to, else a copy is."""
+
+    keys: Tensor
+    values: Tensor
+    keys_below: Tensor | None
+    values_below: Tensor | None
+
+    def joined(self) -> tuple[Tensor, Tensor]:
+        return _behind(self.keys_below, self.keys), _behind(self.values_below, self.values)
+
+
+def _behind(below: Tensor | None, live: Tensor) -> Tensor:
+    if below is None:
+        return live.float()
+    joined = below.float()
+    joined[:, :, joined.shape[2] - live.shape[2] :] = live
+    return joined
 
 
 def attend_parts(
-    queries: list[Tensor], sets: list[KeySet], bias_B11ST: Tensor, scale: float, softcap: float | None
+    queries: Sequence[Tensor], sets: Sequence[KeySet], live: Live, bias_B11ST: Tensor, softcap: float | None
 ) -> Tensor:
-    """softmax over the keys of all sets of (scale * query_i keys_i + bias), times the values: (B, G, M, E), fp32.
+    """softmax over the keys of all sets, then those of `live`, of (query keys + bias), times the values: (B, G, M, E).
 
     Args:
-        queries: (B, G, M, E), one per set (each may be turned otherwise).
-        sets: the last one is differentiated.
+        queries: scaled, (B, G, M, E); the first one asks the live keys and those before them.
         bias_B11ST: 0 where a query sees a key, else very low.
     """
-    keys, values, _ = sets[-1]
     result: Tensor = _AttendParts.apply(  # type: ignore[no-untyped-call]
-        sets[:-1], bias_B11ST, scale, softcap, keys, values, *queries
+        sets, bias_B11ST, softcap, live.keys_below, live.values_below, live.keys, live.values, *queries
     )
     return result
 
@@ -50,44 +67,58 @@ def attend_parts(
 class _AttendParts(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, frozen: list[KeySet], bias_B11ST: Tensor, scale: float, softcap: float | None,
-        keys: Tensor, values: Tensor, *queries: Tensor,
+        ctx: Any, sets: Sequence[KeySet], bias_B11ST: Tensor, softcap: float | None, keys_below: Tensor | None,
+        values_below: Tensor | None, keys: Tensor, values: Tensor, *queries: Tensor,
     ) -> Tensor:  # fmt: skip
-        ctx.frozen, ctx.bias_B11ST, ctx.scale, ctx.softcap = frozen, bias_B11ST, scale, softcap
+        ctx.sets, ctx.bias_B11ST, ctx.softcap, ctx.below = sets, bias_B11ST, softcap, (keys_below, values_below)
         ctx.save_for_backward(keys, values, *queries)
-        sets = [*frozen, KeySet(keys, values)]
-        weights_BGMT, _ = _weights(queries, sets, bias_B11ST, scale, softcap)
-        parts = weights_BGMT.split([one.num_keys for one in sets], dim=3)
-        return torch.stack([_times(w, one.values, one.groups) for w, one in zip(parts, sets, strict=True)]).sum(dim=0)
+        keys_BGTE, values_BGTE = Live(keys, values, *ctx.below).joined()
+        weights_BGMT, _ = _weights(queries, sets, keys_BGTE, bias_B11ST, softcap)
+        *shared, own = weights_BGMT.split(_sizes(sets, keys_BGTE), dim=3)
+        out: Tensor = own @ values_BGTE
+        for weights, one in zip(shared, sets, strict=True):
+            out += _times(weights, one.values, one.groups)
+        return out
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         keys, values, *queries = ctx.saved_tensors
-        sets = [*ctx.frozen, KeySet(keys, values)]
-        sizes = [one.num_keys for one in sets]
-        weights_BGMT, capped = _weights(queries, sets, ctx.bias_B11ST, ctx.scale, ctx.softcap)
-        weight_grad = torch.cat([_times(grads[0], one.values.transpose(2, 3), one.groups) for one in sets], dim=3)
+        grad, sets = grads[0].contiguous(), ctx.sets
+        keys_BGTE, values_BGTE = Live(keys, values, *ctx.below).joined()
+        weights_BGMT, capped = _weights(queries, sets, keys_BGTE, ctx.bias_B11ST, ctx.softcap)
+        weight_grad = _beside(
+            [
+                *(_times(grad, one.values.transpose(2, 3), one.groups) for one in sets),
+                grad @ values_BGTE.transpose(2, 3),
+            ]
+        )
         score_grad: Tensor = torch._softmax_backward_data(weight_grad, weights_BGMT, 3, torch.float32)
         if capped is not None:
             score_grad = score_grad * (1 - capped.square())
-        parts = (score_grad * ctx.scale).split(sizes, dim=3)
-        query_grads = [
-            _times(part, one.keys, one.groups).to(query.dtype)
-            for part, one, query in zip(parts, sets, queries, strict=True)
-        ]
-        key_grad = parts[-1].transpose(2, 3) @ queries[-1].float()
-        value_grad = weights_BGMT.split(sizes, dim=3)[-1].transpose(2, 3) @ grads[0]
-        return (None, None, None, None, key_grad.to(keys.dtype), value_grad.to(values.dtype), *query_grads)
+        *shared, own = score_grad.split(_sizes(sets, keys_BGTE), dim=3)
+        query_grads = [own @ keys_BGTE, *(torch.zeros_like(query, dtype=torch.float32) for query in queries[1:])]
+        for part, one in zip(shared, sets, strict=True):
+            query_grads[one.asked_by] += _times(part, one.keys, one.groups)
+        here = slice(weights_BGMT.shape[3] - keys.shape[2], None)
+        key_grad = score_grad[..., here].transpose(2, 3) @ queries[0].float()
+        value_grad = weights_BGMT[..., here].transpose(2, 3) @ grad
+        query_grads = [query_grad.to(query.dtype) for query_grad, query in zip(query_grads, queries, strict=True)]
+        return (None,) * 5 + (key_grad.to(keys.dtype), value_grad.to(values.dtype), *query_grads)
+
+
+def _sizes(sets: Sequence[KeySet], keys_BGTE: Tensor) -> list[int]:
+    return [*(one.keys.shape[2] for one in sets), keys_BGTE.shape[2]]
 
 
 def _weights(
-    queries: tuple[Tensor, ...] | list[Tensor], sets: list[KeySet], bias_B11ST: Tensor, scale: float,
-    softcap: float | None,
-) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    queries: Sequence[Tensor], sets: Sequence[KeySet], keys_BGTE: Tensor, bias_B11ST: Tensor, softcap: float | None
+) -> tuple[Tensor, Tensor | None]:
     """(B, G, M, T), and with a softcap the scores over it."""
-    scores = torch.cat(
-        [_times(q.float() * scale, one.keys.transpose(2, 3), one.groups) for q, one in zip(queries, sets, strict=True)],
-        dim=3,
+    scores = _beside(
+        [
+            *(_times(queries[one.asked_by].float(), one.keys.transpose(2, 3), one.groups) for one in sets),
+            queries[0].float() @ keys_BGTE.transpose(2, 3),
+        ]
     )
     capped = None
     if softcap is not None:
@@ -98,11 +129,13 @@ def _weights(
     return scores.softmax(dim=3), capped
 
 
+def _beside(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
+
+
 def _times(x_BGMa: Tensor, matrix_nGab: Tensor, groups: Groups) -> Tensor:
     """Each row times the matrix of its piece: (B, G, M, b). Rows with the same piece go through one product."""
     matrix_nGab = matrix_nGab.float()
-    if groups is None:
-        return x_BGMa @ matrix_nGab
     B, G, M, a = x_BGMa.shape
     out = x_BGMa.new_zeros(B, G, M, matrix_nGab.shape[3])
     for piece, rows in groups:

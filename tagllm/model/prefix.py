@@ -58,21 +58,25 @@ def cut_into_pieces(tokens: Tokens, keys: Sequence[Tensor], values: Sequence[Ten
     return pieces
 
 
-def part_of(pieces: Sequence[Piece]) -> Part:
-    """Pieces side by side, padded to the longest. On a CPU in fp32, the dtype of attention over them."""
-    dtype = torch.float32 if pieces[0].kv.device.type == "cpu" else pieces[0].kv.dtype
-    if len(pieces) == 1:
-        kv, place = pieces[0].kv[:, :, None].to(dtype), pieces[0].place[:, None]
-    else:
-        layers, two, heads, _, size = pieces[0].kv.shape
-        longest = max(piece.kv.shape[3] for piece in pieces)
-        kv = pieces[0].kv.new_zeros(layers, two, len(pieces), heads, longest, size, dtype=dtype)
-        place = pieces[0].place.new_full((2, len(pieces), longest), -1)
-        for i, piece in enumerate(pieces):
-            length = piece.kv.shape[3]
-            kv[:, :, i, :, :length] = piece.kv
-            place[:, i, :length] = piece.place
-    lengths = tuple(piece.kv.shape[3] for piece in pieces)
+def part_of(rows: Sequence[Sequence[Piece]], room: int = 0) -> Part:
+    """Each row's pieces one behind the other, the rows side by side, padded to the longest, and room for more keys
+    behind it. On a CPU in fp32, the dtype of attention over them."""
+    first = rows[0][0]
+    dtype = torch.float32 if first.kv.device.type == "cpu" else first.kv.dtype
+    if len(rows) == len(rows[0]) == 1 and not room:
+        kv, place = first.kv[:, :, None].to(dtype), first.place[:, None]
+        return Part(tuple(kv[:, 0]), tuple(kv[:, 1]), place[0], place[1], (first.kv.shape[3],))
+    lengths = tuple(sum(piece.kv.shape[3] for piece in row) for row in rows)
+    layers, two, heads, _, size = first.kv.shape
+    kv = first.kv.new_zeros(layers, two, len(rows), heads, max(lengths) + room, size, dtype=dtype)
+    place = first.place.new_full((2, len(rows), max(lengths)), -1)
+    for i, row in enumerate(rows):
+        start = 0
+        for piece in row:
+            end = start + piece.kv.shape[3]
+            kv[:, :, i, :, start:end] = piece.kv
+            place[:, i, start:end] = piece.place
+            start = end
     return Part(tuple(kv[:, 0]), tuple(kv[:, 1]), place[0], place[1], lengths)
 
 

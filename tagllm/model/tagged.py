@@ -115,12 +115,15 @@ class TaggedModel(nn.Module):
         """The shared pieces, then what each row has of its own on top of them; from memory where it is there."""
         device = batch.live.ids_N.device
         pieces = self._pieces(batch.pieces.tokens, batch.pieces.keys, [])
-        parts = [
-            _placed(pieces, placement, device) for placement in batch.pieces.placements if max(placement.piece_B) >= 0
-        ]
+        used = [placement for placement in batch.pieces.placements if max(placement.piece_B) >= 0]
+        parts = [_placed(pieces, placement, device) for placement in used]
         own = self._pieces(batch.own, batch.own_keys, parts)
         if sum(batch.own.lengths):
-            parts = [*parts, part_of(own)]
+            short = [batch.is_short(placement) for placement in used]
+            before = [placement.piece_B for placement, yes in zip(used, short, strict=True) if yes]
+            rows = [[*(pieces[at[b]] for at in before if at[b] >= 0), piece] for b, piece in enumerate(own)]
+            parts = [part for part, yes in zip(parts, short, strict=True) if not yes]
+            parts.append(part_of(rows, room=max(batch.live.lengths)))
         hidden_size = self.tags.learned_TD.shape[1]
         none = torch.zeros(2, hidden_size, device=device)
         columns = [[pieces[i].hidden_2D if i >= 0 else none for i in p.piece_B] for p in batch.pieces.placements]
@@ -199,7 +202,7 @@ class TaggedModel(nn.Module):
 def _placed(pieces: Sequence[Piece], placement: Placement, device: torch.device) -> Part:
     """Pieces where the rows have them. Only spans have numbers, and only free spans are placed with an offset."""
     used = sorted({i for i in placement.piece_B if i >= 0})
-    part = part_of([pieces[i] for i in used])._replace(
+    part = part_of([[pieces[i]] for i in used])._replace(
         piece_B=tuple(used.index(i) if i >= 0 else -1 for i in placement.piece_B)
     )
     if not any(placement.span_B):
