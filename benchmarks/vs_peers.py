@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import platform
+import subprocess
 import sys
 import tempfile
 import time
@@ -101,7 +102,7 @@ def main(
         about = {
             "command": "python -m benchmarks.vs_peers " + " ".join(sys.argv[1:]),
             "date": datetime.now(UTC).isoformat(timespec="seconds"), "minutes": (time.monotonic() - started) / 60,
-            "hardware": hardware(), "versions": {name: version(name) for name in PACKAGES if find_spec(name)},
+            "commit": commit(), "hardware": hardware(), "versions": {name: version(name) for name in PACKAGES if find_spec(name)},
             "model": "tiny random" if quick else model, "dtype": settings.dtype, "repeats": repeats,
             "matmul_flops_per_second": rate,
         }  # fmt: skip
@@ -170,6 +171,12 @@ def _encode(ready: Sequence[Contestant], workload: Workload, models: Models, rat
         flops, tokens = ours.encoding_flops(batch)
         found.append(Encoding(size, tokens, taken, flops, flops / taken / rate))
     return max(found, key=lambda e: e.utilisation)
+
+
+def commit() -> str:
+    """Of the checkout, with a plus behind it where files differ; empty outside of one."""
+    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
 
 
 def hardware() -> str:
