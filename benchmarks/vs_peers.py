@@ -102,7 +102,8 @@ def main(
         about = {
             "command": "python -m benchmarks.vs_peers " + " ".join(sys.argv[1:]),
             "date": datetime.now(UTC).isoformat(timespec="seconds"), "minutes": (time.monotonic() - started) / 60,
-            "commit": commit(), "hardware": hardware(), "versions": {name: version(name) for name in PACKAGES if find_spec(name)},
+            "commit": commit(), "hardware": hardware(),
+            "versions": {name: version(name) for name in PACKAGES if find_spec(name)},
             "model": "tiny random" if quick else model, "dtype": settings.dtype, "repeats": repeats,
             "matmul_flops_per_second": rate,
         }  # fmt: skip
