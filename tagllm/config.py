@@ -34,6 +34,8 @@ class BackboneConfig(Section):
     model: str
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto` takes bf16 where this machine multiplies bf16 matrices faster than fp32 ones."""
+    quantize: Literal["none", "int8", "nf4"] = "none"
+    """How the decoder's linear maps are kept: as they are, in 8 bits, or in 4 (QLoRA's NF4)."""
     attention: Literal["auto", "sdpa", "flash_attention_2"] = "auto"
     """`auto` takes flash-attn where it is installed and can run."""
     gradient_checkpointing: bool = False
@@ -186,6 +188,8 @@ class OptimConfig(Section):
     clip: Rate | None = 1.0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     warmup_steps: Annotated[int, Field(ge=0)] = 0
+    skipped_in_a_row: Count = 5
+    """Steps whose loss or gradient is not finite change nothing; after so many in a row training ends."""
 
     @model_validator(mode="after")
     def _one_length(self) -> OptimConfig:
@@ -253,7 +257,8 @@ class RunConfig(Section):
     def digest(self) -> str:
         """sha256 of what shapes the learned rows; not of where they are written or how the work is spread."""
         left_out = dict.fromkeys(("output", "checkpoint", "engine", "remember_gib", "remember_device_gib"), True)
-        spread = {"optim": {"rows_per_micro_batch"}, "backbone": {"gradient_checkpointing"}}
+        backbone, optim = {"gradient_checkpointing", "quantize"}, {"rows_per_micro_batch", "skipped_in_a_row"}
+        spread = {"backbone": backbone, "optim": optim}
         return digest_of(self.model_dump(mode="json", exclude={**left_out, **spread}))
 
 

@@ -62,7 +62,7 @@ def test_defaults_stand_where_nothing_is_given(file: Path) -> None:
     ("place", "hint"),
     [
         ("otuput", "Did you mean output?"),
-        ("backbone.modle", "Known: attention, dtype, gradient_checkpointing, model. Did you mean model?"),
+        ("backbone.modle", "Known: attention, dtype, gradient_checkpointing, model, quantize. Did you mean model?"),
         ("tags.SMILES.lenght", "Did you mean length?"),
         ("tags.QED.head.output", "Did you mean outputs?"),
         ("data.sorces", "Did you mean sources?"),

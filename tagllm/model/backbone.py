@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
-import platform
 import time
 from collections.abc import Callable
 from functools import partial
@@ -16,8 +14,10 @@ import torch
 
 from tagllm.config import BackboneConfig
 from tagllm.errors import UserError
-from tagllm.model.frozen import make_frozen_aware
+from tagllm.model.allocator import keep_freed_memory
+from tagllm.model.head import FrozenHead
 from tagllm.model.linear import FrozenLinear
+from tagllm.model.loading import Place, load_model
 from tagllm.model.smollm2 import smollm2_folder
 from tagllm.tags import BackboneIdentity
 
@@ -34,6 +34,8 @@ class Backbone(NamedTuple):
     identity: BackboneIdentity
     kernel: str
     """What computes plain attention: sdpa or flash_attention_2."""
+    embedding: Callable[[], torch.Tensor]
+    """Gives the token embedding (V, D), whole where the backbone is sharded too."""
 
     @property
     def vocabulary_size(self) -> int:
@@ -61,32 +63,32 @@ def load_tokenizer(name: str) -> Any:
     return tokenizer
 
 
-def load_backbone(config: BackboneConfig, device: torch.device) -> Backbone:
-    """Loads, freezes and fingerprints the backbone.
+def load_backbone(config: BackboneConfig, device: torch.device, place: Place | None = None) -> Backbone:
+    """Loads, freezes, quantises and fingerprints the backbone.
+
+    Args:
+        place: shards each module as soon as it is loaded; None keeps everything here.
 
     Raises:
         UserError: neither a folder nor a hub name that can be reached, or not a causal LM.
     """
-    from transformers import AutoModelForCausalLM
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
     dtype = DTYPES[fastest_dtype(device) if config.dtype == "auto" else config.dtype]
     kernel = _kernel(config, device, dtype)
     try:
-        model: Any = AutoModelForCausalLM.from_pretrained(resolve(config.model), dtype=dtype)
+        model, embedding = load_model(resolve(config.model), dtype, device, config.quantize, place)
     except (OSError, ValueError, ImportError) as error:
         raise UserError(_cannot_load(config.model, error)) from None
-    model.requires_grad_(False)
-    model.eval()
-    make_frozen_aware(model)
     if config.gradient_checkpointing:
         checkpoint_layers(model)
     if device.type == "cpu":
         keep_freed_memory()
         multiply_fp32_in_onednn()
         pack_weights(model)
-    return Backbone(model.to(device), load_tokenizer(config.model), identify(config.model, model), kernel)
+    identity = identify(config.model, model.config.model_type, embedding())
+    return Backbone(model, load_tokenizer(config.model), identity, kernel, embedding)
 
 
 def checkpoint_layers(model: Any) -> None:
@@ -104,15 +106,6 @@ def checkpoint_layers(model: Any) -> None:
             layer.forward = partial(keep_input, layer.forward)
 
 
-def keep_freed_memory() -> None:
-    """glibc hands large buffers back to the system as soon as they are freed, and every step frees gigabytes of them:
-    a fifth of the time on a CPU went into getting them again. Where the C library is another one, nothing happens."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.libc_ver()[0] == "glibc" else None
-    if mallopt is not None:
-        for option, num_bytes in ((-3, 1 << 30), (-1, (1 << 31) - 1)):  # M_MMAP_THRESHOLD, M_TRIM_THRESHOLD
-            mallopt(option, num_bytes)
-
-
 def multiply_fp32_in_onednn() -> None:
     """MKL multiplies fp32 at half the speed of oneDNN on AMD. torch leaves such products to oneDNN only if it may round
     to bf16, which oneDNN does where the CPU has units for bf16 matrices (AMX): there MKL stays."""
@@ -126,7 +119,7 @@ def multiply_fp32_in_onednn() -> None:
 def pack_weights(model: Any) -> None:
     """Small bf16 maps keep a copy in the order that oneDNN reads; else it makes one in every product, a fifth of the
     time."""
-    maps = [layer for layer in model.base_model.modules() if isinstance(layer, FrozenLinear)]
+    maps = [layer for layer in model.modules() if type(layer) in (FrozenLinear, FrozenHead)]
     if sum(layer.weight.nbytes for layer in maps) <= PACK_UP_TO:
         for layer in maps:
             layer.packs = layer.weight.dtype == torch.bfloat16
@@ -143,14 +136,13 @@ def _kernel(config: BackboneConfig, device: torch.device, dtype: torch.dtype) ->
     return "flash_attention_2" if usable and config.attention != "sdpa" else "sdpa"
 
 
-def identify(name: str, model: Any) -> BackboneIdentity:
+def identify(name: str, architecture: str, embedding_VD: torch.Tensor) -> BackboneIdentity:
     """The fingerprint hashes 1,024 evenly spaced embedding rows rounded to bf16, so it is the same in every dtype."""
-    embedding_VD = model.get_input_embeddings().weight.detach()
     vocabulary_size, hidden_size = embedding_VD.shape
     rows = torch.linspace(0, vocabulary_size - 1, min(1024, vocabulary_size)).long()
     sample = embedding_VD[rows.to(embedding_VD.device)].to(torch.bfloat16).cpu().contiguous()
     fingerprint = hashlib.sha256(sample.view(torch.uint8).numpy().tobytes()).hexdigest()
-    return BackboneIdentity(name, model.config.model_type, hidden_size, vocabulary_size, fingerprint)
+    return BackboneIdentity(name, architecture, hidden_size, vocabulary_size, fingerprint)
 
 
 def weights_digest(model: Any) -> str:

@@ -128,7 +128,7 @@ class FrozenGatedMLP(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         gate, up = self.gate_proj(input), self.up_proj(input)
         if torch.is_grad_enabled() and gate.requires_grad:
-            product = _Gate.apply(gate, up, self.act_fn, self.gate_proj.weight.dtype)  # type: ignore[no-untyped-call]
+            product = _Gate.apply(gate, up, self.act_fn, self.gate_proj.dtype)  # type: ignore[no-untyped-call]
         else:
             product = self.act_fn(gate).mul_(up)
         down: Tensor = self.down_proj(product)

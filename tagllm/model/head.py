@@ -53,8 +53,7 @@ class _Nats(torch.autograd.Function):
         grad_ND = torch.empty_like(hidden_ND, dtype=torch.float32) if needs_grad else None
         for at in range(0, len(hidden_ND), chunk):
             here = slice(at, at + chunk)
-            grad_CV = head.logits(hidden_ND[here])
-            nats_N[here] = _nats_of(grad_CV, label_N[here], softcap, needs_grad)
+            nats_N[here], grad_CV = _nats_of(head.logits(hidden_ND[here]), label_N[here], softcap, needs_grad)
             if grad_ND is not None:
                 grad_ND[here] = grad_CV.to(head.weight.dtype) @ head.matrix()
             del grad_CV  # before the next chunk is made
@@ -69,8 +68,8 @@ class _Nats(torch.autograd.Function):
         return (grad_ND * grad_N[:, None]).to(ctx.dtype), None, None, None, None
 
 
-def _nats_of(logits_CV: Tensor, label_C: Tensor, softcap: float | None, needs_grad: bool) -> Tensor:
-    """Cross entropy (C). Overwrites the logits, where `needs_grad` with the gradient with respect to them."""
+def _nats_of(logits_CV: Tensor, label_C: Tensor, softcap: float | None, needs_grad: bool) -> tuple[Tensor, Tensor]:
+    """Cross entropy (C), and where `needs_grad` its gradient with respect to the logits, which are overwritten."""
     slope_CV = None
     if softcap is not None:
         logits_CV.div_(softcap).tanh_()
@@ -78,10 +77,10 @@ def _nats_of(logits_CV: Tensor, label_C: Tensor, softcap: float | None, needs_gr
         logits_CV.mul_(softcap)
     picked_C1 = logits_CV.gather(1, label_C[:, None])
     highest_C1 = logits_CV.amax(dim=1, keepdim=True)
-    weight_CV = logits_CV.sub_(highest_C1).exp_()
-    total_C1 = weight_CV.sum(dim=1, keepdim=True)
+    weight_CV = logits_CV.softmax(dim=1)
+    total_C1 = highest_C1 - weight_CV.amax(dim=1, keepdim=True).log()  # log of the sum of exponentials
     if needs_grad:
-        weight_CV.div_(total_C1).scatter_add_(1, label_C[:, None], torch.full_like(picked_C1, -1.0))
+        weight_CV.scatter_add_(1, label_C[:, None], torch.full_like(picked_C1, -1.0))
     if slope_CV is not None:
         weight_CV.mul_(slope_CV)
-    return (total_C1.log() + highest_C1 - picked_C1)[:, 0]
+    return (total_C1 - picked_C1)[:, 0], weight_CV

@@ -28,20 +28,26 @@ class FrozenLinear(nn.Linear):
     """
 
     def __init__(
-        self, weight: nn.Parameter, bias: nn.Parameter | None, transposed: bool, exact: Exact = "never"
-    ) -> None:
+        self, weight: nn.Parameter, bias: nn.Parameter | None, transposed: bool, exact: Exact = "never",
+        shape: tuple[int, int] | None = None,
+    ) -> None:  # fmt: skip
         nn.Module.__init__(self)  # nn.Linear's own would allocate a second weight
         self.weight, self.transposed, self.exact = weight, transposed, exact
         self.register_parameter("bias", bias)
         self.packs = False
         self._packed: Tensor | None = None
-        shape = getattr(weight, "ds_shape", weight.shape)
-        self.out_features, self.in_features = reversed(shape) if transposed else shape
+        height, width = shape or tuple(getattr(weight, "ds_shape", weight.shape))
+        self.out_features, self.in_features = (width, height) if transposed else (height, width)
 
     @classmethod
     def of(cls, layer: nn.Module, exact: Exact = "never") -> Self:
         """Shares the parameters of an `nn.Linear` or `Conv1D`."""
         return cls(layer.get_parameter("weight"), layer._parameters["bias"], isinstance(layer, Conv1D), exact)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which products are computed."""
+        return self.weight.dtype
 
     def matrix(self) -> Tensor:
         """(O, I)."""
@@ -54,8 +60,8 @@ class FrozenLinear(nn.Linear):
         return self.multiply(input, self.exact == "always")
 
     def multiply(self, input: Tensor, exact: bool = False) -> Tensor:
-        if not exact or input.dtype == self.weight.dtype:
-            return self._multiply_rounded(input.to(self.weight.dtype))
+        if not exact or input.dtype == self.dtype:
+            return self._multiply_rounded(input.to(self.dtype))
         product = multiply_to_fp32(input.flatten(0, -2), self.matrix()).view(*input.shape[:-1], self.out_features)
         return product if self.bias is None else product.add_(self.bias)
 

@@ -37,6 +37,11 @@ class Live(NamedTuple):
     keys_below: Tensor | None
     values_below: Tensor | None
 
+    @property
+    def stays(self) -> bool:
+        """Whether the live ones stay below, so that nobody else needs to keep them."""
+        return self.keys_below is not None and self.keys_below.dtype == torch.float32
+
     def joined(self) -> tuple[Tensor, Tensor]:
         return _behind(self.keys_below, self.keys), _behind(self.values_below, self.values)
 
@@ -71,8 +76,10 @@ class _AttendParts(torch.autograd.Function):
         values_below: Tensor | None, keys: Tensor, values: Tensor, *queries: Tensor,
     ) -> Tensor:  # fmt: skip
         ctx.sets, ctx.bias_B11ST, ctx.softcap, ctx.below = sets, bias_B11ST, softcap, (keys_below, values_below)
-        ctx.save_for_backward(keys, values, *queries)
-        keys_BGTE, values_BGTE = Live(keys, values, *ctx.below).joined()
+        live = Live(keys, values, *ctx.below)
+        ctx.stays, ctx.num_live, ctx.dtype = live.stays, keys.shape[2], keys.dtype
+        ctx.save_for_backward(*queries, *(() if live.stays else (keys, values)))
+        keys_BGTE, values_BGTE = live.joined()
         weights_BGMT, _ = _weights(queries, sets, keys_BGTE, bias_B11ST, softcap)
         *shared, own = weights_BGMT.split(_sizes(sets, keys_BGTE), dim=3)
         out: Tensor = own @ values_BGTE
@@ -82,9 +89,9 @@ class _AttendParts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        keys, values, *queries = ctx.saved_tensors
-        grad, sets = grads[0].contiguous(), ctx.sets
-        keys_BGTE, values_BGTE = Live(keys, values, *ctx.below).joined()
+        grad, sets, saved = grads[0].contiguous(), ctx.sets, ctx.saved_tensors
+        queries = saved if ctx.stays else saved[:-2]
+        keys_BGTE, values_BGTE = ctx.below if ctx.stays else Live(*saved[-2:], *ctx.below).joined()
         weights_BGMT, capped = _weights(queries, sets, keys_BGTE, ctx.bias_B11ST, ctx.softcap)
         weight_grad = _beside(
             [
@@ -99,11 +106,11 @@ class _AttendParts(torch.autograd.Function):
         query_grads = [own @ keys_BGTE, *(torch.zeros_like(query, dtype=torch.float32) for query in queries[1:])]
         for part, one in zip(shared, sets, strict=True):
             query_grads[one.asked_by] += _times(part, one.keys, one.groups)
-        here = slice(weights_BGMT.shape[3] - keys.shape[2], None)
+        here = slice(weights_BGMT.shape[3] - ctx.num_live, None)
         key_grad = score_grad[..., here].transpose(2, 3) @ queries[0].float()
         value_grad = weights_BGMT[..., here].transpose(2, 3) @ grad
         query_grads = [query_grad.to(query.dtype) for query_grad, query in zip(query_grads, queries, strict=True)]
-        return (None,) * 5 + (key_grad.to(keys.dtype), value_grad.to(values.dtype), *query_grads)
+        return (None,) * 5 + (key_grad.to(ctx.dtype), value_grad.to(ctx.dtype), *query_grads)
 
 
 def _sizes(sets: Sequence[KeySet], keys_BGTE: Tensor) -> list[int]:

@@ -11,9 +11,10 @@ import torch
 from tagllm.config import SPLITS, BackboneConfig, DataConfig, RunConfig, Split
 from tagllm.data.collate import Collator
 from tagllm.data.dataset import Data, Examples, Prompts, prepare, tokenizer_digest
-from tagllm.data.encode import TagLayout
+from tagllm.data.encode import Example, TagLayout
 from tagllm.errors import UserError
 from tagllm.model.backbone import Backbone, fastest_dtype, load_backbone, resolve
+from tagllm.model.loading import Place
 from tagllm.model.prefix import PrefixMemory
 from tagllm.model.smollm2 import cache_folder
 from tagllm.model.tagged import TaggedModel
@@ -41,6 +42,12 @@ class Built(NamedTuple):
     def collator(self) -> Collator:
         return self.stage.collator(self.layout, self.model.rotation is not None)
 
+    def prompt_of(self, example: Example) -> str:
+        """The beginning of a row without its tags, and its target, for people to find it by."""
+        text = self.backbone.tokenizer.decode(example.ids[example.ids < self.layout.vocabulary_size])
+        target = f" -> {', '.join(f'{value:g}' for value in example.target)}" if len(example.target) else ""
+        return f"{text[:80]!r}{target}"
+
     def identity(self) -> dict[str, str]:
         """What a checkpoint of this run must agree on to be gone on from."""
         return {
@@ -52,14 +59,14 @@ class Built(NamedTuple):
         }
 
 
-def build(stage: Stage, ranks: Ranks) -> Built:
-    """Loads the backbone, tokenises the data (rank 0 first) and makes the tags.
+def build(stage: Stage, ranks: Ranks, place: Place | None = None) -> Built:
+    """Loads the backbone (sharded by `place`), tokenises the data (rank 0 first) and makes the tags.
 
     Raises:
         UserError: on all ranks alike.
     """
     config = stage.config
-    backbone = open_backbone(config.backbone, ranks)
+    backbone = open_backbone(config.backbone, ranks, place)
     for path, library in stage.libraries.items():
         library.backbone.require_same(backbone.identity, path)
     layout = stage.layout(backbone.vocabulary_size)
@@ -93,7 +100,7 @@ def prepare_on_all(
     return prepare(config, templates, prompts, cache_folder(), splits)
 
 
-def open_backbone(config: BackboneConfig, ranks: Ranks) -> Backbone:
+def open_backbone(config: BackboneConfig, ranks: Ranks, place: Place | None = None) -> Backbone:
     """Rank 0 downloads or converts before the others read, and its measured dtype is everybody's."""
 
     def first() -> BackboneConfig:
@@ -101,13 +108,13 @@ def open_backbone(config: BackboneConfig, ranks: Ranks) -> Backbone:
         dtype = fastest_dtype(ranks.device) if config.dtype == "auto" else config.dtype
         return config.model_copy(update={"dtype": dtype})
 
-    return load_backbone(ranks.on_rank_zero(first), ranks.device)
+    return load_backbone(ranks.on_rank_zero(first), ranks.device, place)
 
 
 def new_tag(stage: Stage, name: str, backbone: Backbone, data: Data) -> Tag:
     """A tag as it stands before training: initial rows, an empty head that knows the mean and spread of its targets."""
     config = stage.config.tags[name]
-    embedding_VD = backbone.model.get_input_embeddings().weight.detach().cpu()
+    embedding_VD = backbone.embedding().cpu()
     text = config.init.removeprefix("text:") if config.init.startswith("text:") else ""
     text_ids = backbone.tokenizer(text, add_special_tokens=False).input_ids if text else []
     if config.init.startswith("text:") and not text_ids:

@@ -6,12 +6,10 @@ heads and moments are fp32.
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,29 +17,35 @@ from torch import Tensor, nn
 
 from tagllm.config import EngineConfig, OptimConfig
 from tagllm.data.batch import Batch
-from tagllm.errors import UserError
+from tagllm.model.loading import Place
 from tagllm.model.tagged import Output, TaggedModel
+from tagllm.train.deepspeed_settings import settings
 from tagllm.train.ranks import Ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-BUCKET_ELEMENTS = 1_000_000  # DeepSpeed's default reserves 1 GB for gradients of a few kilobytes
-PERSIST_ELEMENTS = 1_000_000  # tags, heads and norms stay resident; "auto" is exactly one ten-row tag of a 7B model
+
+
+def sharding(optim: OptimConfig, config: EngineConfig, ranks: Ranks) -> Place | None:
+    """What leaves of a module's parameters only this rank's part, from rank 0's values; None below stage 3."""
+    if config.zero_stage < 3:
+        return None
+    deepspeed = _deepspeed()
+    deepspeed.init_distributed(dist_init_required=False)
+    how = settings(optim, config, ranks)
+
+    def place(module: nn.Module) -> None:
+        if module._parameters:
+            deepspeed.zero.Init(module=module, config_dict_or_path=how)
+
+    return place
 
 
 class Engine:
     """Forward, backward and step over all ranks, and the learned state as plain tensors."""
 
     def __init__(self, model: TaggedModel, optim: OptimConfig, config: EngineConfig, ranks: Ranks) -> None:
-        if not torch.cuda.is_available():
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        import deepspeed
-
-        deepspeed.utils.logger.setLevel(logging.ERROR)
-        # Compiled at every first start (two minutes, and a crash without a compiler) for a call we never make.
-        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        deepspeed = _deepspeed()
         self.config, self.ranks, self.model = config, ranks, model
-        self.num_micro_batches = optim.rows_per_step // (optim.rows_per_micro_batch * ranks.size)
         groups = [
             {"params": [model.tags.learned_TD], "lr": optim.tag_lr, "base_lr": optim.tag_lr},
             {"params": _learned(model.heads), "lr": optim.head_lr, "base_lr": optim.head_lr},
@@ -49,31 +53,10 @@ class Engine:
         groups = [group for group in groups if group["params"]]  # an empty group crashes ZeRO
         optimizer = torch.optim.AdamW(groups, betas=optim.betas, weight_decay=optim.weight_decay, foreach=False)
         self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=self._settings(optim), dist_init_required=False
+            model=model, optimizer=optimizer, config=settings(optim, config, ranks), dist_init_required=False
         )
         self._names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
         self._make_moments()
-
-    def _settings(self, optim: OptimConfig) -> dict[str, Any]:
-        stage = self.config.zero_stage
-        own = {
-            "train_batch_size": self.num_micro_batches * self.ranks.size,
-            "train_micro_batch_size_per_gpu": 1,  # a micro-batch is one item to DeepSpeed; rows are our business
-            "gradient_accumulation_steps": self.num_micro_batches,
-            "gradient_clipping": optim.clip or 0.0,
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "zero_optimization": {
-                "stage": stage,
-                "reduce_bucket_size": BUCKET_ELEMENTS,
-                "allgather_bucket_size": BUCKET_ELEMENTS,
-                "stage3_param_persistence_threshold": PERSIST_ELEMENTS,
-                "overlap_comm": False,
-            },
-        }
-        if self.config.deepspeed is None:
-            return own
-        return _merged(own, _read_deepspeed(self.config.deepspeed), self.config.deepspeed)
 
     def __call__(self, batch: Batch) -> Output:
         output: Output = self._engine(batch.to(self.ranks.device))
@@ -94,16 +77,24 @@ class Engine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
 
-    def step(self, lr_factor: float) -> float:
-        """One optimizer step at `lr_factor` times each base rate; returns the gradient norm before clipping."""
+    def gradient_norm(self) -> float:
+        """Of the whole gradient before clipping, the same on all ranks. Collective."""
+        from deepspeed.utils import safe_get_full_grad
+
+        gradients = [safe_get_full_grad(parameter) for _, parameter in self._parameters()]
+        return float(nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None]))
+
+    def step(self, lr_factor: float) -> None:
+        """One optimizer step at `lr_factor` times each base rate."""
         for group in self._engine.optimizer.param_groups:
             group["lr"] = group["base_lr"] * lr_factor
-        if self.config.zero_stage == 0:
-            norm = nn.utils.get_total_norm([p.grad for _, p in self._parameters() if p.grad is not None])
-            self._engine.step()
-            return float(norm)
         self._engine.step()
-        return float(self._engine.get_global_grad_norm())
+
+    def skip(self) -> None:
+        """Drops the gradient: learned state, moments and their step stay bit for bit. Collective."""
+        state, step = self.state(), int(next(iter(self._inner.state.values()))["step"])
+        self._engine.step()  # DeepSpeed must see the end of the accumulation
+        self.restore(state, step)
 
     def learned(self) -> dict[str, Tensor]:
         """Learned rows and heads, whole, fp32, on the CPU. Collective."""
@@ -119,7 +110,8 @@ class Engine:
         return {**self.learned(), **moments}
 
     def restore(self, state: dict[str, Tensor], step: int) -> None:
-        """Takes back what `state` gave, on any number of ranks and at any ZeRO stage. Collective."""
+        """Takes back what `state` gave, on any number of ranks and at any ZeRO stage; `step` counts optimizer steps.
+        Collective."""
         self.overwrite(state)
         for inner in self._inner.state.values():
             inner["step"].fill_(step)
@@ -196,51 +188,21 @@ class Engine:
             zero._lazy_init_hp_params_optimizer_state()
 
 
+def _deepspeed() -> Any:
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    # Compiled at every first start (two minutes, and a crash without a compiler) for a call we never make.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    return deepspeed
+
+
 def _learned(module: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in module.parameters() if parameter.requires_grad]
 
 
 def _shaped(value: Tensor, parameter: nn.Parameter) -> Tensor:
     return value.detach().float().view(getattr(parameter, "ds_shape", parameter.shape)).clone()
-
-
-def _read_deepspeed(path: str) -> dict[str, Any]:
-    try:
-        settings = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"engine.deepspeed: {path} cannot be read as JSON: {error}") from None
-    if not isinstance(settings, dict):
-        raise UserError(f"engine.deepspeed: {path} holds a {type(settings).__name__}; it must be a JSON object.")
-    return settings
-
-
-def _merged(own: dict[str, Any], theirs: dict[str, Any], where: str, at: str = "") -> dict[str, Any]:
-    """Their settings on top of ours. Batch sizes, clipping, precision and optimizer belong to our config."""
-    clashes = []
-    merged = dict(own)
-    for key, value in theirs.items():
-        place = f"{at}{key}"
-        if place in _OURS and value not in (own.get(key), "auto"):
-            clashes.append(
-                f"engine.deepspeed: {where} sets {place} to {value!r}; set {_OURS[place]} in the config instead."
-            )
-        elif isinstance(value, dict) and isinstance(own.get(key), dict):
-            merged[key] = _merged(own[key], value, where, f"{place}.")
-        elif value != "auto":
-            merged[key] = value
-    if clashes:
-        raise UserError(*clashes)
-    return merged
-
-
-_OURS = {
-    "train_batch_size": "optim.rows_per_step",
-    "train_micro_batch_size_per_gpu": "optim.rows_per_micro_batch",
-    "gradient_accumulation_steps": "optim.rows_per_step",
-    "gradient_clipping": "optim.clip",
-    "optimizer": "optim.tag_lr and optim.head_lr",
-    "scheduler": "optim.schedule",
-    "zero_optimization.stage": "engine.zero_stage",
-    "bf16": "backbone.dtype",
-    "fp16": "backbone.dtype",
-}

@@ -10,19 +10,20 @@ from typing import NamedTuple
 from torch import Tensor
 
 from tagllm.config import RunConfig
-from tagllm.data.batch import Batch, Counts, count, in_chunks
-from tagllm.data.sampler import Draw, Groups, Sampler, deal
+from tagllm.data.batch import Counts, count
+from tagllm.data.encode import Example
 from tagllm.errors import UserError
 from tagllm.files import RunLock
 from tagllm.model.loss import total
 from tagllm.stage import check_world, read_stage
 from tagllm.train import checkpoint
 from tagllm.train.build import Built, build
-from tagllm.train.engine import Engine
+from tagllm.train.engine import Engine, sharding
 from tagllm.train.gradient_free import GradientFree
 from tagllm.train.monitor import Monitor, peak_memory_gib
-from tagllm.train.ranks import Ranks
+from tagllm.train.ranks import Ranks, in_contact
 from tagllm.train.result import library_of
+from tagllm.train.rows import StepRows
 from tagllm.train.run_folder import RunFolder
 from tagllm.train.schedule import lr_factor, total_steps
 from tagllm.train.signals import Stopped, StopRequest
@@ -38,6 +39,10 @@ class Step(NamedTuple):
     gradient_norm: float
     work: Work
 
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
+
 
 class Progress(NamedTuple):
     """Where a run stands; goes into every checkpoint."""
@@ -46,6 +51,8 @@ class Progress(NamedTuple):
     best_step: int = -1
     worse_in_a_row: int = 0
     done: bool = False
+    skipped: int = 0
+    skipped_in_a_row: int = 0
 
 
 def train(config: RunConfig, where: str) -> Path:
@@ -54,6 +61,7 @@ def train(config: RunConfig, where: str) -> Path:
     Raises:
         UserError: any mistake in config, data, libraries or folder; on every rank.
         Stopped: SIGTERM or SIGUSR1 came; the state is saved.
+        LostContact: another rank died, hangs or is cut off; the newest checkpoint is where to go on from.
     """
     stage = read_stage(config, where)
     ranks = Ranks.start(config.engine.timeout_s)
@@ -68,10 +76,12 @@ def train(config: RunConfig, where: str) -> Path:
 
         try:
             ranks.on_rank_zero(claim)
-            built = build(stage, ranks)
+            built = build(stage, ranks, sharding(config.optim, config.engine, ranks))
             ranks.on_rank_zero(lambda: run.record(built.data))
             engine = Engine(built.model, config.optim, config.engine, ranks)
-            Trainer(built, engine, ranks, run, stop).run_to_the_end()
+            trainer = Trainer(built, engine, ranks, run, stop)
+            with in_contact(trainer.where):
+                trainer.run_to_the_end()
         finally:
             lock.release()
     return run.path
@@ -82,23 +92,16 @@ class Trainer:
 
     def __init__(self, built: Built, engine: Engine, ranks: Ranks, run: RunFolder, stop: StopRequest) -> None:
         self.built, self.engine, self.ranks, self.run, self.stop = built, engine, ranks, run, stop
-        self.config, self.sources = built.config, built.examples("train")
-        self.collate = built.collator()
+        self.config, self.collate = built.config, built.collator()
         self.gradient_free = GradientFree(built, engine, ranks)
-        shares = {
-            "proportional": None,
-            "equal": [1.0] * len(self.sources),
-            "given": [s.weight for s in self.config.data.sources],
-        }
-        sizes = [len(examples) for examples in self.sources]
-        groups = [
-            Groups(examples.groups_n, source.rows_per_group) if source.group_by else None
-            for examples, source in zip(self.sources, self.config.data.sources, strict=True)
-        ]
-        optim = self.config.optim
-        self.sampler = Sampler(sizes, shares[self.config.data.mix], optim.rows_per_step, self.config.seed, groups)
-        self.total = total_steps(self.config.optim, sum(sizes))
-        self.progress, self.best = Progress(), dict[str, Tensor]()
+        self.rows = StepRows(self.config, built.examples("train"), ranks.rank, ranks.size)
+        self.total = total_steps(self.config.optim, self.rows.rows_per_epoch)
+        self.progress, self.best, self.at = Progress(), dict[str, Tensor](), 0
+
+    def where(self) -> str:
+        saved = sorted(path.name for path in self.run.checkpoints.glob("step-*"))
+        newest = f"the newest checkpoint is {saved[-1]}" if saved else "nothing is saved yet"
+        return f"rank {self.ranks.rank} in step {self.at + 1} ({newest}; start the same command again)"
 
     def run_to_the_end(self) -> None:
         first = self._resume()
@@ -122,34 +125,47 @@ class Trainer:
             self._finish(step)
 
     def train_step(self, step: int) -> Step:
-        """Rows -> micro-batches -> counts over all ranks -> backward each -> one optimizer step."""
-        batches = self._micro_batches(self.sampler.step(step))
+        """Rows -> micro-batches -> counts over all ranks -> backward each -> one optimizer step, or none if a number is
+        not finite."""
+        self.at = step
+        chunks = self.rows.micro_batches(step)
+        batches = [self.collate(chunk) for chunk in chunks]
         counts = Counts(*(int(n) for n in self.ranks.sum(_added([count(batch) for batch in batches]))))
-        sums = [0.0, 0.0, 0.0]
-        for batch in batches:
+        sums, suspects = [0.0, 0.0, 0.0], list[Example]()
+        for batch, chunk in zip(batches, chunks, strict=True):
             output = self.engine(batch)
             self.engine.backward(total(output.sums, counts, self.built.stage.weights))
-            sums = [a + float(b.detach()) for a, b in zip(sums, output.sums, strict=True)]
+            found = [float(term.detach()) for term in output.sums]
+            sums = [a + b for a, b in zip(sums, found, strict=True)]
+            suspects += [] if all(map(math.isfinite, found)) else chunk
         work = work_of(batches, self.built.model.take_computed())
         totals = self.ranks.sum([*sums, *work])
         sums, work = totals[: len(sums)], Work(*totals[len(sums) :])
         loss = sum(w * s / c for w, s, c in zip(self.built.stage.weights, sums, counts, strict=True) if c)
-        if not math.isfinite(loss):
-            raise UserError(
-                f"step {step + 1}: the loss is {loss}; nothing was updated in this step. Lower optim.tag_lr (it is "
-                f"{self.config.optim.tag_lr}) or optim.head_lr, or look for extreme targets."
-            )
-        norm = self.engine.step(lr_factor(self.config.optim, step, self.total))
-        return Step(loss, sums, counts, norm, work)
+        done = Step(loss, sums, counts, self.engine.gradient_norm(), work)
+        if done.finite:
+            self.engine.step(lr_factor(self.config.optim, step, self.total))
+            self.progress = self.progress._replace(skipped_in_a_row=0)
+        else:
+            self._skip(step, done, suspects or [example for chunk in chunks for example in chunk])
+        return done
 
-    def _micro_batches(self, draws: list[Draw]) -> list[Batch]:
-        """This rank's rows, alike in length within a micro-batch."""
-        homes = [self.sources[draw.source].home(draw.row) for draw in draws]
-        mine = deal(draws, homes, self.ranks.size)[self.ranks.rank]
-        examples = [self.sources[draw.source][draw.row] for draw in mine]
-        size = self.config.optim.rows_per_micro_batch
-        chunks = in_chunks(examples, size)
-        return [self.collate([examples[i] for i in chunk]) for chunk in chunks]
+    def _skip(self, step: int, done: Step, suspects: list[Example]) -> None:
+        """Leaves everything as it was before the step. After too many of them training ends."""
+        self.engine.skip()
+        before = self.progress
+        in_a_row = before.skipped_in_a_row + 1
+        self.progress = before._replace(skipped=before.skipped + 1, skipped_in_a_row=in_a_row)
+        what = f"step {step + 1}: the loss is {done.loss}, the norm of the gradient {done.gradient_norm}"
+        self.monitor.say(f"warning: {what}; nothing was updated in this step")
+        if in_a_row < self.config.optim.skipped_in_a_row:
+            return
+        prompts = [self.built.prompt_of(example) for example in suspects[:2]]
+        of_ranks = [text for texts in self.ranks.gather(prompts) for text in texts]
+        raise UserError(
+            f"{what}, as in the {in_a_row - 1} steps before; none of them was applied. Lower optim.tag_lr (it is "
+            f"{self.config.optim.tag_lr}) or optim.head_lr, or look for extreme targets. Rows: {'; '.join(of_ranks)}"
+        )
 
     def _evaluate(self, step: int) -> None:
         """Scores the validation split and keeps the best state."""
@@ -165,7 +181,8 @@ class Trainer:
     def _note_best(self, step: int, loss: float) -> None:
         learned = self.engine.learned()
         if loss < self.progress.best_loss:
-            self.progress, self.best = Progress(loss, step, 0), learned
+            self.progress = self.progress._replace(best_loss=loss, best_step=step, worse_in_a_row=0)
+            self.best = learned
         else:
             self.progress = self.progress._replace(worse_in_a_row=self.progress.worse_in_a_row + 1)
 
@@ -208,6 +225,7 @@ class Trainer:
             {
                 "train/loss": done.loss, **terms, "train/gradient_norm": done.gradient_norm,
                 "train/lr_factor": lr_factor(self.config.optim, step - 1, self.total),
+                "train/skipped_steps": float(self.progress.skipped),
                 "speed/seconds": seconds, "speed/rows_per_second": self.config.optim.rows_per_step / seconds,
                 "speed/prefix_hit_ratio": memory.hits / max(memory.lookups, 1) if memory else math.nan,
                 **done.work.scalars(seconds), "memory/peak_gib_rank0": peak_memory_gib(),
@@ -263,7 +281,8 @@ class Trainer:
             return 0
         self.best = {n.removeprefix("best."): t for n, t in state.tensors.items() if n.startswith("best.")}
         self.progress = Progress(**state.progress)
-        self.engine.restore({n: t for n, t in state.tensors.items() if not n.startswith("best.")}, state.step)
+        learned = {n: t for n, t in state.tensors.items() if not n.startswith("best.")}
+        self.engine.restore(learned, state.step - self.progress.skipped)
         return state.step
 
 

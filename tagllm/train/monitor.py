@@ -53,7 +53,7 @@ class Monitor:
         """Names use a slash for groups, as TensorBoard does: train/loss, valid/mse."""
         if self.silent:
             return
-        known = {name: value for name, value in scalars.items() if not math.isnan(value)}
+        known = {name: value for name, value in scalars.items() if math.isfinite(value)}  # JSON has no others
         line = {"step": step, "seconds": round(time.monotonic() - self._started, 3), **known}
         self._lines.write(json.dumps(line) + "\n")
         self._lines.flush()

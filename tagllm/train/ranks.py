@@ -6,7 +6,8 @@ torchrun and deepspeed both set RANK, LOCAL_RANK and WORLD_SIZE.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,6 +21,23 @@ Result = TypeVar("Result")
 
 class SharedError(UserError):
     """A user error that every rank raises alike; only rank 0 prints it."""
+
+
+class LostContact(Exception):
+    """Another rank does not answer any more: it died, hangs, or the network between them is cut."""
+
+
+@contextmanager
+def in_contact(where: Callable[[], str]) -> Iterator[None]:
+    """Turns what the backends raise when a rank is gone into LostContact; `where` says how far this one came."""
+    try:
+        yield
+    except RuntimeError as error:  # NCCL, gloo and the store raise several kinds of it
+        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
+        lost = isinstance(error, dist.DistError) or "gloo" in first.lower() or "closed by peer" in first
+        if not lost:
+            raise
+        raise LostContact(f"{where()}: another rank does not answer: {first}") from error
 
 
 class Ranks(NamedTuple):

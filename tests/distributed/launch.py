@@ -22,6 +22,7 @@ from torch import Tensor
 
 from tagllm.train.signals import EXIT_STOPPED
 from tests import tiny
+from tests.distributed.faults import Poison, as_json
 
 TIMEOUT_S = 60
 _ATOMS = list("CCCCNOcF")
@@ -128,8 +129,9 @@ class Ranks:
         kill(self._ranks)
 
     def run(
-        self, arguments: Sequence[str], meanwhile: Callable[[list[subprocess.Popen[str]]], None] = lambda ranks: None
-    ) -> Outcome:
+        self, arguments: Sequence[str], meanwhile: Callable[[list[subprocess.Popen[str]]], None] = lambda ranks: None,
+        fault: Poison | None = None,
+    ) -> Outcome:  # fmt: skip
         """Runs one `tagllm` command on all ranks; `meanwhile` may wait for something and signal them."""
         self._jobs += 1
         outcomes = [self._folder / f"outcome-{self.size}-{self._jobs}-{rank}.json" for rank in range(self.size)]
@@ -138,7 +140,7 @@ class Ranks:
         try:
             for rank, outcome in zip(self._ranks, outcomes, strict=True):
                 assert rank.stdin
-                rank.stdin.write(json.dumps([list(arguments), str(outcome)]) + "\n")
+                rank.stdin.write(json.dumps([list(arguments), str(outcome), as_json(fault)]) + "\n")
                 rank.stdin.flush()
             meanwhile(self._ranks)
             wait_until(lambda: all(map(Path.exists, outcomes)) or any(map(_crashed, outcomes)), self._ranks)
@@ -196,8 +198,8 @@ class Workspace:
         keys = {"output": self.folder / name, **overrides}
         return ["train", str(self.config), *(f"{k.replace('__', '.')}={v}" for k, v in keys.items())]
 
-    def attempt(self, num_ranks: int, name: str, **overrides: object) -> Outcome:
-        return self._ranks[num_ranks].run(self.arguments(name, **overrides))
+    def attempt(self, num_ranks: int, name: str, fault: Poison | None = None, **overrides: object) -> Outcome:
+        return self._ranks[num_ranks].run(self.arguments(name, **overrides), fault=fault)
 
     def train(self, num_ranks: int, name: str, **overrides: object) -> Run:
         """A run that must end well."""

@@ -1,4 +1,5 @@
-"""One rank that takes jobs: each line on stdin is a JSON list of `tagllm` arguments and the file for its outcome.
+"""One rank that takes jobs: each line on stdin is a JSON list of `tagllm` arguments, the file for its outcome, and the
+fault it is to suffer (or null).
 
 Importing torch, transformers and DeepSpeed takes far longer than a tiny run, so the ranks of `launch.Ranks` stay.
 """
@@ -14,6 +15,7 @@ import traceback
 from pathlib import Path
 
 from tagllm.cli import app
+from tests.distributed.faults import injected, of_json
 
 
 def run(arguments: list[str]) -> tuple[int, str]:
@@ -31,8 +33,9 @@ def run(arguments: list[str]) -> tuple[int, str]:
 
 def main() -> None:
     for line in sys.stdin:
-        arguments, outcome = json.loads(line)
-        status, errors = run(arguments)
+        arguments, outcome, fault = json.loads(line)
+        with injected(of_json(fault)):
+            status, errors = run(arguments)
         gc.collect()
         unfinished = Path(f"{outcome}.tmp")
         unfinished.write_text(json.dumps([status, errors]), encoding="utf-8")

@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Trains one config with any launcher; the stage scripts, quickstart.sh and slurm/stage.sbatch all end here.
+#   launch/run.sh CONFIG [key=value ...]
+#   LAUNCHER   torchrun (default), deepspeed, or none: this process is one rank, or under srun one of several
+#   RANKS      processes on this machine (default: one per GPU, one without); not for none
+#   torchrun   NNODES (2, or 1:2 to go on with fewer), RDZV_ENDPOINT=HOST:PORT, RDZV_ID and RDZV_CONF for several
+#              machines; MAX_RESTARTS (default 0): after a failure all ranks start again from the newest checkpoint
+#   deepspeed  HOSTFILE for several machines (default: this one only), MASTER_PORT
+# OMP_NUM_THREADS is set to this machine's cores over RANKS unless it is given.
+set -euo pipefail
+here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
+if (($# == 0)); then
+    echo "error: launch/run.sh: no config given; it must be the first argument, as in configs/quickstart/2_function_qed.yaml" >&2
+    exit 2
+fi
+if [[ -x $here/.venv/bin/python ]]; then PATH=$here/.venv/bin:$PATH; fi # ninja lies there too
+export PATH TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
+launcher=${LAUNCHER:-torchrun}
+
+read -r gpus cores < <(python -c \
+    'import os, torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0, len(os.sched_getaffinity(0)))')
+if ((gpus == 0)); then export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}; fi
+ranks=${RANKS:-$((gpus > 0 ? gpus : 1))}
+if [[ $launcher == none ]]; then ranks=${SLURM_NTASKS_PER_NODE:-1}; fi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
+
+free_port() {
+    python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+}
+
+case $launcher in
+torchrun)
+    nodes=${NNODES:-1}
+    where=(--standalone)
+    if [[ $nodes != 1 || -n ${RDZV_ENDPOINT:-} ]]; then
+        where=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-id "${RDZV_ID:-tagllm}"
+            --rdzv-endpoint "${RDZV_ENDPOINT:?several machines need RDZV_ENDPOINT=HOST:PORT, the same on each}"
+            --rdzv-conf "${RDZV_CONF:-}")
+    fi
+    exec torchrun "${where[@]}" --nproc-per-node "$ranks" --max-restarts "${MAX_RESTARTS:-0}" \
+        -m tagllm train "$@"
+    ;;
+deepspeed)
+    # A hostfile that does not exist keeps the launcher on this machine, even on a cluster that has /job/hostfile.
+    exec deepspeed --quiet --hostfile "${HOSTFILE:-/dev/null}" --num_accelerators "$ranks" \
+        --master_port "${MASTER_PORT:-$(free_port)}" --no_local_rank --module tagllm train "$@"
+    ;;
+none)
+    if [[ -n ${SLURM_PROCID:-} && -z ${RANK:-} ]]; then
+        export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+        export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
+        if [[ -z ${MASTER_ADDR:-} ]]; then
+            MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+            export MASTER_ADDR
+        fi
+    fi
+    exec python -m tagllm train "$@"
+    ;;
+*)
+    echo "error: LAUNCHER is '$launcher'; it must be torchrun, deepspeed or none" >&2
+    exit 2
+    ;;
+esac

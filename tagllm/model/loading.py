@@ -1,0 +1,167 @@
+"""Reads a backbone tensor by tensor: each is cast, quantised, moved and (where told so) sharded before the next one is
+read, so that no rank ever holds more than its own part and the tensor at hand."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from tagllm.model.allocator import return_freed_memory
+from tagllm.model.frozen import make_frozen_aware
+from tagllm.model.linear import FrozenLinear
+from tagllm.model.quantize import Quantization, quantised
+
+Place = Callable[[nn.Module], None]
+"""Called with each module as soon as its own weights are there: shards them."""
+
+
+class Weights(Protocol):
+    """Tensors by the names that a model has for them."""
+
+    def __contains__(self, name: object) -> bool: ...
+    def __getitem__(self, name: str) -> Tensor: ...
+
+
+class SafeTensors:
+    """The safetensors files of a folder. Each tensor is read by itself and its file closed, so that nothing stays."""
+
+    def __init__(self, folder: Path, prefix: str) -> None:
+        """`prefix`: of the base model, which some files leave out."""
+        self._folder, self._prefix = folder, f"{prefix}."
+        index = folder / "model.safetensors.index.json"
+        if index.is_file():
+            self._file_of: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        else:
+            self._file_of = dict.fromkeys(self._names_in("model.safetensors"), "model.safetensors")
+
+    def __contains__(self, name: object) -> bool:
+        return self._stored(str(name)) in self._file_of
+
+    def __getitem__(self, name: str) -> Tensor:
+        from safetensors import safe_open
+
+        stored = self._stored(name)
+        with safe_open(self._folder / self._file_of[stored], framework="pt") as file:
+            tensor: Tensor = file.get_tensor(stored).clone()
+        return tensor
+
+    def _stored(self, name: str) -> str:
+        return name if name in self._file_of else name.removeprefix(self._prefix)
+
+    def _names_in(self, file: str) -> list[str]:
+        from safetensors import safe_open
+
+        if not (self._folder / file).is_file():
+            return []
+        with safe_open(self._folder / file, framework="pt") as opened:
+            return list(opened.keys())
+
+
+def load_model(
+    name: str, dtype: torch.dtype, device: torch.device, quantize: Quantization = "none", place: Place | None = None
+) -> tuple[Any, Callable[[], Tensor]]:
+    """A frozen-aware causal LM, frozen and in eval mode, and what gives its whole token embedding (V, D).
+
+    Args:
+        name: a folder or a hub name.
+
+    Raises:
+        OSError, ValueError, ImportError: transformers cannot make it.
+    """
+    from transformers import GenerationConfig
+
+    return_freed_memory()
+    model = skeleton(name, dtype)
+    with suppress(OSError):
+        model.generation_config = GenerationConfig.from_pretrained(name)
+    _make_buffers(model, device)
+    weights = _weights(name, model)
+    table = model.get_input_embeddings().weight
+    table_name = next(n for n, parameter in model.named_parameters() if parameter is table)
+    _fill(model, weights, dtype, device, quantize, place)
+    if place is None:
+        return model, model.get_input_embeddings().weight.detach
+    return model, lambda: weights[table_name].to(dtype)
+
+
+def skeleton(name: str, dtype: torch.dtype) -> Any:
+    """The frozen-aware model without weights, all on torch's meta device."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name), dtype=dtype)
+    model.requires_grad_(False).eval()
+    make_frozen_aware(model)
+    return model
+
+
+def _weights(name: str, model: Any) -> Weights:
+    """The files themselves; where they name tensors otherwise, or are no safetensors, what transformers makes of it."""
+    from transformers import AutoModelForCausalLM
+
+    found = SafeTensors(_local(name), model.base_model_prefix)
+    if all(any(alias in found for alias in aliases) for aliases in _aliases(model)):
+        return found
+    whole: dict[str, Tensor] = AutoModelForCausalLM.from_pretrained(name, dtype="auto").state_dict()
+    return whole
+
+
+def _local(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    if Path(name).is_dir():
+        return Path(name)
+    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+
+
+def _aliases(model: nn.Module) -> Iterator[list[str]]:
+    """All names of each parameter; tied ones have several."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    yield from names.values()
+
+
+def _make_buffers(model: Any, device: torch.device) -> None:
+    """Buffers that no file has (rotary frequencies): transformers computes them when it initialises their module."""
+    for module in model.modules():
+        empty = [name for name, buffer in module.named_buffers(recurse=False) if buffer.is_meta]
+        for name in empty:
+            module._buffers[name] = torch.zeros_like(module._buffers[name], device="cpu")
+        if empty:
+            model._init_weights(module)
+        for name in empty:
+            module._buffers[name] = module._buffers[name].to(device)
+
+
+def _fill(
+    model: Any, weights: Weights, dtype: torch.dtype, device: torch.device, quantize: Quantization, place: Place | None
+) -> None:
+    names = {alias: aliases for aliases in _aliases(model) for alias in aliases}
+    tied: dict[str, nn.Parameter] = {}
+    # children first, as sharding wants it; by name, so that a map which was quantised is gone
+    for name in reversed([name for name, _ in model.named_modules()]):
+        module: nn.Module = model.get_submodule(name)
+        for at, empty in module._parameters.items():
+            if empty is None:
+                continue
+            aliases = names[f"{name}.{at}".removeprefix(".")]
+            parameter = tied.get(aliases[0])
+            if parameter is None:
+                stored = weights[next(alias for alias in aliases if alias in weights)]
+                parameter = nn.Parameter(stored.to(device, dtype), requires_grad=False)
+            if len(aliases) > 1:
+                tied[aliases[0]] = parameter
+            module._parameters[at] = parameter
+        if type(module) is FrozenLinear:  # not the LM head
+            module = quantised(module, quantize)
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, module)
+        if place is not None:
+            place(module)

@@ -1,0 +1,80 @@
+"""The DeepSpeed settings of a run: ours, and on top of them the user's JSON as far as it does not contradict."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from tagllm.config import EngineConfig, OptimConfig
+from tagllm.errors import UserError
+from tagllm.train.ranks import Ranks
+
+BUCKET_ELEMENTS = 1_000_000  # DeepSpeed's default reserves 1 GB for gradients of a few kilobytes
+PERSIST_ELEMENTS = 100_000  # tags, heads, norms and scales stay resident; "auto" is exactly one ten-row tag of 7B
+
+
+def settings(optim: OptimConfig, engine: EngineConfig, ranks: Ranks) -> dict[str, Any]:
+    """Raises UserError where the user's JSON cannot be read or contradicts the config."""
+    num_micro_batches = optim.rows_per_step // (optim.rows_per_micro_batch * ranks.size)
+    own = {
+        "train_batch_size": num_micro_batches * ranks.size,
+        "train_micro_batch_size_per_gpu": 1,  # a micro-batch is one item to DeepSpeed; rows are our business
+        "gradient_accumulation_steps": num_micro_batches,
+        "gradient_clipping": optim.clip or 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_optimization": {
+            "stage": engine.zero_stage,
+            "reduce_bucket_size": BUCKET_ELEMENTS,
+            "allgather_bucket_size": BUCKET_ELEMENTS,
+            "stage3_param_persistence_threshold": PERSIST_ELEMENTS,
+            "memory_efficient_linear": False,  # would replace torch's linear map everywhere; frozen maps have their own
+            "overlap_comm": False,
+        },
+    }
+    if engine.deepspeed is None:
+        return own
+    return _merged(own, _read_deepspeed(engine.deepspeed), engine.deepspeed)
+
+
+def _read_deepspeed(path: str) -> dict[str, Any]:
+    try:
+        settings = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"engine.deepspeed: {path} cannot be read as JSON: {error}") from None
+    if not isinstance(settings, dict):
+        raise UserError(f"engine.deepspeed: {path} holds a {type(settings).__name__}; it must be a JSON object.")
+    return settings
+
+
+def _merged(own: dict[str, Any], theirs: dict[str, Any], where: str, at: str = "") -> dict[str, Any]:
+    """Their settings on top of ours. Batch sizes, clipping, precision and optimizer belong to our config."""
+    clashes = []
+    merged = dict(own)
+    for key, value in theirs.items():
+        place = f"{at}{key}"
+        if place in _OURS and value not in (own.get(key), "auto"):
+            clashes.append(
+                f"engine.deepspeed: {where} sets {place} to {value!r}; set {_OURS[place]} in the config instead."
+            )
+        elif isinstance(value, dict) and isinstance(own.get(key), dict):
+            merged[key] = _merged(own[key], value, where, f"{place}.")
+        elif value != "auto":
+            merged[key] = value
+    if clashes:
+        raise UserError(*clashes)
+    return merged
+
+
+_OURS = {
+    "train_batch_size": "optim.rows_per_step",
+    "train_micro_batch_size_per_gpu": "optim.rows_per_micro_batch",
+    "gradient_accumulation_steps": "optim.rows_per_step",
+    "gradient_clipping": "optim.clip",
+    "optimizer": "optim.tag_lr and optim.head_lr",
+    "scheduler": "optim.schedule",
+    "zero_optimization.stage": "engine.zero_stage",
+    "bf16": "backbone.dtype",
+    "fp16": "backbone.dtype",
+}

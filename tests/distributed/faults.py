@@ -1,0 +1,49 @@
+"""Faults that a test orders for a run: hooks around the trainer, installed in a rank by `worker`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+from unittest import mock
+
+from torch import Tensor
+
+from tagllm.train.engine import Engine
+from tagllm.train.loop import Step, Trainer
+
+
+class Poison(NamedTuple):
+    """The gradient of one rank is NaN in these steps (counted from 0), though its losses are sound."""
+
+    rank: int
+    steps: list[int]
+
+
+@contextmanager
+def injected(poison: Poison | None) -> Iterator[None]:
+    if poison is None:
+        yield
+        return
+    now: dict[str, int] = {}
+    train_step, backward = Trainer.train_step, Engine.backward
+
+    def noting(self: Trainer, step: int) -> Step:
+        now["step"] = step
+        return train_step(self, step)
+
+    def poisoned(self: Engine, loss: Tensor) -> None:
+        hit = self.ranks.rank == poison.rank and now["step"] in poison.steps
+        backward(self, loss * math.nan if hit else loss)
+
+    with mock.patch.object(Trainer, "train_step", noting), mock.patch.object(Engine, "backward", poisoned):
+        yield
+
+
+def as_json(poison: Poison | None) -> Any:
+    return None if poison is None else poison._asdict()
+
+
+def of_json(value: Any) -> Poison | None:
+    return None if value is None else Poison(**value)

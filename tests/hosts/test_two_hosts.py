@@ -1,0 +1,86 @@
+"""Two hosts that see each other by a cable only: they train together, and both say so when it is cut."""
+
+from __future__ import annotations
+
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.launch import Ranks, Run, Workspace, assert_same, kill, wait_until
+from tests.hosts.network import ADDRESSES, Hosts, missing
+
+ROOT = Path(__file__).parents[2]
+WHY = missing()
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(300), pytest.mark.skipif(bool(WHY), reason=WHY or "-")]
+TIMEOUT_S = 8
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Workspace]:
+    folder = tmp_path_factory.mktemp("hosts")
+    with Ranks(1, folder) as one, Ranks(2, folder) as two:
+        yield Workspace(folder, one, two)
+
+
+@pytest.fixture
+def hosts() -> Iterator[Hosts]:
+    with Hosts() as made:
+        yield made
+
+
+def start(hosts: Hosts, workspace: Workspace, name: str, **overrides: object) -> list[subprocess.Popen[str]]:
+    """The same command on both."""
+    _, config, *settings = workspace.arguments(name, engine__timeout_s=TIMEOUT_S, **overrides)
+    variables = {
+        "NNODES": "2", "RDZV_ENDPOINT": f"{ADDRESSES[0]}:29500", "RDZV_CONF": "is_host=1", "RANKS": "1",
+        "OMP_NUM_THREADS": "1", "TAGLLM_CACHE": str(workspace.folder / "cache"), "GLOO_SOCKET_IFNAME": "cable",
+    }  # fmt: skip
+    command = ["bash", str(ROOT / "launch" / "run.sh"), config, *settings]
+    return [
+        hosts.start(
+            host, command, workspace.folder / f"{name}-{host}.log",
+            **{**variables, "RDZV_CONF": f"is_host={int(host == 0)}"},
+        )
+        for host in (0, 1)
+    ]  # fmt: skip
+
+
+def test_two_hosts_train_what_one_does(hosts: Hosts, workspace: Workspace) -> None:
+    both = start(hosts, workspace, "together")
+    try:
+        ends = [host.wait(timeout=120) for host in both]
+    finally:
+        kill(both)
+    assert ends == [0, 0], (workspace.folder / "together-0.log").read_text()
+    assert_same(Run(workspace.folder / "together").tags, workspace.train(1, "one-host").tags, 1e-5)
+
+
+def test_a_cut_cable_ends_both_with_a_reason_and_a_restart_goes_on(hosts: Hosts, workspace: Workspace) -> None:
+    settings = {"optim__steps": 300, "checkpoint__every_steps": 10, "evaluation__every_steps": 1000}
+    run = Run(workspace.folder / "cut")
+    both = start(hosts, workspace, "cut", **settings)
+    try:
+        wait_until(lambda: len(run.checkpoints) > 1, both, 120)
+        hosts.cut()
+        began = time.monotonic()
+        ends = [host.wait(timeout=TIMEOUT_S + 60) for host in both]
+        print(f"both ended {time.monotonic() - began:.1f} s after the cut")
+        assert all(end != 0 for end in ends)
+    finally:
+        kill(both)
+    for host in (0, 1):
+        said = (workspace.folder / f"cut-{host}.log").read_text()
+        assert f"rank {host} in step" in said and "another rank does not answer" in said, said
+        assert "the newest checkpoint is step-" in said
+    assert len(run.metrics) < 300
+    hosts.mend()
+    again = start(hosts, workspace, "cut", **settings)
+    try:
+        assert [host.wait(timeout=120) for host in again] == [0, 0], (workspace.folder / "cut-0.log").read_text()
+    finally:
+        kill(again)
+    undisturbed = workspace.train(2, "uncut", **settings)
+    assert_same(run.tags, undisturbed.tags, 0)

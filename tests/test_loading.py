@@ -1,0 +1,85 @@
+"""A backbone that is read tensor by tensor is the one that transformers loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from tagllm.model.head import FrozenHead
+from tagllm.model.linear import FrozenLinear
+from tagllm.model.loading import load_model
+from tagllm.model.quantize import Int8Linear, Nf4Linear
+from tests import tiny
+
+CPU = torch.device("cpu")
+IDS = torch.arange(1, 41)[None]
+
+
+def saved(folder: Path, family: str = "llama", shard: str = "1GB") -> str:
+    tiny.plain_backbone(family).save_pretrained(folder, max_shard_size=shard)
+    return str(folder)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("shard", ["1GB", "10KB"])
+def test_it_is_the_model_of_transformers(family: str, shard: str, tmp_path: Path) -> None:
+    name = saved(tmp_path, family, shard)
+    assert (shard == "10KB") == (tmp_path / "model.safetensors.index.json").exists()
+    found, embedding = load_model(name, torch.float32, CPU)
+    expected = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
+    assert not [n for n, tensor in [*found.named_parameters(), *found.named_buffers()] if tensor.is_meta]
+    theirs = expected.state_dict()
+    assert all(tensor.equal(theirs[n]) for n, tensor in found.state_dict().items())
+    assert found.state_dict().keys() == theirs.keys()
+    for (n, ours), (m, other) in zip(found.named_buffers(), expected.named_buffers(), strict=True):
+        assert n == m and ours.equal(other)
+    assert (found.get_output_embeddings().weight is found.get_input_embeddings().weight) == (
+        expected.get_output_embeddings().weight is expected.get_input_embeddings().weight
+    )
+    torch.testing.assert_close(found(IDS).logits, expected(IDS).logits, rtol=1e-4, atol=1e-4)
+    assert embedding().equal(expected.get_input_embeddings().weight)
+    assert found.generation_config.eos_token_id == expected.generation_config.eos_token_id
+    assert not any(p.requires_grad for p in found.parameters())
+
+
+def test_weights_that_are_no_safetensors(tmp_path: Path) -> None:
+    model = tiny.plain_backbone()
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    found, _ = load_model(str(tmp_path), torch.float32, CPU)
+    torch.testing.assert_close(found(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(("quantize", "kind"), [("int8", Int8Linear), ("nf4", Nf4Linear)])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_only_the_maps_of_the_decoder_are_quantised(family: str, quantize: str, kind: type, tmp_path: Path) -> None:
+    name = saved(tmp_path, family)
+    found, _ = load_model(name, torch.bfloat16, CPU, quantize)  # type: ignore[arg-type]
+    plain, _ = load_model(name, torch.bfloat16, CPU)
+    maps = {n for n, layer in plain.base_model.named_modules() if isinstance(layer, FrozenLinear)}
+    assert {n for n, layer in found.base_model.named_modules() if type(layer) is kind} == maps
+    assert type(found.get_output_embeddings()) is FrozenHead
+    for n, layer in found.base_model.named_modules():
+        if n in maps:
+            expected = plain.base_model.get_submodule(n).matrix().float()
+            assert (layer.matrix().float() - expected).norm() < 0.12 * expected.norm()
+    others = {n: p for n, p in plain.named_parameters() if n.rpartition(".")[0].partition(".")[2] not in maps}
+    assert others and all(found.get_parameter(n).equal(p) for n, p in others.items())
+
+
+def test_modules_are_placed_one_by_one(tmp_path: Path) -> None:
+    """Each has its own weights by then and its children are placed: sharding takes what is below a module too."""
+    placed: list[nn.Module] = []
+
+    def place(module: nn.Module) -> None:
+        assert not any(p.is_meta for p in module.parameters())
+        assert all(child in placed for child in module.children())
+        placed.append(module)
+
+    found, embedding = load_model(saved(tmp_path), torch.float32, CPU, "int8", place)
+    assert set(found.modules()) == set(placed)
+    assert embedding().equal(found.get_input_embeddings().weight)
