@@ -4,7 +4,8 @@
 #   LAUNCHER   torchrun (default), deepspeed, or none: this process is one rank, or under srun one of several
 #   RANKS      processes on this machine (default: one per GPU, one without); not for none
 #   torchrun   NNODES (2, or 1:2 to go on with fewer), RDZV_ENDPOINT=HOST:PORT, RDZV_ID and RDZV_CONF for several
-#              machines; MAX_RESTARTS (default 0): after a failure all ranks start again from the newest checkpoint
+#              machines, LOCAL_ADDR where a machine's name does not lead to it; MAX_RESTARTS (default 0): after a
+#              failure all ranks start again from the newest checkpoint
 #   deepspeed  HOSTFILE for several machines (default: this one only), MASTER_PORT
 # OMP_NUM_THREADS is set to this machine's cores over RANKS unless it is given.
 set -euo pipefail
@@ -35,7 +36,7 @@ torchrun)
     if [[ $nodes != 1 || -n ${RDZV_ENDPOINT:-} ]]; then
         where=(--nnodes "$nodes" --rdzv-backend c10d --rdzv-id "${RDZV_ID:-tagllm}"
             --rdzv-endpoint "${RDZV_ENDPOINT:?several machines need RDZV_ENDPOINT=HOST:PORT, the same on each}"
-            --rdzv-conf "${RDZV_CONF:-}")
+            --rdzv-conf "${RDZV_CONF:-}" ${LOCAL_ADDR:+--local-addr "$LOCAL_ADDR"})
     fi
     exec torchrun "${where[@]}" --nproc-per-node "$ranks" --max-restarts "${MAX_RESTARTS:-0}" \
         -m tagllm train "$@"

@@ -20,7 +20,7 @@ from tagllm.data.batch import Batch
 from tagllm.model.loading import Place
 from tagllm.model.tagged import Output, TaggedModel
 from tagllm.train.deepspeed_settings import settings
-from tagllm.train.ranks import Ranks
+from tagllm.train.ranks import Ranks, limit_all_groups
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -55,6 +55,7 @@ class Engine:
         self._engine, *_ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings(optim, config, ranks), dist_init_required=False
         )
+        limit_all_groups(config.timeout_s)
         self._names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
         self._make_moments()
 

@@ -13,10 +13,12 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
+from torch.distributed.rendezvous import rendezvous
 
 from tagllm.errors import UserError
 
 Result = TypeVar("Result")
+START_TIMEOUT = timedelta(minutes=10)
 
 
 class SharedError(UserError):
@@ -40,6 +42,22 @@ def in_contact(where: Callable[[], str]) -> Iterator[None]:
         raise LostContact(f"{where()}: another rank does not answer: {first}") from error
 
 
+def _met(rank: int, size: int) -> Any:
+    """The launcher's store, once all ranks have come: they start minutes apart, whatever may pass between two steps."""
+    store, *_ = next(rendezvous("env://", rank, size, timeout=START_TIMEOUT))
+    store.set(f"here/{rank}", "")
+    store.wait([f"here/{other}" for other in range(size)], START_TIMEOUT)
+    return store
+
+
+def limit_all_groups(timeout_s: int) -> None:
+    """Groups that libraries have made (DeepSpeed makes some) wait half an hour, whatever ours does."""
+    from torch.distributed import distributed_c10d
+
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
+
+
 class Ranks(NamedTuple):
     rank: int
     size: int
@@ -54,11 +72,13 @@ class Ranks(NamedTuple):
         if cuda:
             torch.cuda.set_device(local)
         if not dist.is_initialized():
-            how: dict[str, Any] = {"init_method": "env://"}
-            if size == 1:
-                how = {"store": dist.HashStore()}  # type: ignore[attr-defined]  # exported, but not declared
+            store = dist.HashStore() if size == 1 else _met(rank, size)  # type: ignore[attr-defined]  # undeclared
             dist.init_process_group(
-                "nccl" if cuda else "gloo", rank=rank, world_size=size, timeout=timedelta(seconds=timeout_s), **how
+                "nccl" if cuda else "gloo",
+                store=store,
+                rank=rank,
+                world_size=size,
+                timeout=timedelta(seconds=timeout_s),
             )
         return cls(rank, size, torch.device("cuda", local) if cuda else torch.device("cpu"))
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -91,10 +92,22 @@ def finish(ranks: Sequence[subprocess.Popen[str]], timeout_s: float = TIMEOUT_S)
 
 
 def kill(ranks: Sequence[subprocess.Popen[str]]) -> None:
+    """With their children: torchrun's ranks lead sessions of their own."""
     for rank in ranks:
         if rank.poll() is None:
+            below = children_of(rank.pid)
             os.killpg(rank.pid, signal.SIGKILL)
             rank.wait()
+            for process in below:
+                with suppress(ProcessLookupError):
+                    os.kill(process, signal.SIGKILL)
+
+
+def children_of(process: int) -> list[int]:
+    """All processes below this one."""
+    listed = Path(f"/proc/{process}/task/{process}/children")
+    children = [int(child) for child in listed.read_text().split()] if listed.exists() else []
+    return children + [below for child in children for below in children_of(child)]
 
 
 def wait_until(done: Callable[[], bool], ranks: Sequence[subprocess.Popen[str]], timeout_s: float = TIMEOUT_S) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import signal
 import socket
 import subprocess
 from pathlib import Path
@@ -40,16 +39,9 @@ def test_fewer_ranks_go_on_from_the_newest_checkpoint(workspace: Workspace) -> N
     first, second = (agent(workspace, [config, *overrides], port) for _ in range(2))
     try:
         wait_until(lambda: len(run.checkpoints) > 1, [first, second], 120)
-        for process in [second.pid, *_ranks_of(second)]:
-            os.kill(process, signal.SIGKILL)
+        kill([second])
         assert first.wait(timeout=150) == 0
     finally:
         kill([first, second])
     assert [line["step"] for line in run.metrics] == list(range(1, 401))
     assert_same(run.tags, expected.tags, 1e-6)
-
-
-def _ranks_of(agent: subprocess.Popen[str]) -> list[int]:
-    """torchrun's ranks lead sessions of their own."""
-    told = Path(f"/proc/{agent.pid}/task/{agent.pid}/children").read_text()
-    return [int(process) for process in told.split()]
