@@ -23,7 +23,7 @@ test: venv
 lint: venv
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
-	.venv/bin/shellcheck launch/*.sh .ci/run
+	.venv/bin/shellcheck launch/*.sh launch/slurm/* .ci/run
 
 types: venv
 	.venv/bin/mypy

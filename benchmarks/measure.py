@@ -68,14 +68,20 @@ def alternate(
 
 
 def kept_bytes(contestant: Contestant, rows: Step) -> int:
-    """Bytes of distinct storages that one forward of these rows keeps until its backward, without parameters.
-
-    What autograd saves, and what autograd functions merely hold (the keys and values of a frozen prefix). Where the
-    contestant makes several passes the last one counts.
-    """
-    known = {t.untyped_storage().data_ptr() for t in [*contestant.module.parameters(), *contestant.module.buffers()]}
-    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address comes twice
+    """Bytes that one forward of these rows keeps until its backward; where it makes several passes the last counts."""
     totals: list[int] = []
+    with held_bytes(contestant.module) as held, _before_backward(lambda loss: totals.append(held(loss))):
+        contestant.run([rows], len(rows))
+    return totals[-1]
+
+
+@contextmanager
+def held_bytes(module: nn.Module) -> Iterator[Callable[[Tensor], int]]:
+    """Gives what counts, for a loss made inside, the bytes of distinct storages kept until its backward, without
+    parameters: what autograd saves, and what autograd functions merely hold (the keys and values of a frozen prefix).
+    """
+    known = {t.untyped_storage().data_ptr() for t in [*module.parameters(), *module.buffers()]}
+    kept: dict[int, torch.UntypedStorage] = {}  # held, so that no address comes twice
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
@@ -83,14 +89,14 @@ def kept_bytes(contestant: Contestant, rows: Step) -> int:
             kept[storage.data_ptr()] = storage
         return tensor
 
-    def add_up(loss: Tensor) -> None:
+    def add_up(loss: Tensor) -> int:
         _each_held(loss, keep)
-        totals.append(sum(storage.nbytes() for storage in kept.values()))
+        total = sum(storage.nbytes() for storage in kept.values())
         kept.clear()
+        return total
 
-    with _before_backward(add_up), torch.autograd.graph.saved_tensors_hooks(keep, _same):
-        contestant.run([rows], len(rows))
-    return totals[-1]
+    with torch.autograd.graph.saved_tensors_hooks(keep, _same):
+        yield add_up
 
 
 def _same(tensor: Tensor) -> Tensor:

@@ -214,11 +214,16 @@ class CheckpointConfig(Section):
 
 
 class EngineConfig(Section):
-    zero_stage: Literal[0, 1, 2, 3] = 0
-    """0: every rank holds the backbone; 3: it is sharded over the ranks."""
+    zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
+    """0: every rank holds the backbone; 3: it is sharded over the ranks; auto: 0 where the planner finds it fits."""
     deepspeed: str | None = None
     """A DeepSpeed JSON to merge in; it may not contradict this config."""
     timeout_s: Count = 1800
+
+    @property
+    def stage(self) -> int:
+        """0 while nothing is decided."""
+        return 0 if self.zero_stage == "auto" else self.zero_stage
 
 
 class RunConfig(Section):
@@ -245,7 +250,7 @@ class RunConfig(Section):
     @property
     def remembers(self) -> bool:
         """Under ZeRO-3 a rank that skips a pass, since it remembers its result, would hang the others."""
-        return self.prefix == "frozen" and self.engine.zero_stage < 3
+        return self.prefix == "frozen" and self.engine.stage < 3
 
     @property
     def remembered_bytes(self) -> tuple[int, int]:

@@ -8,18 +8,9 @@ from pathlib import Path
 from rich.table import Table
 
 from tagllm.config import RunConfig, load_config
-from tagllm.data.dataset import Prompts, prepare
-from tagllm.errors import UserError
-from tagllm.model.backbone import DTYPES, load_tokenizer, resolve
-from tagllm.model.loading import skeleton
-from tagllm.model.smollm2 import cache_folder
 from tagllm.plan import Estimate, Hardware, Load, Placement, Shape, choose, estimate
-from tagllm.stage import Stage, check_world, read_stage
-from tagllm.train.rows import StepRows
-
-PLACEMENTS: tuple[Placement, ...] = ("replicate", "shard in a node", "shard")
-STEPS = 4
-"""Looked at; the largest micro-batch among them decides about memory."""
+from tagllm.stage import check_world, read_stage
+from tagllm.train.placement import PLACEMENTS, figures_of
 
 
 def plan_config(path: Path, overrides: list[str], hardware: Hardware) -> Iterator[Table | str]:
@@ -31,14 +22,7 @@ def plan_config(path: Path, overrides: list[str], hardware: Hardware) -> Iterato
     config = load_config(path, overrides)
     stage = read_stage(config, str(path))
     check_world(config, hardware.gpus, str(path))
-    dtype = DTYPES["bf16" if config.backbone.dtype == "auto" else config.backbone.dtype]
-    try:
-        model = skeleton(resolve(config.backbone.model), dtype)
-    except (OSError, ValueError) as error:
-        raise UserError(f"backbone.model is {config.backbone.model!r}; its config cannot be read: {error}") from None
-    shape = Shape.of(model, config.backbone.quantize)
-    loads = _loads(config, stage, shape.embedding // shape.hidden, hardware.gpus)
-    learned = shape.hidden * sum(t.length for n, t in config.tags.items() if n in stage.learned)
+    shape, loads, learned = figures_of(stage, hardware.gpus)
     estimates = [estimate(shape, loads, learned, config, hardware, p) for p in PLACEMENTS]
     if hardware.nodes == 1:
         del estimates[1]
@@ -48,17 +32,6 @@ def plan_config(path: Path, overrides: list[str], hardware: Hardware) -> Iterato
     yield _memory(estimates)
     yield _time(estimates, hardware)
     yield _scaling(shape, loads, learned, config, hardware, (chosen or estimates[-1]).placement)
-
-
-def _loads(config: RunConfig, stage: Stage, vocabulary_size: int, num_ranks: int) -> list[Load]:
-    """Of the micro-batches of rank 0 in an average step: those of the first steps, as many as one step has."""
-    tokenizer = load_tokenizer(config.backbone.model)
-    layout = stage.layout(vocabulary_size)
-    prompts = Prompts(layout, tokenizer, config.data.max_tokens or 1 << 20)
-    data = prepare(config.data, stage.templates, prompts, cache_folder(), ("train",))
-    rows, collate = StepRows(config, data.splits["train"], 0, num_ranks), stage.collator(layout, free_spans=False)
-    found = [Load.of(collate(chunk)) for step in range(STEPS) for chunk in rows.micro_batches(step)]
-    return sorted(found, reverse=True)[::STEPS]
 
 
 def _memory(estimates: list[Estimate]) -> Table:

@@ -25,7 +25,7 @@ def settings(optim: OptimConfig, engine: EngineConfig, ranks: Ranks) -> dict[str
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {
-            "stage": engine.zero_stage,
+            "stage": engine.stage,
             "reduce_bucket_size": BUCKET_ELEMENTS,
             "allgather_bucket_size": BUCKET_ELEMENTS,
             "stage3_param_persistence_threshold": PERSIST_ELEMENTS,

@@ -27,7 +27,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 def sharding(optim: OptimConfig, config: EngineConfig, ranks: Ranks) -> Place | None:
     """What leaves of a module's parameters only this rank's part, from rank 0's values; None below stage 3."""
-    if config.zero_stage < 3:
+    if config.stage < 3:
         return None
     deepspeed = _deepspeed()
     deepspeed.init_distributed(dist_init_required=False)
@@ -125,7 +125,7 @@ class Engine:
         import deepspeed
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
-        stage = self.config.zero_stage
+        stage = self.config.stage
         for name, parameter in self._parameters():
             if name not in values:
                 continue
@@ -141,9 +141,9 @@ class Engine:
     def _set_moment(self, parameter: nn.Parameter, key: str, value: Tensor) -> None:
         from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
 
-        if self.config.zero_stage == 0:
+        if self.config.stage == 0:
             self._inner.state[parameter][key].copy_(value)
-        elif self.config.zero_stage == 3:
+        elif self.config.stage == 3:
             safe_set_local_optimizer_state(parameter, self._shard(parameter, value), key)
         else:
             safe_set_full_optimizer_state(parameter, value, key)
@@ -165,14 +165,14 @@ class Engine:
         return [(name, parameter) for name, parameter in named if name is not None]
 
     def _whole(self, parameter: nn.Parameter) -> Tensor:
-        if self.config.zero_stage == 0:
+        if self.config.stage == 0:
             return parameter.detach().float().clone()
         from deepspeed.utils import safe_get_full_fp32_param
 
         return _shaped(safe_get_full_fp32_param(parameter), parameter)
 
     def _moment(self, parameter: nn.Parameter, key: str) -> Tensor:
-        if self.config.zero_stage == 0:
+        if self.config.stage == 0:
             moment: Tensor = self._inner.state[parameter][key].clone()
             return moment
         from deepspeed.utils import safe_get_full_optimizer_state
@@ -181,7 +181,7 @@ class Engine:
 
     def _make_moments(self) -> None:
         """torch makes moments at the first step; a resumed run needs them before."""
-        stage, zero = self.config.zero_stage, self._engine.optimizer
+        stage, zero = self.config.stage, self._engine.optimizer
         shards = [shard for group in self._inner.param_groups for shard in group["params"]]
         for shard in zero.fp32_partitioned_groups_flat if stage == 3 else shards:  # stage 3 leaves its groups empty
             self._inner.state[shard] = {"step": torch.tensor(0.0)} | {k: torch.zeros_like(shard) for k in MOMENTS}

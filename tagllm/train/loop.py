@@ -21,6 +21,7 @@ from tagllm.train.build import Built, build
 from tagllm.train.engine import Engine, sharding
 from tagllm.train.gradient_free import GradientFree
 from tagllm.train.monitor import Monitor, peak_memory_gib
+from tagllm.train.placement import placed
 from tagllm.train.ranks import Ranks, in_contact
 from tagllm.train.result import library_of
 from tagllm.train.rows import StepRows
@@ -66,6 +67,11 @@ def train(config: RunConfig, where: str) -> Path:
     stage = read_stage(config, where)
     ranks = Ranks.start(config.engine.timeout_s)
     ranks.on_rank_zero(lambda: check_world(config, ranks.size, where))  # told once
+    if config.engine.zero_stage == "auto" and ranks.size > 1:
+        config, why = ranks.on_rank_zero(lambda: placed(stage, ranks))
+        stage = read_stage(config, where)
+        if ranks.rank == 0:
+            print(f"placement {why}", flush=True)
     run = RunFolder(Path(config.output))
     lock = RunLock(run.path)
     with StopRequest() as stop:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from tagllm.config import parse_config
 from tagllm.data.batch import count
+from tagllm.model.linear import FrozenLinear
 from tagllm.model.loss import total
 from tagllm.stage import read_stage
 from tagllm.train.build import Built, build
@@ -52,6 +53,11 @@ BOUNDS = {
     ("bf16", "domain tag"): Bound(0.9995, 0.03),
     ("bf16", "function tag with a head"): Bound(0.9995, 0.03),
     ("bf16", "function tag that writes"): AIM,
+    # against the quantised weights in fp32; what the weights themselves cost is in benchmarks/quantized.py
+    **{(how, case): Bound(0.9995, 0.03) for how in ("int8", "nf4") for case in CASES},
+    # here the gradients of the eight prompts nearly cancel (norm .92, in bf16 8.2): the same error is a larger part of
+    # what is left. Measured: .9931 / 11.8 %
+    ("nf4", "function tag with a head"): Bound(0.99, 0.15),
 }
 
 
@@ -66,14 +72,24 @@ def ranks() -> Iterator[Ranks]:
         ranks.stop()
 
 
-def built(case: str, dtype: str, output: Path, ranks: Ranks) -> Built:
+def built(case: str, how: str, output: Path, ranks: Ranks) -> Built:
+    """`how`: fp32 or bf16, or quantised to be computed in bf16."""
     tags, source = CASES[case]
     rows = {"train": NUM_PROMPTS, "valid": 1, "test": 1}
     source = {"recipe": "rdkit-nci", "max_characters": {"smiles": 60}, "rows": rows, **source}
     optim = {"steps": 1, "rows_per_step": NUM_PROMPTS, "rows_per_micro_batch": NUM_PROMPTS}
     config = {"output": str(output), "tags": tags, "data": {"sources": [source]}, "optim": optim}
-    stage = read_stage(parse_config({**config, "backbone": {"model": "smollm2", "dtype": dtype}}, case), case)
-    return build(stage, ranks)
+    plain = how in ("fp32", "bf16")
+    backbone = {"model": "smollm2", "dtype": how if plain else "bf16", "quantize": "none" if plain else how}
+    return build(read_stage(parse_config({**config, "backbone": backbone}, case), case), ranks)
+
+
+def with_weights_of(reference: Built, other: Built) -> Built:
+    """The fp32 model with the matrices that the other one multiplies by."""
+    for name, layer in other.backbone.model.base_model.named_modules():
+        if isinstance(layer, FrozenLinear):
+            reference.backbone.model.base_model.get_submodule(name).weight.data = layer.matrix().float()
+    return reference
 
 
 def tag_gradient(of: Built) -> Tensor:
@@ -91,19 +107,15 @@ def tag_gradient(of: Built) -> Tensor:
     return gradient
 
 
-@pytest.fixture(scope="module")
-def references(tmp_path_factory: pytest.TempPathFactory, ranks: Ranks) -> dict[str, Tensor]:
-    folder = tmp_path_factory.mktemp("reference")
-    return {case: tag_gradient(built(case, "fp32", folder, ranks)) for case in CASES}
-
-
-@pytest.mark.parametrize(("dtype", "case"), BOUNDS, ids=[f"{dtype} {case}" for dtype, case in BOUNDS])
-def test_tag_gradients(dtype: str, case: str, references: dict[str, Tensor], tmp_path: Path, ranks: Ranks) -> None:
-    expected, found = references[case], tag_gradient(built(case, dtype, tmp_path, ranks))
+@pytest.mark.parametrize(("how", "case"), BOUNDS, ids=[f"{how} {case}" for how, case in BOUNDS])
+def test_tag_gradients(how: str, case: str, tmp_path: Path, ranks: Ranks) -> None:
+    model = built(case, how, tmp_path, ranks)
+    expected = tag_gradient(with_weights_of(built(case, "fp32", tmp_path, ranks), model))
+    found = tag_gradient(model)
     cosine = float(torch.cosine_similarity(found.flatten(), expected.flatten(), dim=0))
     relative = tiny.relative_error(found, expected)
     aim = "met" if cosine >= AIM.cosine and relative <= AIM.relative else "missed"
-    print(f"{dtype}, {case}: cosine {cosine:.6f}, relative error {relative:.2%}; the aim of {AIM} is {aim}")
+    print(f"{how}, {case}: cosine {cosine:.6f}, relative error {relative:.2%}; the aim of {AIM} is {aim}")
     assert found.dtype == torch.float32
-    assert cosine >= BOUNDS[dtype, case].cosine
-    assert relative <= BOUNDS[dtype, case].relative
+    assert cosine >= BOUNDS[how, case].cosine
+    assert relative <= BOUNDS[how, case].relative

@@ -1,0 +1,66 @@
+"""Where the backbone of a run is kept: whole on every rank or sharded, by the planner's figures."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+from tagllm.config import RunConfig
+from tagllm.data.dataset import Prompts, prepare
+from tagllm.errors import UserError
+from tagllm.model.backbone import DTYPES, load_tokenizer, resolve
+from tagllm.model.loading import skeleton
+from tagllm.model.smollm2 import cache_folder
+from tagllm.plan import Estimate, Hardware, Load, Placement, Shape, choose, estimate
+from tagllm.stage import Stage
+from tagllm.train.ranks import Ranks
+from tagllm.train.rows import StepRows
+
+PLACEMENTS: tuple[Placement, ...] = ("replicate", "shard in a node", "shard")
+STEPS = 4
+"""Looked at; the largest micro-batch among them decides about memory."""
+
+
+def placed(stage: Stage, ranks: Ranks) -> tuple[RunConfig, str]:
+    """The config with `engine.zero_stage: auto` decided, and why; called on one rank for all."""
+    config = stage.config
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
+    cuda = ranks.device.type == "cuda"
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local
+    memory = torch.cuda.get_device_properties(ranks.device).total_memory if cuda else host
+    hardware = Hardware(ranks.size, local, memory / 2**30, 300, 25, 300)  # speeds do not decide
+    found = [e for e in estimates_of(stage, hardware, cuda) if e.placement != "shard in a node"]
+    chosen, why = choose(found, hardware)
+    zero_stage = 0 if chosen is not None and chosen.placement == "replicate" else 3
+    return config.model_copy(update={"engine": config.engine.model_copy(update={"zero_stage": zero_stage})}), why
+
+
+def estimates_of(stage: Stage, hardware: Hardware, cuda: bool = True) -> list[Estimate]:
+    """For every placement; tokenises the data as training would, since row lengths decide."""
+    shape, loads, learned = figures_of(stage, hardware.gpus)
+    return [estimate(shape, loads, learned, stage.config, hardware, p, cuda) for p in PLACEMENTS]
+
+
+def figures_of(stage: Stage, num_ranks: int) -> tuple[Shape, list[Load], int]:
+    """The backbone, the micro-batches of rank 0 in an average step, and how many numbers are learned.
+
+    Raises:
+        UserError: the backbone's config or the data cannot be read.
+    """
+    config = stage.config
+    dtype = DTYPES["bf16" if config.backbone.dtype == "auto" else config.backbone.dtype]
+    try:
+        model = skeleton(resolve(config.backbone.model), dtype)
+    except (OSError, ValueError) as error:
+        raise UserError(f"backbone.model is {config.backbone.model!r}; its config cannot be read: {error}") from None
+    shape = Shape.of(model, config.backbone.quantize)
+    layout = stage.layout(shape.embedding // shape.hidden)
+    limit = config.data.max_tokens or int(getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 20))
+    prompts = Prompts(layout, load_tokenizer(config.backbone.model), limit)
+    data = prepare(config.data, stage.templates, prompts, cache_folder(), ("train",))
+    rows = StepRows(config, data.splits["train"], 0, num_ranks)
+    collate = stage.collator(layout, free_spans=False)
+    found = [Load.of(collate(chunk)) for step in range(STEPS) for chunk in rows.micro_batches(step)]
+    learned = shape.hidden * sum(layout.lengths[name] for name in stage.learned)
+    return shape, sorted(found, reverse=True)[::STEPS], learned

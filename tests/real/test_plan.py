@@ -1,0 +1,71 @@
+"""What `tagllm plan` says of SmolLM2 against what is measured: within 15 %."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.measure import held_bytes
+from tagllm.config import BackboneConfig, RunConfig, parse_config
+from tagllm.data.batch import count
+from tagllm.model.backbone import load_backbone, resolve
+from tagllm.model.loading import skeleton
+from tagllm.model.loss import total
+from tagllm.plan import Hardware, Load, Shape, estimate
+from tagllm.stage import read_stage
+from tagllm.train.build import build
+from tagllm.train.ranks import Ranks
+
+pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
+CLOSE = 0.15
+ALONE = Hardware(1, 1, 80, 300, 25, 300)
+PROMPT = "The SMILES of the molecule is {smiles}. Its drug-likeness is <QED>"
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", "0")
+        for name in ("RANK", "WORLD_SIZE"):
+            patch.delenv(name, raising=False)
+        ranks = Ranks.start(60)
+        yield ranks
+        ranks.stop()
+
+
+@pytest.mark.parametrize("quantize", ["none", "int8", "nf4"])
+def test_weights(quantize: Any) -> None:
+    shape = Shape.of(skeleton(resolve("smollm2"), torch.bfloat16), quantize)
+    model = load_backbone(BackboneConfig(model="smollm2", dtype="bf16", quantize=quantize), torch.device("cpu")).model
+    assert shape.weight_bytes + shape.scale_bytes == pytest.approx(sum(p.nbytes for p in model.parameters()), rel=1e-3)
+
+
+@pytest.mark.parametrize("rows", [8, 32])
+def test_what_a_step_keeps_for_backward(rows: int, tmp_path: Path, ranks: Ranks) -> None:
+    config = run_config(tmp_path, rows)
+    built = build(read_stage(config, "test"), ranks)
+    examples = built.examples("train")[0]
+    batch = built.collator()([examples[i] for i in range(rows)])
+    expected = estimate(
+        Shape.of(built.backbone.model, "none"), [Load.of(batch)], 0, config, ALONE, "replicate", cuda=False
+    )
+    with held_bytes(built.model) as held:
+        loss = total(built.model(batch).sums, count(batch), built.stage.weights)
+        found = held(loss)
+    planned = expected.memory["kept for backward"] + expected.memory["prefix keys and values"]
+    print(f"{rows} rows: planned {planned / 2**20:.1f} MiB, kept {found / 2**20:.1f}")
+    assert found == pytest.approx(planned, rel=CLOSE)
+
+
+def run_config(output: Path, rows: int) -> RunConfig:
+    source = {"recipe": "rdkit-nci", "template": PROMPT, "target": "qed", "rows": {"train": 64, "valid": 4, "test": 4}}
+    values = {
+        "output": str(output), "backbone": {"model": "smollm2", "dtype": "bf16"},
+        "tags": {"QED": {"kind": "function", "head": {}}}, "data": {"sources": [source]},
+        "optim": {"steps": 1, "rows_per_step": rows, "rows_per_micro_batch": rows},
+    }  # fmt: skip
+    return parse_config(values, "test")

@@ -1,0 +1,107 @@
+"""The planner's choices and sums on backbones that nobody loads here."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+from tagllm.config import RunConfig, parse_config
+from tagllm.model.frozen import make_frozen_aware
+from tagllm.plan import Hardware, Load, Shape, choose, estimate
+from tests import tiny
+from tests.tiny import OUTPUT
+
+GPUS = Hardware(16, 8, 80, 300, 25, 300)
+LOADS = [Load(live=160, computed=4000, key_places=4200, labels=0, scores=160 * 300)]
+SEVEN = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
+SEVENTY = dict(
+    hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8
+)
+
+
+def shape(size: dict[str, int], quantize: Any = "none") -> Shape:
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(vocab_size=32000, **size), dtype=torch.bfloat16)
+    make_frozen_aware(model)
+    return Shape.of(model, quantize)
+
+
+def config(**overrides: object) -> RunConfig:
+    values = {
+        "output": "run", "backbone": {"model": "m"}, "tags": {"S": {}}, "remember_device_gib": 0, "remember_gib": 0,
+        "data": {"sources": [{"path": "x.csv", "template": "<S> {s}"}]}, "optim": {"steps": 1}, **overrides,
+    }  # fmt: skip
+    return parse_config(values, "test")
+
+
+def chosen(of: Shape, hardware: Hardware) -> tuple[str | None, str]:
+    placements = ("replicate", "shard in a node", "shard")
+    found, why = choose([estimate(of, LOADS, 40960, config(), hardware, p) for p in placements], hardware)
+    return found and found.placement, why
+
+
+def test_parameters() -> None:
+    assert shape(SEVEN).parameters == 6_738_415_616
+    assert shape(SEVENTY).parameters == pytest.approx(69e9, rel=0.01)
+    assert shape(SEVEN).weight_bytes == 2 * 6_738_415_616
+    assert shape(SEVEN, "nf4").weight_bytes + shape(SEVEN, "nf4").scale_bytes == pytest.approx(3.87e9, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("size", "quantize", "memory", "expected"),
+    [
+        (SEVEN, "none", 80, "replicate"), (SEVEN, "nf4", 8, "replicate"), (SEVEN, "none", 12, "shard in a node"),
+        (SEVENTY, "none", 80, "shard in a node"), (SEVENTY, "nf4", 80, "replicate"), (SEVENTY, "none", 18, "shard"),
+    ],
+)  # fmt: skip
+def test_the_placement_that_sends_least_and_fits(size: Any, quantize: str, memory: float, expected: str) -> None:
+    placement, why = chosen(shape(size, quantize), GPUS._replace(memory_gib=memory))
+    assert placement == expected, why
+    assert why.startswith(expected) and f"of {memory} GiB" in why
+
+
+def test_nothing_fits() -> None:
+    placement, why = chosen(shape(SEVENTY), GPUS._replace(memory_gib=4))
+    assert placement is None
+    assert "nothing fits" in why and "nf4" in why
+
+
+def test_only_gradients_are_sent_where_all_hold_the_backbone() -> None:
+    sent = {
+        gpus: estimate(shape(SEVEN), LOADS, 40960, config(), GPUS._replace(gpus=gpus), "replicate").sent
+        for gpus in (1, 2, 1024)
+    }
+    assert sent[1] == 0
+    assert sent[2] == 4 * 40960
+    assert sent[1024] == pytest.approx(2 * 4 * 40960, rel=0.01)
+
+
+def test_a_load_counts_positions_once() -> None:
+    of = tiny.layout()
+    batch = tiny.collator(of)(tiny.rows(of))
+    load = Load.of(batch)
+    assert load.live == sum(batch.live.lengths)
+    assert load.computed == len(batch.own.ids_N) + len(batch.pieces.tokens.ids_N) <= sum(batch.prefix_lengths)
+    assert load.labels == sum(int((e.marks == OUTPUT).sum()) for e in tiny.rows(of))
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from tagllm.cli import app
+
+    tiny.save_backbone(tmp_path / "backbone")
+    (tmp_path / "rows.csv").write_text("smiles\n" + "".join(f"C{'C' * n}O\n" for n in range(40)))
+    (tmp_path / "run.yaml").write_text(
+        f"output: {tmp_path / 'run'}\nbackbone: {{model: {tmp_path / 'backbone'}}}\ntags: {{S: {{length: 2}}}}\n"
+        f"data: {{sources: [{{path: {tmp_path / 'rows.csv'}, template: '<S> {{smiles}}'}}]}}\n"
+        "optim: {steps: 2, rows_per_step: 8, rows_per_micro_batch: 4}\n"
+    )
+    with pytest.raises(SystemExit) as end:
+        app(["plan", str(tmp_path / "run.yaml"), "--gpus", "2"])
+    assert end.value.code == 0
+    told = capsys.readouterr().out
+    assert "placement replicate" in told and "1,024" in told and "kept for backward" in told
+    assert not (tmp_path / "run").exists()
