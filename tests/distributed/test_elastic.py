@@ -15,12 +15,12 @@ ROOT = Path(__file__).parents[2]
 pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(300)]
 
 
-def agent(workspace: Workspace, arguments: list[str], port: int) -> subprocess.Popen[str]:
-    """One node with one rank, as a user starts it on each machine."""
+def agent(workspace: Workspace, arguments: list[str], port: int, is_host: bool) -> subprocess.Popen[str]:
+    """One node with one rank, as a user starts it on each machine; the host keeps the store of both."""
     environment = {
         **os.environ, "OMP_NUM_THREADS": "1", "TAGLLM_CACHE": str(workspace.folder / "cache"), "NNODES": "1:2",
         "RDZV_ENDPOINT": f"127.0.0.1:{port}", "MAX_RESTARTS": "3", "RANKS": "1",
-        "RDZV_CONF": "last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=2",
+        "RDZV_CONF": f"is_host={int(is_host)},last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=2",
     }  # fmt: skip
     return subprocess.Popen(
         ["bash", str(ROOT / "launch" / "run.sh"), *arguments],
@@ -36,7 +36,7 @@ def test_fewer_ranks_go_on_from_the_newest_checkpoint(workspace: Workspace) -> N
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    first, second = (agent(workspace, [config, *overrides], port) for _ in range(2))
+    first, second = (agent(workspace, [config, *overrides], port, is_host) for is_host in (True, False))
     try:
         wait_until(lambda: len(run.checkpoints) > 1, [first, second], 120)
         kill([second])
