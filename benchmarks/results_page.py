@@ -22,10 +22,11 @@ def spread(values: dict[str, float]) -> str:
 def tables(run: dict[str, Any]) -> Iterator[str]:
     for work in run["workloads"]:
         yield f"## {work['name']}, {run['hardware']}, {run['date'][:10]}\n"
+        command, rate = run["command"].replace("/tmp/", ""), run["matmul_flops_per_second"] / 1e12
+        yield f"`{command}`, commit {run['commit']}, {run['model']} in {run['dtype']}.\n"
         yield (
-            f"`{run['command'].replace('/tmp/', '')}`, commit {run['commit']}, {run['model']} in {run['dtype']}; "
-            f"matmul rate {run['matmul_flops_per_second'] / 1e12:.2f} TFLOP/s. {work['description']}. Medians (min-max) of "
-            f"{run['repeats']} alternating repeats, each method at its best micro-batch.\n"
+            f"{work['description']}. Matmul rate {rate:.2f} TFLOP/s. Medians (min-max) of {run['repeats']} alternating "
+            "repeats, each method at its best micro-batch.\n"
         )
         yield "| | method | rows/s | real tokens/s | kept for backward, MiB per row | peak of the process, GiB |"
         yield "|---|---|---|---|---|---|"
