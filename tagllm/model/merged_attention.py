@@ -1,7 +1,8 @@
 """Attention over several sets of keys without a gradient, on a CPU: each set by itself, then put together.
 
 Each set gives its output and the logarithm of the sum of its exponentials; these weigh the outputs against each other.
-So keys are neither concatenated nor copied, and rows that share a set go through it as one long query.
+So long sets of keys are not copied, and rows that share one go through it as one long query. Short ones that all rows
+share are put before each row's own.
 
 B rows, G key-value heads, R query heads of each, S positions, T keys, E head size.
 """
