@@ -99,7 +99,7 @@ def test_a_tag_with_the_name_of_a_key() -> None:
         ("optim.tag_lr", 0, "optim.tag_lr is 0; input should be greater than 0."),
         ("optim.tag_lr", float("nan"), "optim.tag_lr is nan; input should be a finite number."),
         ("optim.schedule", "cos", "optim.schedule is 'cos'; input should be 'cosine', 'linear' or 'constant'."),
-        ("engine.zero_stage", 4, "engine.zero_stage is 4; input should be 0, 1, 2 or 3."),
+        ("engine.zero_stage", 4, "engine.zero_stage is 4; input should be 'auto', 0, 1, 2 or 3."),
         ("checkpoint.keep", 1, "checkpoint.keep is 1; input should be greater than or equal to 2."),
         ("tags.SMILES.length", 2.5, "tags.SMILES.length is 2.5; input should be a valid integer"),
         ("tags.SMILES", None, "tags.SMILES is None; input should be a valid dictionary"),

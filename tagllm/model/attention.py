@@ -1,9 +1,9 @@
 """Attention in parts: over frozen keys of earlier passes and over the keys of this pass, with one softmax over all.
 
-Frozen keys and values are plain constants: never differentiated (concatenating made the backward spend most of a step on
-gradients nobody needs), never repeated over heads, nor over the rows that share them unless they are few. Behind those
-that each row has for itself there is room, into which the live ones are written: both are then one set. Outside of this
-file rows stand behind each other without padding; attention is per row, so here they are padded.
+Frozen keys and values are plain constants: never differentiated (concatenating made the backward spend most of a step
+on gradients nobody needs), never repeated over heads, nor over the rows that share them unless they are few. Behind
+those that each row has for itself there is room, into which the live ones are written: both are then one set. Outside
+of this file rows stand behind each other without padding; attention is per row, so here they are padded.
 
 B rows, N positions, S the longest row, H query heads, G key-value heads, T keys of a part, E head size, n pieces.
 """
