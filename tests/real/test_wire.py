@@ -43,4 +43,5 @@ def test_a_step_sends_the_gradient_of_the_tags_and_hardly_more(tmp_path: Path) -
     per_step = (bytes_sent(tmp_path, 53) - bytes_sent(tmp_path, 3)) / 50 / 2
     gradient = ROWS * HIDDEN * 4
     print(f"{per_step / 1000:.1f} kB per step and rank; the gradient has {gradient / 1000:.1f} kB")
-    assert gradient <= per_step <= 1.25 * gradient < 200_000
+    # what the launcher's store says meanwhile differs by some 100 kB from run to run
+    assert 0.95 * gradient <= per_step <= 1.25 * gradient < 200_000
