@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.distributed.launch import kill, wait_until
+
 ROOT = Path(__file__).parents[2]
 CAN_UNSHARE = os.geteuid() == 0 and shutil.which("unshare") is not None and shutil.which("ip") is not None
 pytestmark = [
@@ -17,31 +19,38 @@ pytestmark = [
     pytest.mark.skipif(not CAN_UNSHARE, reason="needs root, unshare and ip, for a loopback device of its own"),
 ]
 ROWS, HIDDEN = 40, 576
-COUNT = "ip link set lo up; bash launch/run.sh {} >&2; awk '/lo:/ {{print $10}}' /proc/self/net/dev"
-
-
-def bytes_sent(folder: Path, steps: int) -> int:
-    """By both ranks in a run of so many steps."""
-    source = "{recipe: rdkit-nci, template: 'It is <SMILES> {smiles}', rows: {train: 64, valid: 4, test: 4}}"
-    config = folder / "run.yaml"
-    config.write_text(
-        f"backbone: {{model: smollm2}}\ntags: {{SMILES: {{length: {ROWS}}}}}\ndata: {{sources: [{source}]}}\n"
-        "optim: {rows_per_step: 4, rows_per_micro_batch: 2}\n"
-        "evaluation: {every_steps: 100}\ncheckpoint: {every_steps: 100}\n"
-    )
-    command = COUNT.format(f"{config} output={folder / str(steps)} optim.steps={steps}")
-    ended = subprocess.run(
-        ["unshare", "--net", "bash", "-c", command],
-        cwd=ROOT, env={**os.environ, "RANKS": "2", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=200, check=False,
-    )  # fmt: skip
-    assert (folder / str(steps) / "library" / "tags.safetensors").exists(), ended.stderr
-    return int(ended.stdout.split()[-1])
+FIRST, LAST = 4, 34
 
 
 def test_a_step_sends_the_gradient_of_the_tags_and_hardly_more(tmp_path: Path) -> None:
-    per_step = (bytes_sent(tmp_path, 53) - bytes_sent(tmp_path, 3)) / 50 / 2
-    gradient = ROWS * HIDDEN * 4
+    source = "{recipe: rdkit-nci, template: 'It is <SMILES> {smiles}', rows: {train: 64, valid: 4, test: 4}}"
+    config, run = tmp_path / "run.yaml", tmp_path / "run"
+    config.write_text(
+        f"output: {run}\nbackbone: {{model: smollm2}}\ntags: {{SMILES: {{length: {ROWS}}}}}\n"
+        f"data: {{sources: [{source}]}}\noptim: {{steps: {LAST + 4}, rows_per_step: 4, rows_per_micro_batch: 2}}\n"
+        "evaluation: {every_steps: 100}\ncheckpoint: {every_steps: 100}\n"
+    )
+    ranks = subprocess.Popen(
+        ["unshare", "--net", "bash", "-c", f"ip link set lo up; bash launch/run.sh {config}"],
+        cwd=ROOT, env={**os.environ, "RANKS": "2", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
+    )  # fmt: skip
+    log = run / "metrics.jsonl"
+    found = []
+    try:
+        for step in (FIRST, LAST):
+            wait_until(lambda step=step: log.exists() and log.read_text().count("train/loss") >= step, [ranks], 120)  # type: ignore[misc]
+            found.append((log.read_text().count("train/loss"), bytes_sent(ranks.pid)))
+    finally:
+        kill([ranks])
+    (before, start), (after, end) = found
+    per_step, gradient = (end - start) / (after - before) / 2, ROWS * HIDDEN * 4
     print(f"{per_step / 1000:.1f} kB per step and rank; the gradient has {gradient / 1000:.1f} kB")
-    # what the launcher's store says meanwhile differs by some 100 kB from run to run
+    # a step more or less may have begun when the counter is read
     assert 0.95 * gradient <= per_step <= 1.25 * gradient < 200_000
+
+
+def bytes_sent(process: int) -> int:
+    """Over the loopback device that the process sees, by both ranks."""
+    lines = Path(f"/proc/{process}/net/dev").read_text().splitlines()
+    return next(int(line.split()[9]) for line in lines if line.strip().startswith("lo:"))
