@@ -22,7 +22,8 @@ read -r gpus cores < <(python -c \
     'import os, torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0, len(os.sched_getaffinity(0)))')
 if ((gpus == 0)); then export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}; fi
 ranks=${RANKS:-$((gpus > 0 ? gpus : 1))}
-if [[ $launcher == none ]]; then ranks=${SLURM_NTASKS_PER_NODE:-1}; fi
+tasks=${SLURM_TASKS_PER_NODE:-1} # as in 2(x3),1
+if [[ $launcher == none ]]; then ranks=${tasks%%[(,]*}; fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
 
 free_port() {
@@ -48,7 +49,7 @@ deepspeed)
     ;;
 none)
     if [[ -n ${SLURM_PROCID:-} && -z ${RANK:-} ]]; then
-        export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS
+        export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$ranks
         export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
         if [[ -z ${MASTER_ADDR:-} ]]; then
             MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

@@ -21,6 +21,7 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Gib = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Quantization = Literal["none", "int8", "nf4"]
 Columns = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 
 
@@ -34,7 +35,7 @@ class BackboneConfig(Section):
     model: str
     dtype: Literal["auto", "fp32", "bf16"] = "auto"
     """`auto` takes bf16 where this machine multiplies bf16 matrices faster than fp32 ones."""
-    quantize: Literal["none", "int8", "nf4"] = "none"
+    quantize: Quantization = "none"
     """How the decoder's linear maps are kept: as they are, in 8 bits, or in 4 (QLoRA's NF4)."""
     attention: Literal["auto", "sdpa", "flash_attention_2"] = "auto"
     """`auto` takes flash-attn where it is installed and can run."""

@@ -11,11 +11,11 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from tagllm.config import RunConfig
+from tagllm.config import Quantization, RunConfig
 from tagllm.data.batch import Batch
 from tagllm.model.head import CHUNK_BYTES
 from tagllm.model.linear import FrozenLinear
-from tagllm.model.quantize import Quantization, bytes_per_weight
+from tagllm.model.quantize import bytes_per_weight
 
 Placement = Literal["replicate", "shard in a node", "shard"]
 FP32 = 4

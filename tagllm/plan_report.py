@@ -10,7 +10,7 @@ from rich.table import Table
 from tagllm.config import RunConfig, load_config
 from tagllm.plan import Estimate, Hardware, Load, Placement, Shape, choose, estimate
 from tagllm.stage import check_world, read_stage
-from tagllm.train.placement import PLACEMENTS, figures_of
+from tagllm.train.placement import figures_of
 
 
 def plan_config(path: Path, overrides: list[str], hardware: Hardware) -> Iterator[Table | str]:
@@ -23,9 +23,10 @@ def plan_config(path: Path, overrides: list[str], hardware: Hardware) -> Iterato
     stage = read_stage(config, str(path))
     check_world(config, hardware.gpus, str(path))
     shape, loads, learned = figures_of(stage, hardware.gpus)
-    estimates = [estimate(shape, loads, learned, config, hardware, p) for p in PLACEMENTS]
-    if hardware.nodes == 1:
-        del estimates[1]
+    ways: tuple[Placement, ...] = (
+        ("replicate", "shard in a node", "shard") if hardware.nodes > 1 else ("replicate", "shard")
+    )
+    estimates = [estimate(shape, loads, learned, config, hardware, way) for way in ways]
     chosen, why = choose(estimates, hardware)
     yield f"{config.backbone.model}: {shape.parameters:,} parameters, {shape.map_weights:,} of them in linear maps"
     yield f"placement {why}"

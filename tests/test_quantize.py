@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tagllm.config import Quantization
 from tagllm.model.linear import FrozenLinear
-from tagllm.model.quantize import Int8Linear, Nf4Linear, Quantization, bytes_per_weight, quantised
+from tagllm.model.quantize import Int8Linear, Nf4Linear, bytes_per_weight, quantised
 
 KINDS: dict[Quantization, type[FrozenLinear]] = {"int8": Int8Linear, "nf4": Nf4Linear}
 DTYPES = [torch.float32, torch.bfloat16]

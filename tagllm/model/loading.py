@@ -12,10 +12,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from tagllm.config import Quantization
 from tagllm.model.allocator import return_freed_memory
 from tagllm.model.frozen import make_frozen_aware
 from tagllm.model.linear import FrozenLinear
-from tagllm.model.quantize import Quantization, quantised
+from tagllm.model.quantize import quantised
 
 Place = Callable[[nn.Module], None]
 """Called with each module as soon as its own weights are there: shards them."""

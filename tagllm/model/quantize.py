@@ -9,14 +9,14 @@ O outputs, I inputs.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Literal, Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
+from tagllm.config import Quantization
 from tagllm.model.linear import Exact, FrozenLinear
 
-Quantization = Literal["none", "int8", "nf4"]
 PIECE = 1 << 16
 """Weights that NF4 is made of at a time; whole blocks."""
 

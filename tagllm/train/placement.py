@@ -12,12 +12,11 @@ from tagllm.errors import UserError
 from tagllm.model.backbone import DTYPES, load_tokenizer, resolve
 from tagllm.model.loading import skeleton
 from tagllm.model.smollm2 import cache_folder
-from tagllm.plan import Estimate, Hardware, Load, Placement, Shape, choose, estimate
+from tagllm.plan import Hardware, Load, Placement, Shape, choose, estimate
 from tagllm.stage import Stage
 from tagllm.train.ranks import Ranks
 from tagllm.train.rows import StepRows
 
-PLACEMENTS: tuple[Placement, ...] = ("replicate", "shard in a node", "shard")
 STEPS = 4
 """Looked at; the largest micro-batch among them decides about memory."""
 
@@ -30,16 +29,11 @@ def placed(stage: Stage, ranks: Ranks) -> tuple[RunConfig, str]:
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local
     memory = torch.cuda.get_device_properties(ranks.device).total_memory if cuda else host
     hardware = Hardware(ranks.size, local, memory / 2**30, 300, 25, 300)  # speeds do not decide
-    found = [e for e in estimates_of(stage, hardware, cuda) if e.placement != "shard in a node"]
-    chosen, why = choose(found, hardware)
+    shape, loads, learned = figures_of(stage, ranks.size)
+    ways: tuple[Placement, ...] = ("replicate", "shard")
+    chosen, why = choose([estimate(shape, loads, learned, config, hardware, way, cuda) for way in ways], hardware)
     zero_stage = 0 if chosen is not None and chosen.placement == "replicate" else 3
     return config.model_copy(update={"engine": config.engine.model_copy(update={"zero_stage": zero_stage})}), why
-
-
-def estimates_of(stage: Stage, hardware: Hardware, cuda: bool = True) -> list[Estimate]:
-    """For every placement; tokenises the data as training would, since row lengths decide."""
-    shape, loads, learned = figures_of(stage, hardware.gpus)
-    return [estimate(shape, loads, learned, stage.config, hardware, p, cuda) for p in PLACEMENTS]
 
 
 def figures_of(stage: Stage, num_ranks: int) -> tuple[Shape, list[Load], int]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,17 +23,6 @@ pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
 CLOSE = 0.15
 ALONE = Hardware(1, 1, 80, 300, 25, 300)
 PROMPT = "The SMILES of the molecule is {smiles}. Its drug-likeness is <QED>"
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LOCAL_RANK", "0")
-        for name in ("RANK", "WORLD_SIZE"):
-            patch.delenv(name, raising=False)
-        ranks = Ranks.start(60)
-        yield ranks
-        ranks.stop()
 
 
 @pytest.mark.parametrize("quantize", ["none", "int8", "nf4"])

@@ -6,7 +6,6 @@ For a quantised backbone the reference is the quantised weights in fp32 likewise
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,17 +58,6 @@ BOUNDS = {
     # what is left. Measured: .9931 / 11.8 %
     ("nf4", "function tag with a head"): Bound(0.99, 0.15),
 }
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LOCAL_RANK", "0")
-        for name in ("RANK", "WORLD_SIZE"):
-            patch.delenv(name, raising=False)
-        ranks = Ranks.start(60)
-        yield ranks
-        ranks.stop()
 
 
 def built(case: str, how: str, output: Path, ranks: Ranks) -> Built:
