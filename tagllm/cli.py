@@ -86,15 +86,15 @@ def train(config: Path, overrides: Overrides = None, offline: Offline = False) -
         from tagllm.config import load_config
         from tagllm.train.loop import train as run_training
         from tagllm.train.ranks import LostContact
-        from tagllm.train.signals import EXIT_STOPPED, Stopped
+        from tagllm.train.signals import Stopped
 
         try:
             run_training(load_config(config, overrides), str(config))
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
-            sys.exit(EXIT_STOPPED)
+            sys.exit(stopped.status)
         except LostContact as lost:
-            print(f"error: {lost}", file=sys.stderr)
+            print(f"error: {lost}", *lost.stack, sep="\n  ", file=sys.stderr)
             sys.exit(1)
 
     _run(work, offline)

@@ -21,7 +21,7 @@ from tagllm.errors import UserError
 from tagllm.files import write_durably
 from tagllm.template import Template
 
-FORMAT = 2
+FORMAT = 3
 CHUNK_ROWS = 1000
 _LISTED_ERRORS = 5
 
@@ -47,7 +47,7 @@ class Examples:
         return Example(
             np.array(row["ids"], np.int32), np.array(row["marks"], np.uint8), np.array(row["target"], np.float32),
             row["head"], row["read_at"], row["function_at"], row["tokens_cut"], np.array(row["fields_at"], np.int32),
-            np.array(row["spans_at"], np.int32).reshape(-1, 2), row["group"], row["alike_to"],
+            np.array(row["spans_at"], np.int32).reshape(-1, 2), row["group"], row["alike_to"], row["origin"],
         )  # fmt: skip
 
     def home(self, index: int) -> int:
@@ -184,7 +184,8 @@ def _write_examples(file: Path, table: Any, indices: np.ndarray, encoder: Encode
     lists = {"ids": pa.int32(), "marks": pa.uint8(), "target": pa.float32(), "fields_at": pa.int32()}
     lists |= {"spans_at": pa.int32()}
     numbers = ("head", "read_at", "function_at", "tokens_cut", "group", "alike_to", "row")
-    schema = pa.schema([*((k, pa.list_(v)) for k, v in lists.items()), *((k, pa.int64()) for k in numbers)])
+    columns = [*((k, pa.list_(v)) for k, v in lists.items()), *((k, pa.int64()) for k in numbers)]
+    schema = pa.schema([*columns, ("origin", pa.string())])
     report: dict[str, Any] = {"bad_rows": [], "unlabelled": 0, "rows_cut": 0, "tokens_cut": 0}
     unfinished = file.with_name(f"{file.stem}.tmp-{uuid.uuid4().hex}")
     with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
@@ -211,7 +212,8 @@ def _encoded(
                 continue
             report["rows_cut"] += result.tokens_cut > 0
             report["tokens_cut"] += result.tokens_cut
-            examples.append({**result._asdict(), "spans_at": result.spans_at.ravel(), "row": int(index)})
+            where = {"row": int(index), "origin": f"{row['_file']}, line {row['_line']}"}
+            examples.append({**result._asdict(), "spans_at": result.spans_at.ravel(), **where})
         yield examples
 
 

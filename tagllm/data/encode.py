@@ -66,7 +66,7 @@ class Example(NamedTuple):
 
     `fields_at` are the positions where fields start; `spans_at` (n, 2) where each domain tag with a field behind it
     starts and that field ends. `group` is the same for rows with the same `group_by` values (-1: not grouped), and
-    these are alike up to `alike_to`.
+    these are alike up to `alike_to`. `origin` is its file and line.
     """
 
     ids: NDArray[np.int32]
@@ -80,6 +80,7 @@ class Example(NamedTuple):
     spans_at: NDArray[np.int32] = np.zeros((0, 2), np.int32)
     group: int = -1
     alike_to: int = 0
+    origin: str = ""
 
 
 class Unusable(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 from tagllm.evaluate.metrics import value_metrics
 from tagllm.evaluate.passes import Floats, Pass
 from tagllm.evaluate.ridge import fit_ridge
-from tagllm.files import load_tensors, save_tensors
+from tagllm.files import load_tensors, replace_file, save_tensors
 
 
 class Probe(NamedTuple):
@@ -28,7 +28,9 @@ class Probe(NamedTuple):
         return cls(result.prefix_last_nD[known], result.mean_nD[known], result.targets_nK[known])
 
     def save(self, path: Path) -> None:
-        save_tensors(path, {name: torch.from_numpy(value) for name, value in self._asdict().items()})
+        temporary = path.with_name(f".tmp-{path.name}")
+        save_tensors(temporary, {name: torch.from_numpy(value) for name, value in self._asdict().items()})
+        replace_file(temporary, path)
 
     @classmethod
     def load(cls, path: Path) -> Probe:

@@ -78,12 +78,12 @@ class Engine:
         if not self._engine.is_gradient_accumulation_boundary():
             self._engine.step()
 
-    def gradient_norm(self) -> float:
-        """Of the whole gradient before clipping, the same on all ranks. Collective."""
+    def gradients(self) -> dict[str, Tensor]:
+        """The whole gradient before clipping, the same on all ranks. Collective."""
         from deepspeed.utils import safe_get_full_grad
 
-        gradients = [safe_get_full_grad(parameter) for _, parameter in self._parameters()]
-        return float(nn.utils.get_total_norm([gradient for gradient in gradients if gradient is not None]))
+        found = {name: safe_get_full_grad(parameter) for name, parameter in self._parameters()}
+        return {name: gradient for name, gradient in found.items() if gradient is not None}
 
     def step(self, lr_factor: float) -> None:
         """One optimizer step at `lr_factor` times each base rate."""

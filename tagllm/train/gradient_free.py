@@ -6,25 +6,27 @@ import torch
 from torch import Tensor
 
 from tagllm.config import Split
+from tagllm.data.batch import Batch
 from tagllm.data.collate import Collator
 from tagllm.evaluate.baselines import Probe
 from tagllm.evaluate.metrics import value_metrics
 from tagllm.evaluate.passes import Pass, all_draws, run_over
 from tagllm.evaluate.ridge import fit_ridge
-from tagllm.model.tagged import HeadModule
+from tagllm.model.tagged import HeadModule, Output
 from tagllm.train.build import Built
 from tagllm.train.engine import Engine
 from tagllm.train.ranks import Ranks
+from tagllm.train.signals import StopAsked, StopRequest
 
 FIT_ROWS = 5000
 """Closed-form fits look at so many training rows at most."""
 
 
 class GradientFree:
-    """Passes over examples with the engine as it stands."""
+    """Passes over examples with the engine as it stands. A signal to any rank ends them with `StopAsked`."""
 
-    def __init__(self, built: Built, engine: Engine, ranks: Ranks) -> None:
-        self.built, self.engine, self.ranks = built, engine, ranks
+    def __init__(self, built: Built, engine: Engine, ranks: Ranks, stop: StopRequest) -> None:
+        self.built, self.engine, self.ranks, self.stop = built, engine, ranks, stop
         self.collate = built.collator()
 
     def validate(self) -> dict[str, float]:
@@ -60,6 +62,11 @@ class GradientFree:
             return None
         return Probe.of(self._pass("train", features=True, limit=FIT_ROWS, collate=self.collate.probing()))
 
+    def _forward(self, batch: Batch) -> Output:
+        if self.ranks.sum([float(self.stop.requested)])[0]:
+            raise StopAsked
+        return self.engine(batch)
+
     def _learned_heads(self) -> dict[str, HeadModule]:
         """Regression heads that are learned; classes have no closed form."""
         heads = {name: head for name, head in self.built.model.heads.items() if name in self.built.layout.learned}
@@ -84,4 +91,4 @@ class GradientFree:
         size = self.built.config.evaluation.rows_per_batch
         with self.engine.evaluating():
             draws = all_draws(sources, limit)
-            return run_over(self.engine, sources, draws, collate or self.collate, self.ranks, size, features)
+            return run_over(self._forward, sources, draws, collate or self.collate, self.ranks, size, features)

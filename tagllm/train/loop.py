@@ -10,39 +10,20 @@ from typing import NamedTuple
 from torch import Tensor
 
 from tagllm.config import RunConfig
-from tagllm.data.batch import Counts, count
-from tagllm.data.encode import Example
 from tagllm.errors import UserError
 from tagllm.files import RunLock
-from tagllm.model.loss import total
 from tagllm.stage import check_world, read_stage
 from tagllm.train import checkpoint
 from tagllm.train.build import Built, build
 from tagllm.train.engine import Engine, sharding
 from tagllm.train.gradient_free import GradientFree
-from tagllm.train.monitor import Monitor, peak_memory_gib
+from tagllm.train.monitor import Monitor, peak_memory_gib, row_norms
 from tagllm.train.placement import placed
-from tagllm.train.ranks import Ranks, in_contact
+from tagllm.train.ranks import Ranks, SharedError, in_contact
 from tagllm.train.result import library_of
-from tagllm.train.rows import StepRows
 from tagllm.train.run_folder import RunFolder
-from tagllm.train.schedule import lr_factor, total_steps
-from tagllm.train.signals import Stopped, StopRequest
-from tagllm.train.work import Work, work_of
-
-
-class Step(NamedTuple):
-    """What one optimizer step did, over all ranks."""
-
-    loss: float
-    sums: list[float]
-    counts: Counts
-    gradient_norm: float
-    work: Work
-
-    @property
-    def finite(self) -> bool:
-        return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
+from tagllm.train.signals import EXIT_NOTHING_DONE, EXIT_STOPPED, StopAsked, Stopped, StopRequest
+from tagllm.train.step import Step, Stepper
 
 
 class Progress(NamedTuple):
@@ -54,6 +35,8 @@ class Progress(NamedTuple):
     done: bool = False
     skipped: int = 0
     skipped_in_a_row: int = 0
+    evaluated: int = 0
+    """The last step that was scored on the validation split."""
 
 
 def train(config: RunConfig, where: str) -> Path:
@@ -86,7 +69,7 @@ def train(config: RunConfig, where: str) -> Path:
             ranks.on_rank_zero(lambda: run.record(built.data))
             engine = Engine(built.model, config.optim, config.engine, ranks)
             trainer = Trainer(built, engine, ranks, run, stop)
-            with in_contact(trainer.where):
+            with in_contact(ranks, trainer.where):
                 trainer.run_to_the_end()
         finally:
             lock.release()
@@ -98,11 +81,13 @@ class Trainer:
 
     def __init__(self, built: Built, engine: Engine, ranks: Ranks, run: RunFolder, stop: StopRequest) -> None:
         self.built, self.engine, self.ranks, self.run, self.stop = built, engine, ranks, run, stop
-        self.config, self.collate = built.config, built.collator()
-        self.gradient_free = GradientFree(built, engine, ranks)
-        self.rows = StepRows(self.config, built.examples("train"), ranks.rank, ranks.size)
-        self.total = total_steps(self.config.optim, self.rows.rows_per_epoch)
-        self.progress, self.best, self.at = Progress(), dict[str, Tensor](), 0
+        self.config = built.config
+        self.stepper = Stepper(built, engine, ranks, stop)
+        self.gradient_free = GradientFree(built, engine, ranks, stop)
+        self.total = self.stepper.total
+        self.progress, self.best = Progress(), dict[str, Tensor]()
+        self.at, self.first = 0, 0
+        """Steps done, and done when this process began."""
 
     def where(self) -> str:
         saved = sorted(path.name for path in self.run.checkpoints.glob("step-*"))
@@ -110,84 +95,70 @@ class Trainer:
         return f"rank {self.ranks.rank} in step {self.at + 1} ({newest}; start the same command again)"
 
     def run_to_the_end(self) -> None:
-        first = self._resume()
+        self.at = self.first = self._resume()
         if self.progress.done:
             return
-        every = self.config.evaluation.every_steps or max(1, math.ceil(self.total / 4))
-        with Monitor(self.run.path, self.total, first, self.ranks.rank > 0) as self.monitor:
-            step, self.stop.training = first, True
-            while step < self.total:
-                started = time.monotonic()
-                done = self.train_step(step)
-                step += 1
-                self._log(step, done, time.monotonic() - started)
-                if step % every == 0 or step == self.total:
-                    self._evaluate(step)
-                if self._out_of_patience():
-                    break
-                due = step % self.config.checkpoint.every_steps == 0 or self._stop_asked()
-                if due and step < self.total:
-                    self._save(step)
-            self._finish(step)
+        with Monitor(self.run.path, self.total, self.first, self.ranks.rank > 0) as self.monitor:
+            self.stop.training = True
+            try:
+                self._train()
+                self._finish()
+            except StopAsked:
+                self._leave()
 
-    def train_step(self, step: int) -> Step:
-        """Rows -> micro-batches -> counts over all ranks -> backward each -> one optimizer step, or none if a number is
-        not finite."""
-        self.at = step
-        chunks = self.rows.micro_batches(step)
-        batches = [self.collate(chunk) for chunk in chunks]
-        counts = Counts(*(int(n) for n in self.ranks.sum(_added([count(batch) for batch in batches]))))
-        sums, suspects = [0.0, 0.0, 0.0], list[Example]()
-        for batch, chunk in zip(batches, chunks, strict=True):
-            output = self.engine(batch)
-            self.engine.backward(total(output.sums, counts, self.built.stage.weights))
-            found = [float(term.detach()) for term in output.sums]
-            sums = [a + b for a, b in zip(sums, found, strict=True)]
-            suspects += [] if all(map(math.isfinite, found)) else chunk
-        work = work_of(batches, self.built.model.take_computed())
-        totals = self.ranks.sum([*sums, *work])
-        sums, work = totals[: len(sums)], Work(*totals[len(sums) :])
-        loss = sum(w * s / c for w, s, c in zip(self.built.stage.weights, sums, counts, strict=True) if c)
-        done = Step(loss, sums, counts, self.engine.gradient_norm(), work)
+    def _train(self) -> None:
+        if self._evaluation_due():  # a stop came in the middle of it
+            self._evaluate()
+        while self.at < self.total and not self._out_of_patience():
+            started = time.monotonic()
+            done = self.stepper.take(self.at)
+            self.at += 1
+            self._account(done)
+            self._log(done, time.monotonic() - started)
+            if self._evaluation_due():
+                self._evaluate()
+            if done.stop_asked:
+                raise StopAsked
+            if self.at % self.config.checkpoint.every_steps == 0 and self.at < self.total:
+                self._save()
+
+    def _account(self, done: Step) -> None:
+        """Counts steps that were skipped. After too many of them training ends."""
         if done.finite:
-            self.engine.step(lr_factor(self.config.optim, step, self.total))
             self.progress = self.progress._replace(skipped_in_a_row=0)
-        else:
-            self._skip(step, done, suspects or [example for chunk in chunks for example in chunk])
-        return done
-
-    def _skip(self, step: int, done: Step, suspects: list[Example]) -> None:
-        """Leaves everything as it was before the step. After too many of them training ends."""
-        self.engine.skip()
+            return
         before = self.progress
         in_a_row = before.skipped_in_a_row + 1
         self.progress = before._replace(skipped=before.skipped + 1, skipped_in_a_row=in_a_row)
-        what = f"step {step + 1}: the loss is {done.loss}, the norm of the gradient {done.gradient_norm}"
+        what = f"step {self.at}: the loss is {done.loss}, the norm of the gradient {done.gradient_norm}"
         self.monitor.say(f"warning: {what}; nothing was updated in this step")
-        if in_a_row < self.config.optim.skipped_in_a_row:
-            return
-        prompts = [self.built.prompt_of(example) for example in suspects[:2]]
-        of_ranks = [text for texts in self.ranks.gather(prompts) for text in texts]
-        raise UserError(
-            f"{what}, as in the {in_a_row - 1} steps before; none of them was applied. Lower optim.tag_lr (it is "
-            f"{self.config.optim.tag_lr}) or optim.head_lr, or look for extreme targets. Rows: {'; '.join(of_ranks)}"
-        )
+        if in_a_row >= self.config.optim.skipped_in_a_row:
+            raise SharedError(
+                f"{what}, as in the {in_a_row - 1} steps before; none of them was applied. Lower optim.tag_lr (it is "
+                f"{self.config.optim.tag_lr}) or optim.head_lr, or look for extreme targets. Rows: "
+                f"{'; '.join(done.suspects)}"
+            )
 
-    def _evaluate(self, step: int) -> None:
+    def _evaluation_due(self) -> bool:
+        every = self.config.evaluation.every_steps or max(1, math.ceil(self.total / 4))
+        return self.at > self.progress.evaluated and (self.at % every == 0 or self.at == self.total)
+
+    def _evaluate(self) -> None:
         """Scores the validation split and keeps the best state."""
         scalars = self.gradient_free.validate()
+        self.progress = self.progress._replace(evaluated=self.at)
+        learned = self.engine.learned()
+        self.monitor.log(self.at, scalars | row_norms(self.built.layout, learned))
         if not scalars:
             return
-        self._note_best(step, scalars["valid/loss"])
-        self.monitor.log(step, scalars)
+        self._note_best(scalars["valid/loss"], learned)
         shown = "  ".join(f"{name.removeprefix('valid/')} {value:.4f}" for name, value in scalars.items())
-        best = "  *" if self.progress.best_step == step else ""
-        self.monitor.say(f"step {step}/{self.total}  held out: {shown}{best}")
+        best = "  *" if self.progress.best_step == self.at else ""
+        self.monitor.say(f"step {self.at}/{self.total}  held out: {shown}{best}")
 
-    def _note_best(self, step: int, loss: float) -> None:
-        learned = self.engine.learned()
+    def _note_best(self, loss: float, learned: dict[str, Tensor]) -> None:
         if loss < self.progress.best_loss:
-            self.progress = self.progress._replace(best_loss=loss, best_step=step, worse_in_a_row=0)
+            self.progress = self.progress._replace(best_loss=loss, best_step=self.at, worse_in_a_row=0)
             self.best = learned
         else:
             self.progress = self.progress._replace(worse_in_a_row=self.progress.worse_in_a_row + 1)
@@ -196,60 +167,70 @@ class Trainer:
         patience = self.config.evaluation.patience
         return patience is not None and self.progress.worse_in_a_row >= patience
 
-    def _finish(self, step: int) -> None:
+    def _finish(self) -> None:
         """Last and best states become libraries; heads are refitted on the best."""
         last = self.engine.learned()
         if self.best:
             self.engine.overwrite(self.best)
-        scalars = self.gradient_free.refit_heads()
-        self.monitor.log(step, scalars)
-        result = self.engine.learned()
-        about = {"steps": step, "best_step": self.progress.best_step, **scalars}
+        try:
+            scalars = self.gradient_free.refit_heads()
+            result, probe = self.engine.learned(), self.gradient_free.probe()
+        except StopAsked:
+            self.engine.overwrite(last)
+            raise
+        self.monitor.log(self.at, scalars)
+        about = {"steps": self.at, "best_step": self.progress.best_step, **scalars}
         peak = self.ranks.sum([peak_memory_gib()])[0]
-        self.monitor.log(step, {"memory/peak_gib_all_ranks": peak})
-
-        probe = self.gradient_free.probe()
+        self.monitor.log(self.at, {"memory/peak_gib_all_ranks": peak})
 
         def save() -> None:
-            if probe is not None:
-                probe.save(self.run.probe)
-            library_of(self.built, last, about).save(self.run.last)
-            library_of(self.built, result, about).save(self.run.library)
+            try:
+                if probe is not None:
+                    probe.save(self.run.probe)
+                library_of(self.built, last, about).save(self.run.last)
+                library_of(self.built, result, about).save(self.run.library)
+            except OSError as error:
+                raise UserError(
+                    f"{self.run.library}: cannot be written: {error}. Make room there and start the same command again."
+                ) from None
 
         self.ranks.on_rank_zero(save)
         self.engine.overwrite(last)
         self.progress = self.progress._replace(done=True)
-        self._save(step, final=True)
+        if failure := self._save():
+            raise SharedError(f"the library is written, the end of the run is not recorded: {failure}")
         self.monitor.say(f"library: {self.run.library}")
 
-    def _log(self, step: int, done: Step, seconds: float) -> None:
-        memory = self.built.model.memory
-        names = ("span_nats", "output_nats", "value_loss")
-        terms = {f"train/{k}": s / c for k, s, c in zip(names, done.sums, done.counts, strict=True) if c}
-        self.monitor.log(
-            step,
-            {
-                "train/loss": done.loss, **terms, "train/gradient_norm": done.gradient_norm,
-                "train/lr_factor": lr_factor(self.config.optim, step - 1, self.total),
-                "train/skipped_steps": float(self.progress.skipped),
-                "speed/seconds": seconds, "speed/rows_per_second": self.config.optim.rows_per_step / seconds,
-                "speed/prefix_hit_ratio": memory.hits / max(memory.lookups, 1) if memory else math.nan,
-                **done.work.scalars(seconds), "memory/peak_gib_rank0": peak_memory_gib(),
-            },
-        )  # fmt: skip
+    def _log(self, done: Step, seconds: float) -> None:
+        memory, optim = self.built.model.memory, self.config.optim
+        scalars = {
+            **done.scalars(), **done.work.scalars(seconds),
+            "train/tag_lr": optim.tag_lr * done.lr_factor, "train/head_lr": optim.head_lr * done.lr_factor,
+            "train/skipped_steps": float(self.progress.skipped),
+            "speed/seconds": seconds, "speed/rows_per_second": optim.rows_per_step / seconds,
+            "speed/prefix_hit_ratio": memory.hits / max(memory.lookups, 1) if memory else math.nan,
+            "memory/peak_gib_rank0": peak_memory_gib(),
+        }  # fmt: skip
+        self.monitor.log(self.at, scalars)
 
-    def _stop_asked(self) -> bool:
-        """A signal to any one rank stops all of them after the same step."""
-        return self.ranks.sum([float(self.stop.requested)])[0] > 0
+    def _leave(self) -> None:
+        """Saves, and ends this process.
 
-    def _save(self, step: int, final: bool = False) -> None:
-        """A checkpoint of the step. A save that fails warns, and training goes on."""
+        Raises:
+            Stopped: always, unless
+            UserError: the save failed.
+        """
+        if failure := self._save():
+            raise SharedError(f"stopped at step {self.at}, which is not saved: {failure}")
+        told = f"stopped after step {self.at} of {self.total}; the state is saved. Start the same command again."
+        raise Stopped(told, EXIT_STOPPED if self.at > self.first else EXIT_NOTHING_DONE)
+
+    def _save(self) -> str:
+        """A checkpoint of the steps done. A save that fails warns, says why, and training goes on."""
         tensors = self.engine.state() | {f"best.{name}": value for name, value in self.best.items()}
-        progress = self.progress._asdict()
-        identity = self.built.identity()
+        state = checkpoint.TrainState(self.at, tensors, self.progress._asdict(), self.built.identity())
 
         def write() -> str:
-            state = checkpoint.TrainState(step, tensors, progress, identity)
             try:
                 checkpoint.save(self.run.checkpoints, state, self.config.checkpoint.keep)
             except checkpoint.SaveFailed as error:
@@ -259,12 +240,7 @@ class Trainer:
         failure = self.ranks.on_rank_zero(write)
         if failure:
             self.monitor.say(f"warning: {failure}")
-        if not final and self._stop_asked():
-            if failure:
-                raise UserError(f"stopped at step {step}, which is not saved: {failure}")
-            raise Stopped(
-                f"stopped after step {step} of {self.total}; the state is saved. Start the same command again."
-            )
+        return failure
 
     def _resume(self) -> int:
         """Restores the newest sound checkpoint; returns the step to go on from (0: a fresh start)."""
@@ -280,6 +256,7 @@ class Trainer:
                 )
             if state is not None:
                 checkpoint.check_identity(state, self.built.identity())
+                _refuse_unsound(self.run.checkpoints, state)
             return state
 
         state = self.ranks.on_rank_zero(read)
@@ -292,5 +269,11 @@ class Trainer:
         return state.step
 
 
-def _added(counts: list[Counts]) -> list[float]:
-    return [float(sum(column)) for column in zip(*counts, strict=True)]
+def _refuse_unsound(folder: Path, state: checkpoint.TrainState) -> None:
+    """A whole file can hold numbers that are not; going on from them would ruin every step."""
+    bad = [name for name, tensor in state.tensors.items() if not tensor.isfinite().all()]
+    if bad:
+        raise UserError(
+            f"{folder / f'step-{state.step:08d}'}: holds numbers that are not finite ({', '.join(bad)}). Remove that "
+            "folder; training then goes on from the checkpoint before it."
+        )

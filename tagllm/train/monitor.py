@@ -4,21 +4,34 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
+import socket
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import Tensor
+
+from tagllm.data.encode import TagLayout
 
 
 def peak_memory_gib() -> float:
     """Peak resident memory of this process."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def row_norms(layout: TagLayout, learned: Mapping[str, Tensor]) -> dict[str, float]:
+    """Mean norm of the rows of each learned tag."""
+    parts = learned["tags.learned_TD"].split([layout.lengths[name] for name in layout.learned])
+    norms = zip(layout.learned, parts, strict=True)
+    return {f"tags/{name}/row_norm": float(rows_PD.norm(dim=1).mean()) for name, rows_PD in norms}
 
 
 class Monitor:
@@ -33,12 +46,11 @@ class Monitor:
         self._bar: Progress | None = None
         if silent:
             return
-        from torch.utils.tensorboard import SummaryWriter
-
         self._path = run / "metrics.jsonl"
         _drop_after(self._path, first_step)
         self._lines = self._path.open("a", encoding="utf-8")
-        self._events = SummaryWriter(str(run / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+        self._events = Events(run / "tensorboard", first_step)
+        self._unwritten = False
         self.console = Console(stderr=True)
         if self.console.is_terminal:
             columns = (
@@ -55,14 +67,24 @@ class Monitor:
             return
         known = {name: value for name, value in scalars.items() if math.isfinite(value)}  # JSON has no others
         line = {"step": step, "seconds": round(time.monotonic() - self._started, 3), **known}
-        self._lines.write(json.dumps(line) + "\n")
-        self._lines.flush()
-        for name, value in known.items():
-            self._events.add_scalar(name, value, step)
+        self._write(json.dumps(line) + "\n")
+        self._events.add(step, known)
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
             if "train/loss" in known:
                 self._bar.update(self._task, note=f"loss {known['train/loss']:.4f}")
+
+    def _write(self, line: str) -> None:
+        """What the disk does not take stays in the buffer and is tried again with the next line."""
+        try:
+            self._lines.write(line)
+            self._lines.flush()
+        except OSError as error:
+            if not self._unwritten:
+                self.say(f"warning: {self._path}: cannot be written: {error}. Training goes on; make room there.")
+            self._unwritten = True
+        else:
+            self._unwritten = False
 
     def say(self, text: str) -> None:
         """A line for people, above the progress bar."""
@@ -79,9 +101,54 @@ class Monitor:
             return
         if self._bar is not None:
             self._bar.stop()
-        self._lines.close()
+        with suppress(OSError):  # told already
+            self._lines.close()
         self._events.close()
         sys.stderr.flush()
+
+
+class Events:
+    """A TensorBoard event file, one event per call. Its own writer would stop training for good on a full disk: the
+    thread that writes dies, and whoever hands it events then waits for room in its queue.
+
+    Events of steps after `first_step` that an earlier process wrote are dropped by TensorBoard.
+    """
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        self._event, self._summary = Event, Summary
+        folder.mkdir(parents=True, exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
+        self._file = (folder / name).open("wb", buffering=0)
+        self._records = RecordWriter(self._file)
+        self._broken = False
+        self._append(Event(wall_time=time.time(), file_version="brain.Event:2"))
+        if first_step:
+            start = SessionLog(status=SessionLog.START)
+            self._append(Event(wall_time=time.time(), step=first_step + 1, session_log=start))
+
+    def add(self, step: int, scalars: Mapping[str, float]) -> None:
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
+        self._append(self._event(wall_time=time.time(), step=step, summary=self._summary(value=values)))
+
+    def close(self) -> None:
+        self._file.close()
+
+    def _append(self, event: Any) -> None:
+        """A record that was cut off would hide all behind it, so after a failure the file is left as it is."""
+        end = self._file.tell()
+        try:
+            if not self._broken:
+                self._records.write(event.SerializeToString())
+        except OSError:
+            self._broken = True
+            with suppress(OSError):
+                self._file.truncate(end)
+                self._file.seek(end)
+                self._broken = False
 
 
 def _drop_after(path: Path, step: int) -> None:
@@ -89,7 +156,9 @@ def _drop_after(path: Path, step: int) -> None:
         return
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
-    path.write_text("".join(kept), encoding="utf-8")
+    temporary = path.with_name(f".tmp-{path.name}")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)
 
 
 def _step_of(line: str) -> float:

@@ -6,9 +6,12 @@ torchrun and deepspeed both set RANK, LOCAL_RANK and WORLD_SIZE.
 from __future__ import annotations
 
 import os
+import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
+from threading import Thread
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -19,6 +22,7 @@ from tagllm.errors import UserError
 
 Result = TypeVar("Result")
 START_TIMEOUT = timedelta(minutes=10)
+CALL_S = 2.0
 
 
 class SharedError(UserError):
@@ -28,10 +32,15 @@ class SharedError(UserError):
 class LostContact(Exception):
     """Another rank does not answer any more: it died, hangs, or the network between them is cut."""
 
+    def __init__(self, told: str, stack: list[str]) -> None:
+        self.stack = stack
+        super().__init__(told)
+
 
 @contextmanager
-def in_contact(where: Callable[[], str]) -> Iterator[None]:
-    """Turns what the backends raise when a rank is gone into LostContact; `where` says how far this one came."""
+def in_contact(ranks: Ranks, where: Callable[[], str]) -> Iterator[None]:
+    """Turns what the backends raise when a rank is gone into LostContact, with the ranks that do not answer and the
+    lines of ours that waited for them; `where` says how far this rank came."""
     try:
         yield
     except RuntimeError as error:  # NCCL, gloo and the store raise several kinds of it
@@ -39,7 +48,12 @@ def in_contact(where: Callable[[], str]) -> Iterator[None]:
         lost = isinstance(error, dist.DistError) or "gloo" in first.lower() or "closed by peer" in first
         if not lost:
             raise
-        raise LostContact(f"{where()}: another rank does not answer: {first}") from error
+        ours = [f for f in traceback.extract_tb(error.__traceback__) if f"{os.sep}tagllm{os.sep}" in f.filename]
+        stack = [f"{f.filename}:{f.lineno} in {f.name}: {f.line}" for f in ours]
+        phase = " > ".join(f.name for f in ours)
+        silent = ranks.silent()
+        who = f"no answer from rank {', '.join(map(str, silent))}" if silent else "all ranks wait, but not for the same"
+        raise LostContact(f"{where()}: {who}, while in {phase}: {first}", stack) from error
 
 
 def _met(rank: int, size: int) -> Any:
@@ -62,6 +76,8 @@ class Ranks(NamedTuple):
     rank: int
     size: int
     device: torch.device
+    store: Any = None
+    """The launcher's, where ranks can leave word for each other without a collective; None alone."""
 
     @classmethod
     def start(cls, timeout_s: int) -> Ranks:
@@ -80,7 +96,27 @@ class Ranks(NamedTuple):
                 world_size=size,
                 timeout=timedelta(seconds=timeout_s),
             )
-        return cls(rank, size, torch.device("cuda", local) if cuda else torch.device("cpu"))
+        device = torch.device("cuda", local) if cuda else torch.device("cpu")
+        return cls(rank, size, device, dist.distributed_c10d._get_default_store() if size > 1 else None)
+
+    def silent(self) -> list[int]:
+        """Ranks that do not call this within `CALL_S`; for a rank that waited too long. No collective."""
+        missing = list(range(self.size))
+
+        def call() -> None:
+            self.store.set(f"calling/{self.rank}", "")
+            until = time.monotonic() + CALL_S
+            for other in range(self.size):
+                with suppress(RuntimeError):
+                    self.store.wait([f"calling/{other}"], timedelta(seconds=max(until - time.monotonic(), 0.05)))
+                    missing.remove(other)
+
+        if self.store is None:
+            return []
+        calling = Thread(target=call, daemon=True)  # the store may be what does not answer
+        calling.start()
+        calling.join(CALL_S + 1)
+        return [rank for rank in missing if rank != self.rank]
 
     def sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sum over the ranks, in float64."""

@@ -1,4 +1,5 @@
-"""SIGTERM and SIGUSR1 ask for a stop: the step is finished, the state saved, and the run leaves with `EXIT_STOPPED`.
+"""SIGTERM and SIGUSR1 ask for a stop: the step or the evaluation batch is finished, the state saved, and the run leaves
+with `EXIT_STOPPED`.
 
 Before the first step there is nothing to save, and the run ends at once.
 """
@@ -11,11 +12,23 @@ from typing import Any
 
 EXIT_STOPPED = 75
 """EX_TEMPFAIL: not done, try again. The Slurm script turns it into a requeue."""
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+EXIT_NOTHING_DONE = 76
+"""As that, but no step was done since the start. The Slurm script gives up after some of these in a row."""
 
 
 class Stopped(Exception):
-    """Training was asked to stop and has saved its state."""
+    """The process is to leave with `status`; all that was done is saved."""
+
+    def __init__(self, told: str, status: int) -> None:
+        self.status = status
+        super().__init__(told)
+
+
+class StopAsked(Exception):
+    """A signal has reached one of the ranks; raised by all of them at the same point."""
+
+
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 class StopRequest:
@@ -24,7 +37,7 @@ class StopRequest:
     def __init__(self) -> None:
         self.requested = False
         self.training = False
-        """True while a stop is better answered after the step."""
+        """True while a stop is better answered between steps or batches."""
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> StopRequest:
@@ -34,7 +47,8 @@ class StopRequest:
     def _note(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         if not self.training:
-            raise Stopped("stopped before the first step; nothing new to save. Start the same command again.")
+            told = "stopped before the first step; nothing new to save. Start the same command again."
+            raise Stopped(told, EXIT_NOTHING_DONE)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -11,7 +11,7 @@ from unittest import mock
 from torch import Tensor
 
 from tagllm.train.engine import Engine
-from tagllm.train.loop import Step, Trainer
+from tagllm.train.step import Step, Stepper
 
 
 class Poison(NamedTuple):
@@ -27,17 +27,17 @@ def injected(poison: Poison | None) -> Iterator[None]:
         yield
         return
     now: dict[str, int] = {}
-    train_step, backward = Trainer.train_step, Engine.backward
+    take, backward = Stepper.take, Engine.backward
 
-    def noting(self: Trainer, step: int) -> Step:
+    def noting(self: Stepper, step: int) -> Step:
         now["step"] = step
-        return train_step(self, step)
+        return take(self, step)
 
     def poisoned(self: Engine, loss: Tensor) -> None:
         hit = self.ranks.rank == poison.rank and now["step"] in poison.steps
         backward(self, loss * math.nan if hit else loss)
 
-    with mock.patch.object(Trainer, "train_step", noting), mock.patch.object(Engine, "backward", poisoned):
+    with mock.patch.object(Stepper, "take", noting), mock.patch.object(Engine, "backward", poisoned):
         yield
 
 

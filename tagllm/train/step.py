@@ -1,0 +1,129 @@
+"""One optimizer step over all ranks: rows -> micro-batches -> counts -> backward each -> update, or none."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from tagllm.data.batch import Batch, Counts, count
+from tagllm.data.encode import Example, TagLayout
+from tagllm.model.loss import total
+from tagllm.train.build import Built
+from tagllm.train.engine import Engine
+from tagllm.train.ranks import Ranks, SharedError
+from tagllm.train.rows import StepRows
+from tagllm.train.schedule import lr_factor, total_steps
+from tagllm.train.signals import StopRequest
+from tagllm.train.work import Work, work_of
+
+
+class Step(NamedTuple):
+    """What a step did, over all ranks."""
+
+    loss: float
+    sums: list[float]
+    counts: Counts
+    gradient_norm: float
+    gradient_norms: dict[str, float]
+    """Of each learned tag and head, before clipping."""
+    lr_factor: float
+    work: Work
+    stop_asked: bool
+    """A signal has reached one of the ranks."""
+    suspects: list[str]
+    """Some rows of all ranks behind a number that is not finite; empty if all are."""
+
+    @property
+    def finite(self) -> bool:
+        return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
+
+    def scalars(self) -> dict[str, float]:
+        names = ("span_nats", "output_nats", "value_loss")
+        terms = {f"train/{k}": s / c for k, s, c in zip(names, self.sums, self.counts, strict=True) if c}
+        norms = {f"{name}/gradient_norm": norm for name, norm in self.gradient_norms.items()}
+        return {"train/loss": self.loss, **terms, "train/gradient_norm": self.gradient_norm, **norms}
+
+
+class Stepper:
+    """Takes steps. Which rows a step sees is a function of config and data alone."""
+
+    def __init__(self, built: Built, engine: Engine, ranks: Ranks, stop: StopRequest) -> None:
+        self.built, self.engine, self.ranks, self.stop = built, engine, ranks, stop
+        self.optim, self.collate = built.config.optim, built.collator()
+        self.rows = StepRows(built.config, built.examples("train"), ranks.rank, ranks.size)
+        self.total = total_steps(self.optim, self.rows.rows_per_epoch)
+
+    def take(self, step: int) -> Step:
+        """Step `step`, counted from 0. Where loss or gradient is not finite everything stays as it was.
+
+        Raises:
+            UserError: rows could not be made a batch, on all ranks alike.
+        """
+        chunks, batches, counts = self._batches(step)
+        sums, suspects = [0.0, 0.0, 0.0], list[Example]()
+        for batch, chunk in zip(batches, chunks, strict=True):
+            output = self.engine(batch)
+            self.engine.backward(total(output.sums, counts, self.built.stage.weights))
+            found = [float(term.detach()) for term in output.sums]
+            sums = [a + b for a, b in zip(sums, found, strict=True)]
+            suspects += [] if all(map(math.isfinite, found)) else chunk
+        work = work_of(batches, self.built.model.take_computed())
+        *totals, stops = self.ranks.sum([*sums, *work, float(self.stop.requested)])
+        sums, work = totals[: len(sums)], Work(*totals[len(sums) :])
+        loss = sum(w * s / c for w, s, c in zip(self.built.stage.weights, sums, counts, strict=True) if c)
+        gradients = self.engine.gradients()
+        norm, factor = float(nn.utils.get_total_norm(list(gradients.values()))), lr_factor(self.optim, step, self.total)
+        done = Step(loss, sums, counts, norm, _norms(gradients, self.built.layout), factor, work, stops > 0, [])
+        if done.finite:
+            self.engine.step(factor)
+            return done
+        self.engine.skip()
+        return done._replace(suspects=self._named(suspects or [example for chunk in chunks for example in chunk]))
+
+    def _batches(self, step: int) -> tuple[list[list[Example]], list[Batch], Counts]:
+        """This rank's micro-batches and the counts of all ranks'. A rank that fails stops all, before they wait for it
+        elsewhere."""
+        chunks, batches, problem = list[list[Example]](), list[Batch](), ""
+        try:
+            chunks = self.rows.micro_batches(step)
+            batches = [self.collate(chunk) for chunk in chunks]
+        except Exception as error:  # noqa: BLE001  whatever it is, the others must hear of it
+            problem = f"{self._culprit(chunks)}: cannot be made a batch: {type(error).__name__}: {error}"
+        *counts, failures = self.ranks.sum([*_added([count(batch) for batch in batches]), float(bool(problem))])
+        if failures:
+            told = [text for text in self.ranks.gather(problem) if text]
+            raise SharedError(*(f"step {step + 1}: {text}. Mend or remove the row, then start again." for text in told))
+        return chunks, batches, Counts(*(int(n) for n in counts))
+
+    def _culprit(self, chunks: list[list[Example]]) -> str:
+        """The row that fails by itself, or how many rows it may be."""
+        for example in (example for chunk in chunks for example in chunk):
+            try:
+                self.collate([example])
+            except Exception:  # noqa: BLE001  told by the caller
+                return example.origin
+        return "the rows of this step"
+
+    def _named(self, suspects: list[Example]) -> list[str]:
+        mine = [f"{example.origin}: {self.built.prompt_of(example)}" for example in suspects[:2]]
+        return [text for texts in self.ranks.gather(mine) for text in texts]
+
+
+def _norms(gradients: Mapping[str, Tensor], layout: TagLayout) -> dict[str, float]:
+    """tags/NAME from its rows, heads/NAME over its parameters."""
+    of: dict[str, list[Tensor]] = {}
+    for name, gradient in gradients.items():
+        if name == "tags.learned_TD":
+            rows = gradient.split([layout.lengths[tag] for tag in layout.learned])
+            of |= {f"tags/{tag}": [part] for tag, part in zip(layout.learned, rows, strict=True)}
+        else:
+            of.setdefault("/".join(name.split(".")[:2]), []).append(gradient)
+    return {name: float(nn.utils.get_total_norm(parts)) for name, parts in of.items()}
+
+
+def _added(counts: list[Counts]) -> list[float]:
+    """Of no batch at all: zeros."""
+    return [float(sum(column)) for column in zip(*counts, strict=True)] or [0.0] * len(Counts._fields)
