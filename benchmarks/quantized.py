@@ -26,6 +26,7 @@ from tagllm.stage import read_stage
 from tagllm.train.build import build
 from tagllm.train.loop import train
 from tagllm.train.ranks import Ranks
+from tagllm.train.signals import StopRequest
 
 KINDS = ("none", "int8", "nf4")
 PROMPTS = 32
@@ -90,7 +91,7 @@ def _measure(kind: str, steps: int, folder: Path, ranks: Ranks, gradients: dict[
     expected = gradients["none"]
     del built
     started = time.monotonic()
-    run = train(config, kind)
+    run = train(config, kind, StopRequest())
     seconds = time.monotonic() - started
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     held_out = [line["valid/loss"] for line in lines if "valid/loss" in line][-1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -83,19 +84,22 @@ def train(config: Path, overrides: Overrides = None, offline: Offline = False) -
     """Train the tags of a config. Alone, or under torchrun or deepspeed. Starting it again goes on where it stopped."""
 
     def work() -> None:
-        from tagllm.config import load_config
-        from tagllm.train.loop import train as run_training
-        from tagllm.train.ranks import LostContact
-        from tagllm.train.signals import Stopped
+        from tagllm.train.signals import Stopped, StopRequest
 
         try:
-            run_training(load_config(config, overrides), str(config))
+            with StopRequest() as stop:  # the imports below take seconds
+                from tagllm.config import load_config
+                from tagllm.train.loop import train as run_training
+                from tagllm.train.ranks import LostContact
+
+                try:
+                    run_training(load_config(config, overrides), str(config), stop)
+                except LostContact as lost:
+                    print(f"error: {lost}", *lost.stack, sep="\n  ", file=sys.stderr)
+                    sys.exit(1)
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
             sys.exit(stopped.status)
-        except LostContact as lost:
-            print(f"error: {lost}", *lost.stack, sep="\n  ", file=sys.stderr)
-            sys.exit(1)
 
     _run(work, offline)
 
@@ -166,6 +170,7 @@ def _run(work: Callable[[], None], offline: bool) -> None:
     if offline:  # read by the libraries when they are imported, so before that
         os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that files are tidied up
     try:
         work()
     except UserError as error:
@@ -173,6 +178,8 @@ def _run(work: Callable[[], None], offline: bool) -> None:
             for problem in error.problems:
                 print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _is_mine_to_tell(error: UserError) -> bool:

@@ -39,7 +39,7 @@ class Progress(NamedTuple):
     """The last step that was scored on the validation split."""
 
 
-def train(config: RunConfig, where: str) -> Path:
+def train(config: RunConfig, where: str, stop: StopRequest) -> Path:
     """Trains the learned tags of a config and leaves a run folder with their library; goes on where a run stopped.
 
     Raises:
@@ -49,30 +49,33 @@ def train(config: RunConfig, where: str) -> Path:
     """
     stage = read_stage(config, where)
     ranks = Ranks.start(config.engine.timeout_s)
-    ranks.on_rank_zero(lambda: check_world(config, ranks.size, where))  # told once
-    if config.engine.zero_stage == "auto" and ranks.size > 1:
-        config, why = ranks.on_rank_zero(lambda: placed(stage, ranks))
-        stage = read_stage(config, where)
-        if ranks.rank == 0:
-            print(f"placement {why}", flush=True)
+    trainer: Trainer | None = None
+
+    def here() -> str:
+        return trainer.where() if trainer else f"rank {ranks.rank} before the first step (start the same command again)"
+
     run = RunFolder(Path(config.output))
     lock = RunLock(run.path)
-    with StopRequest() as stop:
 
-        def claim() -> None:
-            lock.__enter__()
-            run.claim(config)
+    def claim() -> None:
+        lock.__enter__()
+        run.claim(config)
 
-        try:
+    try:
+        with in_contact(ranks, here):
+            ranks.on_rank_zero(lambda: check_world(config, ranks.size, where))  # told once
+            if config.engine.zero_stage == "auto" and ranks.size > 1:
+                config, why = ranks.on_rank_zero(lambda: placed(stage, ranks))
+                stage = read_stage(config, where)
+                if ranks.rank == 0:
+                    print(f"placement {why}", flush=True)
             ranks.on_rank_zero(claim)
             built = build(stage, ranks, sharding(config.optim, config.engine, ranks))
             ranks.on_rank_zero(lambda: run.record(built.data))
-            engine = Engine(built.model, config.optim, config.engine, ranks)
-            trainer = Trainer(built, engine, ranks, run, stop)
-            with in_contact(ranks, trainer.where):
-                trainer.run_to_the_end()
-        finally:
-            lock.release()
+            trainer = Trainer(built, Engine(built.model, config.optim, config.engine, ranks), ranks, run, stop)
+            trainer.run_to_the_end()
+    finally:
+        lock.release()
     return run.path
 
 

@@ -5,9 +5,11 @@ torchrun and deepspeed both set RANK, LOCAL_RANK and WORLD_SIZE.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 import traceback
+import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -48,7 +50,8 @@ def in_contact(ranks: Ranks, where: Callable[[], str]) -> Iterator[None]:
         lost = isinstance(error, dist.DistError) or "gloo" in first.lower() or "closed by peer" in first
         if not lost:
             raise
-        ours = [f for f in traceback.extract_tb(error.__traceback__) if f"{os.sep}tagllm{os.sep}" in f.filename]
+        _, *frames = traceback.extract_tb(error.__traceback__)
+        ours = [frame for frame in frames if f"{os.sep}tagllm{os.sep}" in frame.filename]
         stack = [f"{f.filename}:{f.lineno} in {f.name}: {f.line}" for f in ours]
         phase = " > ".join(f.name for f in ours)
         silent = ranks.silent()
@@ -57,11 +60,27 @@ def in_contact(ranks: Ranks, where: Callable[[], str]) -> Iterator[None]:
 
 
 def _met(rank: int, size: int) -> Any:
-    """The launcher's store, once all ranks have come: they start minutes apart, whatever may pass between two steps."""
+    """The launcher's store, once all ranks have come: they start minutes apart, whatever may pass between two steps.
+
+    torchrun keeps one store over restarts, and what the dead have left there (addresses of gloo) makes the living wait
+    for them. So each start greets with a word of its own, and rank 0 opens a round of those that have answered to it.
+    """
     store, *_ = next(rendezvous("env://", rank, size, timeout=START_TIMEOUT))
-    store.set(f"here/{rank}", "")
-    store.wait([f"here/{other}" for other in range(size)], START_TIMEOUT)
-    return store
+    me, until = uuid.uuid4().hex, time.monotonic() + START_TIMEOUT.total_seconds()
+    store.set(f"hello/{rank}", me)
+    while time.monotonic() < until:
+        if rank == 0 and store.check([f"hello/{other}" for other in range(size)]):
+            store.set("round", ",".join(store.get(f"hello/{other}").decode() for other in range(size)))
+        words = store.get("round").decode() if store.check(["round"]) else ""
+        if words.split(",")[rank : rank + 1] == [me]:
+            answer = hashlib.sha256(words.encode()).hexdigest()
+            store.set(f"{answer}/{rank}", "")
+            if rank == 0 and store.check([f"{answer}/{other}" for other in range(size)]):
+                store.set(f"{answer}/open", "")
+            if store.check([f"{answer}/open"]):
+                return dist.PrefixStore(answer, store)  # type: ignore[attr-defined]  # undeclared
+        time.sleep(0.02)
+    raise LostContact(f"rank {rank}: not all of {size} ranks have come within {START_TIMEOUT}", [])
 
 
 def limit_all_groups(timeout_s: int) -> None:

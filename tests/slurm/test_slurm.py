@@ -2,35 +2,27 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
 from tagllm.tags import TagLibrary
-from tests import tiny
-from tests.distributed.launch import Run, assert_same, molecules
 from tests.slurm.cluster import Cluster, missing
+from tests.slurm.requeues import ROOT, STAGE, TWO_NODES, config, ready, requeued
 
-ROOT = Path(__file__).parents[2]
 pytestmark = [
     pytest.mark.distributed,
     pytest.mark.timeout(600),
     pytest.mark.skipif(bool(missing()), reason=missing() or "-"),
 ]
-TWO_NODES = ("--nodes=2", "--ntasks-per-node=1", "--time=30")
 
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    folder = tmp_path_factory.mktemp("slurm")
-    tiny.save_backbone(folder / "backbone")
-    rows = molecules(48)
-    (folder / "rows.csv").write_text("smiles,size\n" + "".join(f"{s},{n}\n" for s, n, _ in rows))
-    with Cluster(folder) as running:
-        running.environment |= {"TAGLLM_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    with ready(tmp_path_factory.mktemp("slurm")) as running:
         yield running
 
 
@@ -69,28 +61,22 @@ def test_three_stages(cluster: Cluster) -> None:
 
 def test_a_pre_empted_job_ends_with_the_same_tags(cluster: Cluster) -> None:
     """First asked to save (USR1), then thrown out without a word (requeue): the tags are those of a job left alone."""
-    tags = {"SMILES": {"length": 2}}
-    source = {"template": "It is <SMILES> {smiles}"}
-    alone = write(cluster, "alone", tags, source, steps=300)
-    disturbed = write(cluster, "disturbed", tags, source, steps=300)
-    stage = (str(ROOT / "launch/slurm/stage.sbatch"), str(ROOT / "launch/stage1_domain.sh"))
-    first = cluster.run("sbatch", "--parsable", *TWO_NODES, *stage, alone).strip()
-    cluster.wait_for([first])
-    job = cluster.run("sbatch", "--parsable", *TWO_NODES, *stage, disturbed).strip()
-    log = cluster.folder / "disturbed" / "metrics.jsonl"
+    record = requeued(cluster, 2, seed=0)
+    print(record)
+    assert not record.corruptions
 
-    def steps_done() -> int:
-        return log.read_text().count("train/loss") if log.exists() else 0
 
-    cluster.wait_until(lambda: steps_done() >= 10)
-    cluster.run("scancel", "--signal=USR1", job)
-    cluster.wait_until(lambda: cluster.state(job) == "PENDING")
-    before = steps_done()
-    assert 10 <= before < 300, "it was to be stopped in mid-training"
-    cluster.wait_until(lambda: steps_done() >= before + 30)
-    cluster.run("scontrol", "requeue", job)
-    cluster.wait_for([job])
-    assert_same(Run(cluster.folder / "disturbed").tags, Run(cluster.folder / "alone").tags, 0)
-    said = (cluster.folder / f"tagllm-{job}.log").read_text()
-    assert "start number 3" in said, "appended by every start"
-    assert "back into the queue" in said
+def test_starts_without_progress_are_capped(cluster: Cluster) -> None:
+    """Stopped while Python is still importing, again and again: queued again, but not for ever."""
+    settings = ("--export=ALL,MAX_IDLE_STARTS=1", *TWO_NODES)
+    job = cluster.run("sbatch", "--parsable", *settings, *STAGE, config(cluster, "idle", 40)).strip()
+    log = cluster.folder / f"tagllm-{job}.log"
+    for start in (1, 2):
+        begun = f"start number {start}"
+        cluster.wait_until(lambda begun=begun: log.exists() and begun in log.read_text())  # type: ignore[misc]
+        time.sleep(1)
+        cluster.run("scancel", "--batch", "--signal=USR1", job)
+    cluster.wait_until(lambda: cluster.state(job) == "FAILED")
+    said = log.read_text()
+    assert said.count("back into the queue") == 1
+    assert "stopped 2 times in a row before one step was done; not queued again" in said
