@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_origin
+from typing import Annotated, Any, Literal, Self, get_origin
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -217,9 +217,18 @@ class CheckpointConfig(Section):
 class EngineConfig(Section):
     zero_stage: Literal["auto", 0, 1, 2, 3] = "auto"
     """0: every rank holds the backbone; 3: it is sharded over the ranks; auto: 0 where the planner finds it fits."""
+    shard_over: Literal["world", "node"] = "world"
+    """What stage 3 shards the backbone over: all ranks, or those of each node by themselves, so that no weight crosses
+    the network; auto decides this too."""
     deepspeed: str | None = None
     """A DeepSpeed JSON to merge in; it may not contradict this config."""
     timeout_s: Count = 1800
+
+    @model_validator(mode="after")
+    def _shards_something(self) -> Self:
+        if self.shard_over == "node" and self.zero_stage in (0, 1, 2):
+            raise ValueError(f"shard_over is node, but zero_stage {self.zero_stage} shards no backbone; it must be 3")
+        return self
 
     @property
     def stage(self) -> int:

@@ -14,7 +14,7 @@ import torch
 from tagllm.config import Quantization, RunConfig
 from tagllm.data.batch import Batch
 from tagllm.model.head import CHUNK_BYTES
-from tagllm.model.linear import FrozenLinear
+from tagllm.model.linear import PACK_UP_TO, FrozenLinear
 from tagllm.model.quantize import bytes_per_weight
 
 Placement = Literal["replicate", "shard in a node", "shard"]
@@ -162,8 +162,11 @@ def estimate(
     device, host = config.remembered_bytes if placement == "replicate" else (0, 0)
     of_layer = (shape.weight_bytes + shape.scale_bytes) // shape.layers
     work = max(largest.live, largest.computed) * (4 * shape.hidden + 3 * shape.mlp) * FP32
+    copies = shape.width * (shape.map_weights * (shape.quantize == "none") + (shape.head or shape.embedding))
+    packs = not cuda and parts == 1 and shape.dtype == torch.bfloat16 and copies <= PACK_UP_TO
     memory = {
         "weights": shape.weight_bytes // parts,
+        "packed copy of weights": copies * packs,
         "scales": shape.scale_bytes // parts,
         "gathered weights": 0 if parts == 1 else of_layer + shape.embedding * shape.width,
         "kept for backward": kept_per_live(shape) * largest.live,

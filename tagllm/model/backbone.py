@@ -16,14 +16,12 @@ from tagllm.config import BackboneConfig
 from tagllm.errors import UserError
 from tagllm.model.allocator import keep_freed_memory
 from tagllm.model.head import FrozenHead
-from tagllm.model.linear import FrozenLinear
+from tagllm.model.linear import PACK_UP_TO, FrozenLinear
 from tagllm.model.loading import Place, load_model
 from tagllm.model.smollm2 import smollm2_folder
 from tagllm.tags import BackboneIdentity
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-PACK_UP_TO = 1 << 30
-"""Bytes of weights that may be kept twice."""
 
 
 class Backbone(NamedTuple):

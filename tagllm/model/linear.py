@@ -13,6 +13,8 @@ from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
 Exact = Literal["never", "live", "always"]
+PACK_UP_TO = 1 << 30
+"""Bytes of weights that may be kept twice."""
 PACKED_FOR_ROWS = 512
 """A hint to oneDNN about the usual number of rows; others are as right."""
 

@@ -26,16 +26,17 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def sharding(optim: OptimConfig, config: EngineConfig, ranks: Ranks) -> Place | None:
-    """What leaves of a module's parameters only this rank's part, from rank 0's values; None below stage 3."""
+    """What leaves of a module's parameters only this rank's part; None below stage 3. Collective."""
     if config.stage < 3:
         return None
     deepspeed = _deepspeed()
     deepspeed.init_distributed(dist_init_required=False)
     how = settings(optim, config, ranks)
+    group = ranks.of_my_node() if config.shard_over == "node" else None
 
     def place(module: nn.Module) -> None:
         if module._parameters:
-            deepspeed.zero.Init(module=module, config_dict_or_path=how)
+            deepspeed.zero.Init(module=module, config_dict_or_path=how, data_parallel_group=group)
 
     return place
 
@@ -46,6 +47,10 @@ class Engine:
     def __init__(self, model: TaggedModel, optim: OptimConfig, config: EngineConfig, ranks: Ranks) -> None:
         deepspeed = _deepspeed()
         self.config, self.ranks, self.model = config, ranks, model
+        if config.shard_over == "node":
+            for parameter in (p for p in model.parameters() if not hasattr(p, "ds_id")):
+                # or DeepSpeed would shard, and sum the gradients of, what is learned over the backbone's group
+                parameter.ds_zero_partition_process_group = deepspeed.comm.get_world_group()  # type: ignore[attr-defined]
         groups = [
             {"params": [model.tags.learned_TD], "lr": optim.tag_lr, "base_lr": optim.tag_lr},
             {"params": _learned(model.heads), "lr": optim.head_lr, "base_lr": optim.head_lr},

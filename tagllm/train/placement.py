@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Any
 
 import torch
 
@@ -14,7 +15,7 @@ from tagllm.model.loading import skeleton
 from tagllm.model.smollm2 import cache_folder
 from tagllm.plan import Hardware, Load, Placement, Shape, choose, estimate
 from tagllm.stage import Stage
-from tagllm.train.ranks import Ranks
+from tagllm.train.ranks import Ranks, ranks_per_node
 from tagllm.train.rows import StepRows
 
 STEPS = 4
@@ -24,16 +25,21 @@ STEPS = 4
 def placed(stage: Stage, ranks: Ranks) -> tuple[RunConfig, str]:
     """The config with `engine.zero_stage: auto` decided, and why; called on one rank for all."""
     config = stage.config
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", ranks.size))
+    local = ranks_per_node(ranks.size)
     cuda = ranks.device.type == "cuda"
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local
     memory = torch.cuda.get_device_properties(ranks.device).total_memory if cuda else host
     hardware = Hardware(ranks.size, local, memory / 2**30, 300, 25, 300)  # speeds do not decide
     shape, loads, learned = figures_of(stage, ranks.size)
-    ways: tuple[Placement, ...] = ("replicate", "shard")
+    ways: list[Placement] = ["replicate"]
+    ways += ["shard in a node"] if 1 < local < ranks.size else []
+    ways += ["shard"] if config.engine.shard_over == "world" else []
     chosen, why = choose([estimate(shape, loads, learned, config, hardware, way, cuda) for way in ways], hardware)
-    zero_stage = 0 if chosen is not None and chosen.placement == "replicate" else 3
-    return config.model_copy(update={"engine": config.engine.model_copy(update={"zero_stage": zero_stage})}), why
+    placement = chosen.placement if chosen is not None else ways[-1]
+    decided: dict[str, Any] = {"zero_stage": 0 if placement == "replicate" else 3}
+    if placement == "shard in a node":
+        decided["shard_over"] = "node"
+    return config.model_copy(update={"engine": config.engine.model_copy(update=decided)}), why
 
 
 def figures_of(stage: Stage, num_ranks: int) -> tuple[Shape, list[Load], int]:

@@ -83,6 +83,11 @@ def _met(rank: int, size: int) -> Any:
     raise LostContact(f"rank {rank}: not all of {size} ranks have come within {START_TIMEOUT}", [])
 
 
+def ranks_per_node(size: int) -> int:
+    """As torchrun, our Slurm script and the deepspeed launcher say; all ranks where nobody does."""
+    return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size)
+
+
 def limit_all_groups(timeout_s: int) -> None:
     """Groups that libraries have made (DeepSpeed makes some) wait half an hour, whatever ours does."""
     from torch.distributed import distributed_c10d
@@ -117,6 +122,22 @@ class Ranks(NamedTuple):
             )
         device = torch.device("cuda", local) if cuda else torch.device("cpu")
         return cls(rank, size, device, dist.distributed_c10d._get_default_store() if size > 1 else None)
+
+    def of_my_node(self) -> Any:
+        """The process group of this rank's node. Collective.
+
+        Raises:
+            UserError: the nodes have different numbers of ranks, or the launcher does not number them node by node.
+        """
+        local = ranks_per_node(self.size)
+        places = self.gather((local, int(os.environ["LOCAL_RANK"])))
+        if places != [(local, rank % local) for rank in range(self.size)] or self.size % local:
+            raise SharedError(
+                f"engine.shard_over is node, which needs equally many ranks on every node, numbered node by node; the "
+                f"launcher started (ranks there, number there): {places}. Use the same number of ranks on each node."
+            )
+        groups = [dist.new_group(list(range(first, first + local))) for first in range(0, self.size, local)]
+        return groups[self.rank // local]
 
     def silent(self) -> list[int]:
         """Ranks that do not call this within `CALL_S`; for a rank that waited too long. No collective."""

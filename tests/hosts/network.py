@@ -51,6 +51,11 @@ class Hosts:
     def mend(self) -> None:
         _ip("-n", self.names[0], "link", "set", "cable", "up")
 
+    def sent(self) -> int:
+        """Bytes that the first host has sent."""
+        counter = "/sys/class/net/cable/statistics/tx_bytes"
+        return int(subprocess.check_output(["ip", "netns", "exec", self.names[0], "cat", counter]))
+
     def start(self, host: int, command: Sequence[str], log: Path, **variables: str) -> subprocess.Popen[str]:
         with log.open("w") as file:
             return subprocess.Popen(

@@ -31,11 +31,13 @@ def hosts() -> Iterator[Hosts]:
         yield made
 
 
-def start(hosts: Hosts, workspace: Workspace, name: str, **overrides: object) -> list[subprocess.Popen[str]]:
-    """The same command on both."""
+def start(
+    hosts: Hosts, workspace: Workspace, name: str, ranks: int = 1, **overrides: object
+) -> list[subprocess.Popen[str]]:
+    """The same command on both, with so many ranks on each."""
     _, config, *settings = workspace.arguments(name, engine__timeout_s=TIMEOUT_S, **overrides)
     variables = {
-        "NNODES": "2", "RDZV_ENDPOINT": f"{ADDRESSES[0]}:29500", "RANKS": "1",
+        "NNODES": "2", "RDZV_ENDPOINT": f"{ADDRESSES[0]}:29500", "RANKS": str(ranks),
         "OMP_NUM_THREADS": "1", "TAGLLM_CACHE": str(workspace.folder / "cache"), "GLOO_SOCKET_IFNAME": "cable",
     }  # fmt: skip
     command = ["bash", str(ROOT / "launch" / "run.sh"), config, *settings]
@@ -56,6 +58,27 @@ def test_two_hosts_train_what_one_does(hosts: Hosts, workspace: Workspace) -> No
         kill(both)
     assert ends == [0, 0], (workspace.folder / "together-0.log").read_text()
     assert_same(Run(workspace.folder / "together").tags, workspace.train(1, "one-host").tags, 1e-5)
+
+
+def test_a_node_that_shards_by_itself_sends_no_weights(hosts: Hosts, workspace: Workspace) -> None:
+    """Two ranks on each host: the same tags, whatever the weights are sharded over; of the bytes between the hosts a
+    small part is left."""
+    settings = {"engine__zero_stage": 3, "engine__deepspeed": workspace.sharding, "optim__steps": 12}
+    sent = {}
+    for over in ("world", "node"):
+        before = hosts.sent()
+        both = start(hosts, workspace, f"over-{over}", 2, engine__shard_over=over, **settings)
+        try:
+            ends = [host.wait(timeout=120) for host in both]
+        finally:
+            kill(both)
+        assert ends == [0, 0], (workspace.folder / f"over-{over}-0.log").read_text()
+        sent[over] = hosts.sent() - before
+    print(f"bytes from the first host: {sent}")
+    assert sent["node"] < 0.2 * sent["world"]
+    expected = workspace.train(1, "over-nothing", optim__steps=12)
+    for over in sent:
+        assert_same(Run(workspace.folder / f"over-{over}").tags, expected.tags, 1e-5)
 
 
 def test_a_cut_cable_ends_both_with_a_reason_and_a_restart_goes_on(hosts: Hosts, workspace: Workspace) -> None:

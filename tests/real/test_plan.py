@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 from benchmarks.measure import held_bytes
 from tagllm.config import BackboneConfig, RunConfig, parse_config
 from tagllm.data.batch import count
 from tagllm.model.backbone import load_backbone, resolve
+from tagllm.model.linear import FrozenLinear
 from tagllm.model.loading import skeleton
 from tagllm.model.loss import total
 from tagllm.plan import Hardware, Load, Shape, estimate
@@ -46,6 +50,57 @@ def test_what_a_step_keeps_for_backward(rows: int, tmp_path: Path, ranks: Ranks)
         found = held(loss)
     planned = expected.memory["kept for backward"] + expected.memory["prefix keys and values"]
     print(f"{rows} rows: planned {planned / 2**20:.1f} MiB, kept {found / 2**20:.1f}")
+    assert found == pytest.approx(planned, rel=CLOSE)
+
+
+@pytest.mark.parametrize("rows", [8, 32])
+def test_floating_point_operations(rows: int, tmp_path: Path, ranks: Ranks) -> None:
+    """As torch counts them; it does not know products of packed weights, so there are none here."""
+    config = run_config(tmp_path, rows)
+    built = build(read_stage(config, "test"), ranks)
+    for module in built.model.modules():
+        if isinstance(module, FrozenLinear):
+            module.packs = False
+    batch = built.collator()([built.examples("train")[0][i] for i in range(rows)])
+    planned = estimate(
+        Shape.of(built.backbone.model, "none"), [Load.of(batch)], 0, config, ALONE, "replicate", cuda=False
+    ).flops
+    with Flops() as counted:
+        total(built.model(batch).sums, count(batch), built.stage.weights).backward()
+    print(f"{rows} rows: planned {planned / 1e9:.0f} GFLOP, counted {counted.total / 1e9:.0f}")
+    assert counted.total == pytest.approx(planned, rel=CLOSE)
+
+
+class Flops(TorchDispatchMode):
+    """torch's own formulas; its FlopCounterMode fails where a backward asks for a gradient of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = function(*args, **(kwargs or {}))
+        formula = flop_registry.get(function._overloadpacket)
+        if formula is not None:
+            self.total += formula(*args, **(kwargs or {}), out_val=out)
+        return out
+
+
+@pytest.mark.parametrize("rows", [8, 32])
+def test_peak_memory_of_a_step(rows: int, tmp_path: Path, ranks: Ranks) -> None:
+    """All tensors that are alive at once, prefix pass, forward and backward, on top of the weights."""
+    config = run_config(tmp_path, rows).model_copy(update={"remember_gib": 0.0})
+    built = build(read_stage(config, "test"), ranks)
+    batch = built.collator()([built.examples("train")[0][i] for i in range(rows)])
+    shape = Shape.of(built.backbone.model, "none")
+    memory = estimate(shape, [Load.of(batch)], 0, config, ALONE, "replicate", cuda=False).memory
+    planned = sum(memory[k] for k in ("kept for backward", "prefix keys and values", "work of one layer", "logits"))
+    built.model(batch)  # what is made once
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        total(built.model(batch).sums, count(batch), built.stage.weights).backward()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    found = max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+    print(f"{rows} rows: planned {planned / 2**20:.1f} MiB, peak {found / 2**20:.1f}")
     assert found == pytest.approx(planned, rel=CLOSE)
 
 
