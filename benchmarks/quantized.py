@@ -28,7 +28,7 @@ from tagllm.train.loop import train
 from tagllm.train.ranks import Ranks
 from tagllm.train.signals import StopRequest
 
-KINDS = ("none", "int8", "nf4")
+KINDS = ("none", "int8", "llm_int8", "nf4")
 PROMPTS = 32
 
 

@@ -77,7 +77,7 @@ class Shape(NamedTuple):
     @property
     def weight_bytes(self) -> int:
         """Of the weights themselves, without scales."""
-        whole = {"none": self.width, "int8": 1, "nf4": 0.5}[self.quantize] * self.map_weights
+        whole = {"none": self.width, "int8": 1, "llm_int8": 1, "nf4": 0.5}[self.quantize] * self.map_weights
         return int(whole) + self.width * (self.others + self.embedding + self.head)
 
     @property

@@ -357,4 +357,7 @@ def test_tensorboard_has_what_the_jsonl_has(run: Run, folder: Path) -> None:
     lines = [json.loads(line) for line in (folder / "runs/board/metrics.jsonl").read_text().splitlines()]
     losses = [line["train/loss"] for line in lines if "train/loss" in line]
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(losses)
-    assert {"valid/loss", "train/gradient_norm", "speed/rows_per_second"} <= set(events.Tags()["scalars"])
+    assert {
+        "valid/loss", "train/gradient_norm", "train/tag_lr", "train/skipped_steps", "tags/W/gradient_norm",
+        "tags/W/row_norm", "speed/rows_per_second", "speed/prefix_hit_ratio", "speed/live_tokens_per_second",
+    } <= set(events.Tags()["scalars"])  # fmt: skip

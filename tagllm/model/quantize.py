@@ -19,13 +19,12 @@ from tagllm.model.linear import Exact, FrozenLinear
 
 PIECE = 1 << 16
 """Weights that NF4 is made of at a time; whole blocks."""
+OUTLIER = 6.0
+"""Of LLM.int8's paper."""
 
 
 class Int8Linear(FrozenLinear):
-    """Weight-only: W is about weight (O, I, int8) times scale (O), which has the compute dtype.
-
-    LLM.int8 of bitsandbytes also rounds the input, and keeps its matrix outside of any Parameter, so nothing shards.
-    """
+    """Weight-only: W is about weight (O, I, int8) times scale (O), which has the compute dtype."""
 
     def __init__(self, weight: nn.Parameter, scale_O: nn.Parameter, bias: nn.Parameter | None, exact: Exact) -> None:
         super().__init__(weight, bias, False, exact)
@@ -46,6 +45,26 @@ class Int8Linear(FrozenLinear):
 
     def matrix(self) -> Tensor:
         return self.weight * self.scale_O[:, None]
+
+
+class LlmInt8Linear(Int8Linear):
+    """LLM.int8 (Dettmers et al. 2022, bitsandbytes): the input is rounded to 8 bits too, row by row, and both are
+    multiplied as integers; columns of the input with an entry over `OUTLIER` are multiplied in the compute dtype.
+
+    bitsandbytes' own module keeps the matrix outside of any Parameter, where ZeRO-3 does not find it; this one shards.
+    """
+
+    def _multiply_rounded(self, input: Tensor) -> Tensor:
+        from bitsandbytes.functional import int8_vectorwise_quant
+
+        input_MI = input.flatten(0, -2)
+        steps_MI, largest_M, outlier_columns = int8_vectorwise_quant(input_MI.half(), threshold=OUTLIER)
+        largest_O = self.scale_O.float() * 127
+        product_MO, _ = torch.ops.bitsandbytes.int8_mixed_scaled_mm(
+            input_MI, steps_MI, self.weight, largest_M, largest_O, outlier_columns, self.bias
+        )
+        result: Tensor = product_MO.view(*input.shape[:-1], self.out_features)
+        return result
 
 
 class Nf4Linear(FrozenLinear):
@@ -102,7 +121,7 @@ class Nf4Linear(FrozenLinear):
 def quantised(layer: FrozenLinear, how: Quantization) -> FrozenLinear:
     """A layer that computes nearly the same from fewer bytes; `layer` itself where nothing is to be done."""
     makers: dict[str, Callable[[FrozenLinear], FrozenLinear]] = {
-        "int8": Int8Linear.quantised, "nf4": Nf4Linear.quantised,
+        "int8": Int8Linear.quantised, "llm_int8": LlmInt8Linear.quantised, "nf4": Nf4Linear.quantised,
     }  # fmt: skip
     return makers[how](layer) if how != "none" else layer
 
@@ -110,7 +129,7 @@ def quantised(layer: FrozenLinear, how: Quantization) -> FrozenLinear:
 def bytes_per_weight(how: Quantization, in_features: int, dtype: torch.dtype) -> float:
     """Of a map's weight with all its scales."""
     per_element = torch.empty(0, dtype=dtype).element_size()
-    if how == "int8":
+    if how in ("int8", "llm_int8"):
         return 1 + per_element / in_features
     return 0.5 + 1 / 64 + 4 / (64 * 256) if how == "nf4" else per_element
 

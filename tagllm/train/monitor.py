@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
@@ -119,12 +120,10 @@ class Events:
         from tensorboard.compat.proto.summary_pb2 import Summary
         from tensorboard.summary.writer.record_writer import RecordWriter
 
-        self._event, self._summary = Event, Summary
+        self._event, self._summary, self._writer = Event, Summary, RecordWriter
         folder.mkdir(parents=True, exist_ok=True)
         name = f"events.out.tfevents.{time.time():.6f}.{socket.gethostname()}.{os.getpid()}"
         self._file = (folder / name).open("wb", buffering=0)
-        self._records = RecordWriter(self._file)
-        self._broken = False
         self._append(Event(wall_time=time.time(), file_version="brain.Event:2"))
         if first_step:
             start = SessionLog(status=SessionLog.START)
@@ -138,17 +137,16 @@ class Events:
         self._file.close()
 
     def _append(self, event: Any) -> None:
-        """A record that was cut off would hide all behind it, so after a failure the file is left as it is."""
-        end = self._file.tell()
+        """Whole or not at all: a record that was cut off would hide all behind it."""
+        record, end = io.BytesIO(), self._file.tell()
+        self._writer(record).write(event.SerializeToString())
         try:
-            if not self._broken:
-                self._records.write(event.SerializeToString())
+            if self._file.write(record.getvalue()) == record.tell():
+                return
         except OSError:
-            self._broken = True
-            with suppress(OSError):
-                self._file.truncate(end)
-                self._file.seek(end)
-                self._broken = False
+            pass
+        self._file.truncate(end)
+        self._file.seek(end)
 
 
 def _drop_after(path: Path, step: int) -> None:

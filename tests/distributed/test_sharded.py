@@ -9,7 +9,7 @@ from tests.distributed.launch import Workspace, assert_same
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(180)]
 
 
-@pytest.mark.parametrize("quantize", ["int8", "nf4"])
+@pytest.mark.parametrize("quantize", ["int8", "llm_int8", "nf4"])
 def test_a_sharded_quantised_backbone_equals_one_process(workspace: Workspace, quantize: str) -> None:
     expected = workspace.train(1, f"{quantize}-alone", backbone__quantize=quantize)
     plain = workspace.train(1, f"{quantize}-plain")
