@@ -7,6 +7,7 @@
 #              machines, LOCAL_ADDR where a machine's name does not lead to it; MAX_RESTARTS (default 0): after a
 #              failure all ranks start again from the newest checkpoint
 #   deepspeed  HOSTFILE for several machines (default: this one only), MASTER_PORT
+#   LAUNCHER_ARGS  more arguments for torchrun or deepspeed, split at spaces
 # OMP_NUM_THREADS is set to this machine's cores over RANKS unless it is given.
 set -euo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
@@ -26,6 +27,8 @@ tasks=${SLURM_TASKS_PER_NODE:-1} # as in 2(x3),1
 if [[ $launcher == none ]]; then ranks=${tasks%%[(,]*}; fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
 
+read -r -a more <<<"${LAUNCHER_ARGS:-}"
+
 free_port() {
     python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
 }
@@ -40,12 +43,12 @@ torchrun)
             --rdzv-conf "${RDZV_CONF:-}" ${LOCAL_ADDR:+--local-addr "$LOCAL_ADDR"})
     fi
     exec torchrun "${where[@]}" --nproc-per-node "$ranks" --max-restarts "${MAX_RESTARTS:-0}" \
-        -m tagllm train "$@"
+        "${more[@]}" -m tagllm train "$@"
     ;;
 deepspeed)
     # A hostfile that does not exist keeps the launcher on this machine, even on a cluster that has /job/hostfile.
     exec deepspeed --quiet --hostfile "${HOSTFILE:-/dev/null}" --num_accelerators "$ranks" \
-        --master_port "${MASTER_PORT:-$(free_port)}" --no_local_rank --module tagllm train "$@"
+        --master_port "${MASTER_PORT:-$(free_port)}" --no_local_rank "${more[@]}" --module tagllm train "$@"
     ;;
 none)
     if [[ -n ${SLURM_PROCID:-} && -z ${RANK:-} ]]; then
