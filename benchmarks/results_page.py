@@ -58,11 +58,24 @@ def tables(run: dict[str, Any]) -> Iterator[str]:
         yield ""
 
 
+def faults(report: dict[str, Any]) -> Iterator[str]:
+    """What `python -m tests.faults --json` found."""
+    titles, *rows = report["table"]
+    yield f"## faults, {report['hardware']}, {report['date'][:10]}\n"
+    command = f"`python -m tests.faults --seed {report['seed']}`"
+    yield f"{command}, commit {report['commit']}: runs of 40 steps, a checkpoint every 5.\n"
+    for cells in (titles, ["---"] * len(titles), *rows):
+        yield f"| {' | '.join(cells)} |"
+    yield ""
+
+
 def main() -> None:
     page = RESULTS / "README.md"
     written = page.read_text(encoding="utf-8").partition(LINE)[0]
     runs = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*cpu.json"))]
     lines = [line for run in runs for line in tables(run)]
+    for path in sorted(RESULTS.glob("*faults.json")):
+        lines += faults(json.loads(path.read_text(encoding="utf-8")))
     page.write_text(written.rstrip() + "\n" + LINE + "\n" + "\n".join(lines), encoding="utf-8")
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 
 from benchmarks.vs_peers import commit, hardware
 from tests.faults.lab import Lab
-from tests.faults.record import Record, markdown, table
+from tests.faults.record import TITLES, Record, table
 from tests.faults.suite import suite
 
 
@@ -42,10 +42,9 @@ def main(
     console.print(table(found))
     if json_file is not None:
         about = {"date": datetime.now(UTC).isoformat("T", "seconds"), "commit": commit(), "hardware": hardware()}
-        json_file.write_text(
-            json.dumps({**about, "seed": seed, "faults": [r._asdict() for r in found]}, indent=1) + "\n"
-        )
-        json_file.with_suffix(".md").write_text(markdown(found))
+        report = {**about, "seed": seed, "table": [list(TITLES), *(record.cells() for record in found)]}
+        report |= {"faults": [record._asdict() for record in found]}
+        json_file.write_text(json.dumps(report, indent=1) + "\n")
     broken = any(record.corruptions or record.hangs or not record.injected for record in found)
     raise typer.Exit(int(broken))
 

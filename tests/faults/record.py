@@ -47,8 +47,3 @@ def table(records: Sequence[Record]) -> Table:
     for record in records:
         made.add_row(*record.cells())
     return made
-
-
-def markdown(records: Sequence[Record]) -> str:
-    rows = [TITLES, ["---"] * len(TITLES), *(record.cells() for record in records)]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"

@@ -30,8 +30,8 @@ def hosts(tmp_path: Path) -> Iterator[Hosts]:
     for name in ("host", "user"):
         subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(tmp_path / name)], check=True)
     (tmp_path / "sshd_config").write_text(
-        f"HostKey {tmp_path / 'host'}\nAuthorizedKeysFile {tmp_path / 'user.pub'}\nPermitRootLogin yes\nStrictModes no\n"
-        "UsePAM no\nPidFile none\n"
+        f"HostKey {tmp_path / 'host'}\nAuthorizedKeysFile {tmp_path / 'user.pub'}\nPermitRootLogin yes\n"
+        "StrictModes no\nUsePAM no\nPidFile none\n"
     )
     Path("/run/sshd").mkdir(exist_ok=True)
     with Hosts() as made:
