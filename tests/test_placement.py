@@ -1,0 +1,67 @@
+"""Where `engine.zero_stage: auto` puts a backbone of seven billion weights, by the memory of a rank."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from tagllm.config import parse_config
+from tagllm.errors import UserError
+from tagllm.stage import Stage, read_stage
+from tagllm.train.placement import placed
+from tagllm.train.ranks import Ranks
+from tests import tiny
+
+SEVEN = LlamaConfig(
+    vocab_size=32000, hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32
+)
+PAGE = os.sysconf("SC_PAGE_SIZE")
+
+
+def stage(folder: Path, **engine: object) -> Stage:
+    """Its config without its weights: nothing of them is loaded."""
+    tiny.save_backbone(folder / "backbone")
+    SEVEN.save_pretrained(folder / "backbone")
+    (folder / "rows.csv").write_text("smiles\n" + "".join(f"C{'C' * n}O\n" for n in range(300)))
+    values = {
+        "output": str(folder / "run"), "backbone": {"model": str(folder / "backbone"), "dtype": "bf16"},
+        "tags": {"S": {"length": 2}},
+        "data": {"sources": [{"path": str(folder / "rows.csv"), "template": "It is <S> {smiles}"}]},
+        "optim": {"steps": 2, "rows_per_step": 32, "rows_per_micro_batch": 2}, "engine": engine, "remember_gib": 0,
+    }  # fmt: skip
+    return read_stage(parse_config(values, "test"), "test")
+
+
+@pytest.mark.parametrize(
+    ("gib_per_rank", "per_node", "expected"),
+    [(40, 8, (0, "world")), (8, 8, (3, "node")), (4, 8, (3, "world")), (8, 16, (3, "world")), (8, 1, (3, "world"))],
+)
+def test_no_more_is_sent_than_memory_asks_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gib_per_rank: int, per_node: int, expected: tuple[int, str]
+) -> None:
+    """Two nodes of eight share within each if that is enough; one node of sixteen has no other to keep out of."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(per_node))
+    monkeypatch.setenv("TAGLLM_CACHE", str(tmp_path / "cache"))
+    pages = {"SC_PAGE_SIZE": PAGE, "SC_PHYS_PAGES": gib_per_rank * per_node * 2**30 // PAGE}
+    monkeypatch.setattr(os, "sysconf", pages.__getitem__)
+    config, why = placed(stage(tmp_path), Ranks(0, 16, torch.device("cpu")))
+    assert (config.engine.zero_stage, config.engine.shard_over) == expected, why
+    assert why.startswith(("replicate", "shard")[config.engine.stage // 3])
+
+
+def test_a_user_who_shards_in_nodes_gets_nothing_wider(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setenv("TAGLLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": PAGE, "SC_PHYS_PAGES": 24 * 2**30 // PAGE}.__getitem__)
+    config, why = placed(stage(tmp_path, shard_over="node"), Ranks(0, 16, torch.device("cpu")))
+    assert (config.engine.zero_stage, config.engine.shard_over) == (3, "node")
+    assert "nothing fits" in why
+
+
+def test_shards_of_nodes_need_stage_3(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="shard_over is node, but zero_stage 0 shards no backbone; it must be 3"):
+        stage(tmp_path, shard_over="node", zero_stage=0)
