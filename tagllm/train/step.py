@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from tagllm.data.batch import Batch, Counts, count
@@ -74,9 +75,8 @@ class Stepper:
         *totals, stops = self.ranks.sum([*sums, *work, float(self.stop.requested)])
         sums, work = totals[: len(sums)], Work(*totals[len(sums) :])
         loss = sum(w * s / c for w, s, c in zip(self.built.stage.weights, sums, counts, strict=True) if c)
-        gradients = self.engine.gradients()
-        norm, factor = float(nn.utils.get_total_norm(list(gradients.values()))), lr_factor(self.optim, step, self.total)
-        done = Step(loss, sums, counts, norm, _norms(gradients, self.built.layout), factor, work, stops > 0, [])
+        norms, factor = _norms(self.engine.gradients(), self.built.layout), lr_factor(self.optim, step, self.total)
+        done = Step(loss, sums, counts, math.hypot(*norms.values()), norms, factor, work, stops > 0, [])
         if done.finite:
             self.engine.step(factor)
             return done
@@ -121,7 +121,8 @@ def _norms(gradients: Mapping[str, Tensor], layout: TagLayout) -> dict[str, floa
             of |= {f"tags/{tag}": [part] for tag, part in zip(layout.learned, rows, strict=True)}
         else:
             of.setdefault("/".join(name.split(".")[:2]), []).append(gradient)
-    return {name: float(nn.utils.get_total_norm(parts)) for name, parts in of.items()}
+    found = torch.stack([nn.utils.get_total_norm(parts) for parts in of.values()])
+    return dict(zip(of, found.tolist(), strict=True))  # one transfer from the device
 
 
 def _added(counts: list[Counts]) -> list[float]:
