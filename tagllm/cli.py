@@ -89,8 +89,8 @@ def train(config: Path, overrides: Overrides = None, offline: Offline = False) -
         try:
             with StopRequest() as stop:  # the imports below take seconds
                 from tagllm.config import load_config
+                from tagllm.train.contact import LostContact
                 from tagllm.train.loop import train as run_training
-                from tagllm.train.ranks import LostContact
 
                 try:
                     run_training(load_config(config, overrides), str(config), stop)

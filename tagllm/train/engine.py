@@ -19,8 +19,9 @@ from tagllm.config import EngineConfig, OptimConfig
 from tagllm.data.batch import Batch
 from tagllm.model.loading import Place
 from tagllm.model.tagged import Output, TaggedModel
+from tagllm.train.contact import limit_all_groups
 from tagllm.train.deepspeed_settings import settings
-from tagllm.train.ranks import Ranks, limit_all_groups
+from tagllm.train.ranks import Ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

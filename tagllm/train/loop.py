@@ -15,11 +15,12 @@ from tagllm.files import RunLock
 from tagllm.stage import check_world, read_stage
 from tagllm.train import checkpoint
 from tagllm.train.build import Built, build
+from tagllm.train.contact import in_contact
 from tagllm.train.engine import Engine, sharding
 from tagllm.train.gradient_free import GradientFree
 from tagllm.train.monitor import Monitor, peak_memory_gib, row_norms
 from tagllm.train.placement import placed
-from tagllm.train.ranks import Ranks, SharedError, in_contact
+from tagllm.train.ranks import Ranks, SharedError
 from tagllm.train.result import library_of
 from tagllm.train.run_folder import RunFolder
 from tagllm.train.signals import EXIT_NOTHING_DONE, EXIT_STOPPED, StopAsked, Stopped, StopRequest

@@ -5,25 +5,21 @@ torchrun and deepspeed both set RANK, LOCAL_RANK and WORLD_SIZE.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import time
-import traceback
-import uuid
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from datetime import timedelta
 from threading import Thread
 from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed.rendezvous import rendezvous
 
 from tagllm.errors import UserError
+from tagllm.train.contact import met
 
 Result = TypeVar("Result")
-START_TIMEOUT = timedelta(minutes=10)
 CALL_S = 2.0
 
 
@@ -31,69 +27,9 @@ class SharedError(UserError):
     """A user error that every rank raises alike; only rank 0 prints it."""
 
 
-class LostContact(Exception):
-    """Another rank does not answer any more: it died, hangs, or the network between them is cut."""
-
-    def __init__(self, told: str, stack: list[str]) -> None:
-        self.stack = stack
-        super().__init__(told)
-
-
-@contextmanager
-def in_contact(ranks: Ranks, where: Callable[[], str]) -> Iterator[None]:
-    """Turns what the backends raise when a rank is gone into LostContact, with the ranks that do not answer and the
-    lines of ours that waited for them; `where` says how far this rank came."""
-    try:
-        yield
-    except RuntimeError as error:  # NCCL, gloo and the store raise several kinds of it
-        first = str(error).strip().splitlines()[0] if str(error).strip() else repr(error)
-        lost = isinstance(error, dist.DistError) or "gloo" in first.lower() or "closed by peer" in first
-        if not lost:
-            raise
-        _, *frames = traceback.extract_tb(error.__traceback__)
-        ours = [frame for frame in frames if f"{os.sep}tagllm{os.sep}" in frame.filename]
-        stack = [f"{f.filename}:{f.lineno} in {f.name}: {f.line}" for f in ours]
-        phase = " > ".join(f.name for f in ours)
-        silent = ranks.silent()
-        who = f"no answer from rank {', '.join(map(str, silent))}" if silent else "all ranks wait, but not for the same"
-        raise LostContact(f"{where()}: {who}, while in {phase}: {first}", stack) from error
-
-
-def _met(rank: int, size: int) -> Any:
-    """The launcher's store, once all ranks have come: they start minutes apart, whatever may pass between two steps.
-
-    torchrun keeps one store over restarts, and what the dead have left there (addresses of gloo) makes the living wait
-    for them. So each start greets with a word of its own, and rank 0 opens a round of those that have answered to it.
-    """
-    store, *_ = next(rendezvous("env://", rank, size, timeout=START_TIMEOUT))
-    me, until = uuid.uuid4().hex, time.monotonic() + START_TIMEOUT.total_seconds()
-    store.set(f"hello/{rank}", me)
-    while time.monotonic() < until:
-        if rank == 0 and store.check([f"hello/{other}" for other in range(size)]):
-            store.set("round", ",".join(store.get(f"hello/{other}").decode() for other in range(size)))
-        words = store.get("round").decode() if store.check(["round"]) else ""
-        if words.split(",")[rank : rank + 1] == [me]:
-            answer = hashlib.sha256(words.encode()).hexdigest()
-            store.set(f"{answer}/{rank}", "")
-            if rank == 0 and store.check([f"{answer}/{other}" for other in range(size)]):
-                store.set(f"{answer}/open", "")
-            if store.check([f"{answer}/open"]):
-                return dist.PrefixStore(answer, store)  # type: ignore[attr-defined]  # undeclared
-        time.sleep(0.02)
-    raise LostContact(f"rank {rank}: not all of {size} ranks have come within {START_TIMEOUT}", [])
-
-
 def ranks_per_node(size: int) -> int:
     """As torchrun, our Slurm script and the deepspeed launcher say; all ranks where nobody does."""
     return int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("LOCAL_SIZE") or size)
-
-
-def limit_all_groups(timeout_s: int) -> None:
-    """Groups that libraries have made (DeepSpeed makes some) wait half an hour, whatever ours does."""
-    from torch.distributed import distributed_c10d
-
-    for group in list(distributed_c10d._world.pg_map):
-        distributed_c10d._set_pg_timeout(timedelta(seconds=timeout_s), group)
 
 
 class Ranks(NamedTuple):
@@ -112,7 +48,7 @@ class Ranks(NamedTuple):
         if cuda:
             torch.cuda.set_device(local)
         if not dist.is_initialized():
-            store = dist.HashStore() if size == 1 else _met(rank, size)  # type: ignore[attr-defined]  # undeclared
+            store = dist.HashStore() if size == 1 else met(rank, size)  # type: ignore[attr-defined]  # undeclared
             dist.init_process_group(
                 "nccl" if cuda else "gloo",
                 store=store,
