@@ -111,7 +111,10 @@ def test_train_eval_predict(run: Run, folder: Path) -> None:
     assert result.exit_code == 0, result.stderr
     results = json.loads((out / "results.json").read_text())
     assert {"mse", "spearman", "r2"} <= results["metrics"].keys()
-    assert results["baselines"].keys() == {"predict_mean", "ridge_last", "ridge_mean", "ridge_both"}
+    assert results["baselines"].keys() == {
+        "predict_mean", "ridge_last", "ridge_mean", "ridge_both", "nearest_row", "ridge_fingerprints",
+        "boosting_fingerprints",
+    }  # fmt: skip
     assert results["rows"] > 0
 
     bad = folder / "new.csv"

@@ -37,14 +37,15 @@ def test_spearman_with_ties() -> None:
 def test_a_perfect_prediction() -> None:
     targets = column(1, 2, 4)
     assert value_metrics(targets, targets, classes=False) == pytest.approx(
-        {"mse": 0, "mae": 0, "r2": 1, "pearson": 1, "spearman": 1}, abs=1e-5
+        {"mse": 0, "mae": 0, "r2": 1, "pearson": 1, "spearman": 1, "concordance": 1}, abs=1e-5
     )
 
 
 @pytest.mark.filterwarnings("error")
 def test_a_constant_prediction_has_no_correlation() -> None:
     found = value_metrics(column(2, 2, 2), column(1, 2, 3), classes=False)
-    assert found == pytest.approx({"mse": 2 / 3, "mae": 2 / 3, "r2": 0, "pearson": 0, "spearman": 0})
+    nothing = {"r2": 0, "pearson": 0, "spearman": 0, "concordance": 0.5}
+    assert found == pytest.approx({"mse": 2 / 3, "mae": 2 / 3, **nothing})
 
 
 def test_missing_targets_do_not_count() -> None:
@@ -63,13 +64,18 @@ def test_several_outputs_are_averaged_each_over_its_own_rows() -> None:
 
 
 def test_classes_by_hand() -> None:
-    """Accuracy 3 of 4; F1 of class 0 is 2/3 (one hit, one false alarm), of class 1 is 4/5."""
+    """Accuracy 3 of 4; F1 of class 0 is 2/3 (one hit, one false alarm), of class 1 is 4/5; the one row of class 0 has
+    the highest score for it."""
     logits = np.array([[2, 0], [0, 1], [0, 3], [1, 0]], np.float32)
     found = value_metrics(logits, column(0, 1, 1, 1), classes=True)
     log_odds = np.array([-2, -1, -3, 1.0])  # of the wrong class against the right one
     assert found == pytest.approx(
-        {"accuracy": 3 / 4, "f1": (2 / 3 + 4 / 5) / 2, "cross_entropy": np.log1p(np.exp(log_odds)).mean()}, rel=1e-5
-    )
+        {
+            "accuracy": 3 / 4, "f1": (2 / 3 + 4 / 5) / 2, "auroc": 1,
+            "cross_entropy": np.log1p(np.exp(log_odds)).mean(),
+        },
+        rel=1e-5,
+    )  # fmt: skip
 
 
 def test_classes_without_a_target() -> None:

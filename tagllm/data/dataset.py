@@ -35,8 +35,8 @@ class BadRow(NamedTuple):
 class Examples:
     """The examples of one split of one source, memory-mapped."""
 
-    def __init__(self, table: Any, source: int) -> None:
-        self._table, self.source = table, source
+    def __init__(self, table: Any, rows: Any, source: int) -> None:
+        self._table, self._rows, self.source = table, rows, source
         self.groups_n = np.array(table["group"], np.int64)
 
     def __len__(self) -> int:
@@ -54,6 +54,14 @@ class Examples:
         """Rows with the same home, modulo the number of ranks, go to the same rank in every epoch."""
         group = int(self.groups_n[index])
         return group if group >= 0 else self.source + index
+
+    def fields(self, names: Sequence[str]) -> dict[str, list[str]]:
+        """The values of rows with a target, as they stand in the data."""
+        with_target = [
+            row for row, target in zip(self._table["row"], self._table["target"], strict=True) if len(target)
+        ]
+        rows = self._rows.select(with_target)
+        return {name: ["" if value is None else str(value) for value in rows[name]] for name in names}
 
     def targets(self) -> np.ndarray:
         """(n, K) of rows with a target; empty without a head."""
@@ -131,7 +139,7 @@ def prepare(
             )
             if not file.exists():
                 _write_examples(file, table, found[split], encoder)
-            examples, report = _read_examples(file, at)
+            examples, report = _read_examples(file, table, at)
             bad_rows += [BadRow(*row) for row in report["bad_rows"]]
             record[str(at)][split] = {"examples": len(examples), "sha256": file.stem.removeprefix("examples-")} | {
                 key: report[key] for key in ("unlabelled", "rows_cut", "tokens_cut")
@@ -217,11 +225,11 @@ def _encoded(
         yield examples
 
 
-def _read_examples(file: Path, source: int) -> tuple[Examples, dict[str, Any]]:
+def _read_examples(file: Path, rows: Any, source: int) -> tuple[Examples, dict[str, Any]]:
     import datasets
 
     report: dict[str, Any] = json.loads(file.with_suffix(".json").read_text())
-    return Examples(datasets.Dataset.from_file(str(file)), source), report
+    return Examples(datasets.Dataset.from_file(str(file)), rows, source), report
 
 
 def _refuse_unlabelled(config: DataConfig, report: dict[str, Any], num_examples: int, where: str) -> None:

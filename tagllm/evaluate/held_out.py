@@ -12,6 +12,7 @@ from tagllm.config import RunConfig, Split
 from tagllm.data.dataset import Prompts
 from tagllm.errors import UserError
 from tagllm.evaluate.baselines import Probe, value_baselines
+from tagllm.evaluate.classical import classical_baselines
 from tagllm.evaluate.generate import text_metrics
 from tagllm.evaluate.metrics import value_metrics
 from tagllm.evaluate.passes import Pass, all_draws, run_over
@@ -102,6 +103,17 @@ def _score_values(evaluation: Evaluation, probe: Path | None, results: dict[str,
         train = _training_probe(evaluation, probe)
         results["baselines"] |= value_baselines(train, Probe.of(held_out))
         results["probe_rows"] = len(train.targets_nK)
+        results["baselines"] |= ranks.on_rank_zero(lambda: _classical(built, split))
+
+
+def _classical(built: Built, split: Split) -> dict[str, dict[str, float]]:
+    """Of a run whose labelled rows come from one source; others have no fields in common."""
+    labelled = [at for at, examples in enumerate(built.examples("train")) if len(examples.targets())]
+    if len(labelled) != 1:
+        return {}
+    train, held_out = built.examples("train")[labelled[0]], built.examples(split)[labelled[0]]
+    names = built.stage.templates[labelled[0]].fields
+    return classical_baselines(train.fields(names), train.targets(), held_out.fields(names), held_out.targets())
 
 
 def _score_tokens(evaluation: Evaluation, results: dict[str, Any], controls: Sequence[Path]) -> None:

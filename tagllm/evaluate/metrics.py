@@ -10,7 +10,8 @@ Floats = NDArray[np.float32]
 
 
 def value_metrics(values_nK: Floats, targets_nK: Floats, classes: bool) -> dict[str, float]:
-    """Regression: MSE, MAE, R2, Pearson, Spearman, averaged over outputs. Classes: accuracy, macro F1, cross entropy.
+    """Regression: MSE, MAE, R2, Pearson, Spearman, concordance index, averaged over outputs. Classes: accuracy, macro
+    F1, AUROC (macro, one against the rest), cross entropy.
 
     Rows whose target is missing (NaN) do not count; nothing is returned where no row has one.
     """
@@ -42,7 +43,23 @@ def _regression(values_n: Floats, targets_n: Floats) -> dict[str, float]:
         "r2": float(r2_score(values, targets)),
         "pearson": 0.0 if flat else float(pearson_corrcoef(values, targets)),
         "spearman": 0.0 if flat else float(spearman_corrcoef(values, targets)),
+        "concordance": concordance(values_n, targets_n),
     }
+
+
+def concordance(values_n: Floats, targets_n: Floats) -> float:
+    """Of pairs with different targets, the share that is in the right order (ties of values count half); 0.5 where no
+    pair tells. From Kendall's tau-b, whose numerator is the same."""
+    from scipy.stats import kendalltau
+
+    def untied(numbers: Floats) -> float:
+        _, counts = np.unique(numbers, return_counts=True)
+        return float(len(numbers) * (len(numbers) - 1) - (counts * (counts - 1)).sum()) / 2
+
+    telling, scale = untied(targets_n), untied(values_n)
+    if not telling or not scale:
+        return 0.5
+    return 0.5 + 0.5 * float(kendalltau(values_n, targets_n).statistic) * float(np.sqrt(scale / telling))
 
 
 def _class_metrics(logits_nK: Floats, targets_n: Floats) -> dict[str, float]:
@@ -57,4 +74,16 @@ def _class_metrics(logits_nK: Floats, targets_n: Floats) -> dict[str, float]:
         "accuracy": float(multiclass_accuracy(logits, targets, classes, average="micro")),
         "f1": float(multiclass_f1_score(logits, targets, classes, average="macro")),
         "cross_entropy": float(torch.nn.functional.cross_entropy(logits, targets)),
+        **_auroc(logits, targets),
     }
+
+
+def _auroc(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
+    """Over the classes that occur; nothing where that is but one."""
+    from torchmetrics.functional.classification import multiclass_auroc
+
+    there = targets.unique()
+    if len(there) < 2:
+        return {}
+    scores = multiclass_auroc(logits.softmax(dim=1), targets, logits.shape[1], average="none")
+    return {"auroc": float(scores[there].mean())}

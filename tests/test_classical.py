@@ -1,0 +1,66 @@
+"""Baselines without an LLM: each finds what it is there to find, and no more."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+
+from tagllm.evaluate.classical import classical_baselines, kind_of
+from tagllm.evaluate.metrics import concordance
+
+MOLECULES = ["CCO", "CCN", "CCCCCC", "c1ccccc1", "c1ccccc1O", "CC(=O)O", "CC(C)C", "C1CCCCC1", "CCCl", "O=C=O"]
+RANDOM = np.random.default_rng(0)
+PROTEINS = ["".join(RANDOM.choice(list("ACDEFGHIKLMNPQRSTVWY"), 60)) for _ in range(8)]
+
+
+def test_kinds() -> None:
+    assert kind_of(MOLECULES) == "molecule"
+    assert kind_of(PROTEINS) == "sequence"
+    assert kind_of(["A2058", "HT29", "breast"]) == "category"
+
+
+def pairs() -> tuple[dict[str, list[str]], np.ndarray]:
+    """Every molecule with every protein; the target is a sum of an effect of each."""
+    of_molecule, of_protein = RANDOM.normal(size=len(MOLECULES)), RANDOM.normal(size=len(PROTEINS))
+    every = list(itertools.product(range(len(MOLECULES)), range(len(PROTEINS))))
+    RANDOM.shuffle(every)
+    targets = np.array([[of_molecule[m] + of_protein[p]] for m, p in every], np.float32)
+    return {"smiles": [MOLECULES[m] for m, _ in every], "sequence": [PROTEINS[p] for _, p in every]}, targets
+
+
+def test_additive_effects_are_what_the_means_find() -> None:
+    fields, targets = pairs()
+    train, test = slice(0, 60), slice(60, None)
+    found = classical_baselines(
+        {k: v[train] for k, v in fields.items()}, targets[train], {k: v[test] for k, v in fields.items()}, targets[test]
+    )
+    assert set(found) == {"nearest_row", "field_means", "ridge_fingerprints", "boosting_fingerprints"}
+    assert found["field_means"]["r2"] > 0.95
+    assert found["ridge_fingerprints"]["r2"] > 0.9
+
+
+def test_a_row_that_was_seen_is_its_own_nearest() -> None:
+    fields, targets = pairs()
+    found = classical_baselines(fields, targets, {k: v[:20] for k, v in fields.items()}, targets[:20])
+    assert found["nearest_row"]["mse"] == pytest.approx(0, abs=1e-10)
+
+
+def test_values_that_never_recur_have_no_means() -> None:
+    smiles = {"smiles": ["C" * n + "O" for n in range(1, 41)]}
+    targets = np.arange(40, dtype=np.float32)[:, None]
+    found = classical_baselines(smiles, targets, {"smiles": ["C" * 41 + "O", "CO"]}, targets[:2])
+    assert "field_means" not in found and "nearest_row" in found
+
+
+def test_concordance_counts_pairs() -> None:
+    targets = RANDOM.integers(0, 5, 60).astype(np.float32)
+    values = (targets + RANDOM.normal(size=60)).round(1).astype(np.float32)
+    told = [
+        0.5 if values[i] == values[j] else float((values[i] < values[j]) == (targets[i] < targets[j]))
+        for i, j in itertools.combinations(range(60), 2)
+        if targets[i] != targets[j]
+    ]
+    assert concordance(values, targets) == pytest.approx(np.mean(told), abs=1e-9)
+    assert concordance(np.zeros(5, np.float32), np.arange(5, dtype=np.float32)) == 0.5
