@@ -104,6 +104,37 @@ def train(config: Path, overrides: Overrides = None, offline: Offline = False) -
     _run(work, offline)
 
 
+@app.command()
+def sweep(
+    config: Path,
+    overrides: Overrides = None,
+    grid: Annotated[list[str] | None, typer.Option(help="KEY=VALUE,VALUE,... ; several of them are combined.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Runs of each combination.")] = 3,
+    only: Annotated[int | None, typer.Option(min=0, help="One run, counted from 0: $SLURM_ARRAY_TASK_ID.")] = None,
+    offline: Offline = False,
+) -> None:
+    """Train and score a config for every combination of values, several seeds each; one table. Goes on if cut off."""
+
+    def work() -> None:
+        from rich.console import Console
+
+        from tagllm.sweep import points_of, run_point, summaries, table_of, write_summary
+
+        given = overrides or []
+        points = points_of(config, given, grid or [], seeds)
+        if only is not None and only >= len(points):
+            raise UserError(f"--only is {only}; the sweep has {len(points)} runs, counted from 0.")
+        for at, point in enumerate(points):
+            if not point.done and only in (None, at):
+                print(f"run {at} of {len(points)}: {point.folder}", flush=True)
+                run_point(config, given, point)
+        found = summaries(points)
+        write_summary(points[0].folder.parent, found)
+        Console(soft_wrap=True).print(table_of(found))
+
+    _run(work, offline)
+
+
 @app.command(name="eval")
 def evaluate(
     run: Path,
