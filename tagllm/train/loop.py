@@ -104,6 +104,8 @@ class Trainer:
             return
         with Monitor(self.run.path, self.total, self.first, self.ranks.rank > 0) as self.monitor:
             self.stop.training = True
+            if self.first:
+                self.monitor.say(f"going on from step {self.first} of {self.total}")
             try:
                 self._train()
                 self._finish()

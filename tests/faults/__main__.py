@@ -38,7 +38,10 @@ def main(
             record = work(lab)
             console.print(f"{time.monotonic() - began:6.0f} s  {name}: {'; '.join(record.corruptions) or 'sound'}")
             records[record.fault] = records[record.fault].plus(record) if record.fault in records else record
-    found = list(records.values())
+    if json_file is not None and json_file.is_file():  # what was not run again stays
+        before = [Record(**record) for record in json.loads(json_file.read_text())["faults"]]
+        records = {record.fault: record for record in before} | records
+    found = sorted(records.values(), key=lambda record: int(record.fault.split()[0]))
     console.print(table(found))
     if json_file is not None:
         about = {"date": datetime.now(UTC).isoformat("T", "seconds"), "commit": commit(), "hardware": hardware()}

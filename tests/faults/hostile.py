@@ -72,9 +72,8 @@ class Watch:
 
     def __init__(self, folder: Path) -> None:
         self.folder, self.looking, self.seen = str(folder), False, list[str]()
-        self._libraries = tuple(
-            os.path.realpath(p) for p in {sys.prefix, sys.base_prefix, *sysconfig.get_paths().values()}
-        )
+        libraries = {sys.prefix, sys.base_prefix, *sysconfig.get_paths().values(), "/usr/share/zoneinfo"}
+        self._allowed = (self.folder, *libraries, *map(os.path.realpath, libraries))
         sys.addaudithook(self._note)
 
     def _note(self, event: str, arguments: tuple[Any, ...]) -> None:
@@ -86,7 +85,7 @@ class Watch:
             path = os.path.abspath(
                 os.fsdecode(arguments[0])
             )  # a link in the folder may lead out of it, as in hub caches
-            if not path.startswith((self.folder, *self._libraries, "/usr/share/zoneinfo")):
+            if not path.startswith(self._allowed):
                 self.seen.append(f"opened {path}")
 
 
