@@ -18,6 +18,7 @@ setup(
     long_description=README.read_text(encoding="utf-8") if README.exists() else "",
     long_description_content_type="text/markdown",
     packages=find_packages(include=["tagllm", "tagllm.*"]),
+    package_data={"tagllm.report": ["*.jinja"]},
     python_requires=">=3.11",
     install_requires=[
         "torch>=2.11",
@@ -34,6 +35,8 @@ setup(
         "scikit-learn>=1.5",
         "torchmetrics>=1.6",
         "sacrebleu>=2.5",
+        "matplotlib>=3.9",
+        "jinja2>=3.1",
         "tensorboard>=2.18",
         "safetensors>=0.5",
         "huggingface_hub>=1.0",

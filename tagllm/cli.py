@@ -166,6 +166,21 @@ def evaluate(
 
 
 @app.command()
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs that eval has scored.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.html and report.md.")] = Path("report"),
+) -> None:
+    """One page of all runs: results beside baselines, learning curves, predictions, tags; opens offline."""
+
+    def work() -> None:
+        from tagllm.report.page import write_report
+
+        print(write_report(runs, out))
+
+    _run(work, offline=False)
+
+
+@app.command()
 def predict(
     source: Annotated[Path, typer.Argument(metavar="RUN_OR_LIBRARY")],
     input_file: Annotated[Path, typer.Argument(metavar="INPUT")],

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from tagllm.config import RunConfig, Split
 from tagllm.data.dataset import Prompts
 from tagllm.errors import UserError
@@ -16,7 +18,7 @@ from tagllm.evaluate.classical import classical_baselines
 from tagllm.evaluate.generate import text_metrics
 from tagllm.evaluate.metrics import value_metrics
 from tagllm.evaluate.passes import Pass, all_draws, run_over
-from tagllm.files import json_bytes, read_json, replace_file, write_durably
+from tagllm.files import json_bytes, read_json, replace_file, save_tensors, write_durably
 from tagllm.stage import stage_of_run
 from tagllm.tags import Tag, TagLibrary
 from tagllm.train.build import Built, assemble, build, new_tag, prepare_on_all
@@ -60,7 +62,7 @@ def evaluate(run: Path, config: RunConfig, split: Split, controls: Sequence[Path
         "rows": sum(map(len, built.examples(split))),
     }  # fmt: skip
     if built.layout.heads:
-        _score_values(evaluation, None if overridden else folder.probe, results)
+        _score_values(evaluation, run, None if overridden else folder.probe, results)
     if stage.terms:
         _score_tokens(evaluation, results, controls)
     if any(template.has_output for template in stage.templates):
@@ -94,11 +96,13 @@ def _training_probe(evaluation: Evaluation, kept: Path | None) -> Probe:
     return Probe.of(_pass(evaluation.built, evaluation.ranks, "train", FIT_ROWS, probing=True))
 
 
-def _score_values(evaluation: Evaluation, probe: Path | None, results: dict[str, Any]) -> None:
+def _score_values(evaluation: Evaluation, run: Path, probe: Path | None, results: dict[str, Any]) -> None:
     built, ranks, split = evaluation
     classes = any(head.classes for head in built.layout.heads.values())
     held_out = _pass(built, ranks, split, None, probing=True)
     results["metrics"] |= value_metrics(held_out.values_nK, held_out.targets_nK, classes)
+    pairs = {"values_nK": torch.from_numpy(held_out.values_nK), "targets_nK": torch.from_numpy(held_out.targets_nK)}
+    ranks.on_rank_zero(lambda: save_tensors(run / "held_out.safetensors", pairs))
     if not classes:
         train = _training_probe(evaluation, probe)
         results["baselines"] |= value_baselines(train, Probe.of(held_out))
@@ -147,8 +151,6 @@ def _with_tags(evaluation: Evaluation, tags: dict[str, Tag]) -> Pass:
 
 
 def _pass(built: Built, ranks: Ranks, split: Split, limit: int | None, probing: bool = False) -> Pass:
-    import torch
-
     collate = built.collator()
     collate = collate.probing() if probing else collate._replace(frozen_prefix=True)
     sources = built.examples(split)
