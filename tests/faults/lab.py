@@ -62,7 +62,7 @@ class Lab:
             "data": {"sources": [{"path": str(self.rows), "target": "size", "template": template}]},
             "loss": {"span": 0.5, "value": 1.0}, "remember_gib": 0,
             "optim": {"steps": STEPS, "rows_per_step": 12, "rows_per_micro_batch": 2, "tag_lr": 1e-3},
-            "evaluation": {"every_steps": 10}, "checkpoint": {"every_steps": EVERY}, "engine": {"timeout_s": 20},
+            "evaluation": {"every_steps": 10}, "checkpoint": {"every_steps": EVERY}, "engine": {"timeout_s": 60},
         }))  # fmt: skip
 
     def trial(self, name: str, *orders: Order) -> Trial:

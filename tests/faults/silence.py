@@ -26,7 +26,7 @@ def stopped(lab: Lab, victim: int, point: str, nth: int) -> Record:
         finish(ranks[victim : victim + 1])
     finally:
         kill(ranks)
-    again = lab.once(trial, engine__timeout_s=LIMIT_S)
+    again = lab.once(trial)
     told += [] if again.status == [0, 0] else [f"again: {again.status} {again.stderr}"]
     judged = lab.judged(FAULT, trial, hangs=int(not in_time))
     return judged._replace(corruptions=[*judged.corruptions, *told])
@@ -52,7 +52,7 @@ def skipped(lab: Lab, rank: int, nth: int) -> Record:
     in_time = ends_within(ranks, 60)
     outcome = finish(ranks)
     told = [f"left with {outcome.status}: {outcome.stderr}"] if 0 in outcome.status else []
-    again = lab.once(trial, engine__timeout_s=LIMIT_S)
+    again = lab.once(trial)
     told += [] if again.status == [0, 0] else [f"again: {again.status} {again.stderr}"]
     judged = lab.judged(FAULT, trial, hangs=int(not in_time))
     return judged._replace(corruptions=[*judged.corruptions, *told])
