@@ -166,6 +166,29 @@ def evaluate(
 
 
 @app.command()
+def inspect(
+    library: Path,
+    model: Annotated[
+        str | None, typer.Option(help="The backbone, where it is not found under the library's name.")
+    ] = None,
+    nearest: Annotated[int, typer.Option(min=1, help="Tokens per row.")] = 5,
+    offline: Offline = False,
+) -> None:
+    """What the rows of a library's tags lie near in the vocabulary, and how alike the tags are."""
+
+    def work() -> None:
+        from rich.console import Console
+
+        from tagllm.report.tags import inspect_library
+
+        console = Console(highlight=False, markup=False, soft_wrap=True)
+        for table in inspect_library(library, model, nearest):
+            console.print(table)
+
+    _run(work, offline)
+
+
+@app.command()
 def report(
     runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Runs that eval has scored.")],
     out: Annotated[Path, typer.Option(help="Folder for report.html and report.md.")] = Path("report"),

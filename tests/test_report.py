@@ -8,10 +8,12 @@ import subprocess
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from typer.testing import CliRunner
 
 from tagllm.cli import app
+from tagllm.report.tags import nearest_tokens
 from tests import tiny
 from tests.test_monitor import CHROMIUM
 
@@ -90,3 +92,20 @@ def test_it_fits_a_phone(run: Path, page: str, tmp_path: Path) -> None:
     ).stdout
     (width,) = re.findall(r"<title>(\d+)</title>", shown)
     assert int(width) <= 500
+
+
+def test_inspect_finds_the_tokens_that_a_row_was_made_of(run: Path, tmp_path: Path) -> None:
+    backbone = tiny.plain_backbone()
+    embedding_VD = backbone.get_input_embeddings().weight.detach()
+    rows_PD = embedding_VD[[7, 30]] * torch.tensor([[3.0], [0.2]])
+    cosines, ids = nearest_tokens(rows_PD, embedding_VD, 3)
+    assert ids[:, 0].tolist() == [7, 30]
+    assert cosines[:, 0].tolist() == pytest.approx([1, 1])
+    assert (cosines.diff(dim=1) <= 0).all()
+    result = RUNNER.invoke(app, ["inspect", str(run / "library"), "--nearest", "2"])
+    assert result.exit_code == 0, result.stderr
+    assert "<QED>, function; a token's norm is" in result.stdout and "cosine of mean rows" in result.stdout
+    other = tiny.save_backbone(tmp_path / "other")
+    tiny.backbone(seed=5).save_pretrained(other)
+    refused = RUNNER.invoke(app, ["inspect", str(run / "library"), "--model", str(other)])
+    assert refused.exit_code == 2 and "backbone" in refused.stderr

@@ -6,10 +6,8 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-from torch import nn
-
 from tagllm.report.collect import RunResult
+from tagllm.report.tags import cosine_of_means
 from tagllm.tags import Tag
 
 WIDTH, HEIGHT = 4.2, 3.2
@@ -45,8 +43,7 @@ def predicted_against_true(run: RunResult) -> str:
 
 def tag_similarity(tags: Sequence[Tag]) -> str:
     """Cosine of the mean rows of each two tags."""
-    means = nn.functional.normalize(torch.stack([tag.rows_PD.mean(dim=0) for tag in tags]), dim=1)
-    cosine = means @ means.T
+    cosine = cosine_of_means(tags)
     figure, axes = _figure()
     image = axes.imshow(cosine, vmin=-1, vmax=1, cmap="RdBu_r")
     names = [f"<{tag.name}>" for tag in tags]
