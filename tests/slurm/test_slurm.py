@@ -60,7 +60,7 @@ def test_three_stages(cluster: Cluster) -> None:
 
 
 def test_a_pre_empted_job_ends_with_the_same_tags(cluster: Cluster) -> None:
-    """First asked to save (USR1), then thrown out without a word (requeue): the tags are those of a job left alone."""
+    """First asked to save (USR1), then sent off by Slurm (requeue): the tags are those of a job left alone."""
     record = requeued(cluster, 2, seed=0)
     print(record)
     assert not record.corruptions
