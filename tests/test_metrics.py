@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tagllm.evaluate.metrics import Floats, value_metrics
+from tagllm.evaluate.metrics import Floats, intervals, value_metrics
 
 NAN = float("nan")
 
@@ -82,3 +82,17 @@ def test_classes_without_a_target() -> None:
     logits = np.array([[2, 0], [0, 1], [5, 0]], np.float32)
     assert value_metrics(logits, column(0, 1, NAN), classes=True)["accuracy"] == 1
     assert value_metrics(logits, column(NAN, NAN, NAN), classes=True) == {}
+
+
+def test_intervals_are_those_of_the_mean_where_it_is_one() -> None:
+    """Of MSE, a mean over rows, normal theory tells the width; missing targets do not count."""
+    random = np.random.default_rng(3)
+    targets = random.normal(size=(400, 1)).astype(np.float32)
+    values = targets + random.normal(size=(400, 1)).astype(np.float32)
+    targets[::10] = NAN
+    low, high = intervals(values, targets, classes=False)["mse"]
+    errors = ((values - targets) ** 2)[np.isfinite(targets)]
+    half = 1.96 * errors.std() / len(errors) ** 0.5
+    assert (high - low) / 2 == pytest.approx(half, rel=0.2)
+    assert low < errors.mean() < high
+    assert intervals(column(1), column(NAN), classes=False) == {}

@@ -65,6 +65,7 @@ def test_names_are_text_and_figures_are_there(page: str) -> None:
     assert "a&lt;b&gt;&amp;c" in page and "a<b>" not in page
     assert page.count("<svg") == 3, "learning curve, predictions, tags"
     assert "The paper, &lt;QED&gt;, mse" in page
+    assert "The tag, 95 % over draws of the rows" in page
 
 
 def test_markdown_has_the_same_numbers(run: Path, page: str) -> None:

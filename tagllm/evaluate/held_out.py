@@ -16,7 +16,7 @@ from tagllm.errors import UserError
 from tagllm.evaluate.baselines import Probe, value_baselines
 from tagllm.evaluate.classical import classical_baselines
 from tagllm.evaluate.generate import text_metrics
-from tagllm.evaluate.metrics import value_metrics
+from tagllm.evaluate.metrics import intervals, value_metrics
 from tagllm.evaluate.passes import Pass, all_draws, run_over
 from tagllm.files import json_bytes, read_json, replace_file, save_tensors, write_durably
 from tagllm.stage import stage_of_run
@@ -56,7 +56,7 @@ def evaluate(run: Path, config: RunConfig, split: Split, controls: Sequence[Path
         _require_same_rows(folder, built, split)
     evaluation = Evaluation(built, ranks, split)
     results: dict[str, Any] = {
-        "run": run.name, "split": split, "metrics": {}, "baselines": {}, "controls": {},
+        "run": run.name, "split": split, "metrics": {}, "intervals": {}, "baselines": {}, "controls": {},
         "learned": stage.learned, "backbone": built.backbone.identity._asdict(), "config_digest": config.digest(),
         "versions": versions(), "date": time.strftime("%Y-%m-%d"), "ranks": ranks.size,
         "rows": sum(map(len, built.examples(split))),
@@ -101,6 +101,7 @@ def _score_values(evaluation: Evaluation, run: Path, probe: Path | None, results
     classes = any(head.classes for head in built.layout.heads.values())
     held_out = _pass(built, ranks, split, None, probing=True)
     results["metrics"] |= value_metrics(held_out.values_nK, held_out.targets_nK, classes)
+    results["intervals"] = ranks.on_rank_zero(lambda: intervals(held_out.values_nK, held_out.targets_nK, classes))
     pairs = {"values_nK": torch.from_numpy(held_out.values_nK), "targets_nK": torch.from_numpy(held_out.targets_nK)}
     ranks.on_rank_zero(lambda: save_tensors(run / "held_out.safetensors", pairs))
     if not classes:

@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
+RESAMPLES = 500
 
 
 def value_metrics(values_nK: Floats, targets_nK: Floats, classes: bool) -> dict[str, float]:
@@ -23,6 +24,20 @@ def value_metrics(values_nK: Floats, targets_nK: Floats, classes: bool) -> dict[
         if known.sum() >= 2:
             per_output.append(_regression(values_nK[known, k], targets_nK[known, k]))
     return {name: float(np.mean([one[name] for one in per_output])) for name in (per_output[0] if per_output else {})}
+
+
+def intervals(values_nK: Floats, targets_nK: Floats, classes: bool) -> dict[str, tuple[float, float]]:
+    """95 % bootstrap intervals of `value_metrics` over the rows (percentiles of `RESAMPLES` draws): how much another
+    draw of held-out rows would change them."""
+    random = np.random.default_rng(0)
+    known = np.flatnonzero(np.isfinite(targets_nK).any(axis=1))
+    if len(known) < 2:
+        return {}
+    draws = [random.choice(known, len(known)) for _ in range(RESAMPLES)]
+    found = [value_metrics(values_nK[rows], targets_nK[rows], classes) for rows in draws]
+    names = set.intersection(*(set(metrics) for metrics in found))
+    columns = {name: [metrics[name] for metrics in found] for name in sorted(names)}
+    return {name: (float(np.quantile(v, 0.025)), float(np.quantile(v, 0.975))) for name, v in columns.items()}
 
 
 def _regression(values_n: Floats, targets_n: Floats) -> dict[str, float]:

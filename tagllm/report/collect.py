@@ -40,6 +40,12 @@ class RunResult(NamedTuple):
         there = {name for metrics in self.rows.values() for name in metrics}
         return [name for name in SHOWN if name in there]
 
+    @property
+    def intervals(self) -> dict[str, tuple[float, float]]:
+        """95 % bootstrap intervals of the tag's metrics."""
+        found = self.results.get("intervals", {})
+        return {name: tuple(found[name]) for name in self.metrics if name in found}
+
     def best(self, metric: str) -> float:
         values = [metrics[metric] for metrics in self.rows.values() if metric in metrics]
         return max(values) if metric in HIGHER_IS_BETTER else min(values)
