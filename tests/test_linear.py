@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import math
-from pathlib import Path
 from typing import Any, Literal
 
 import pytest
@@ -14,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from benchmarks.measure import peak_tensor_bytes
 from benchmarks.saved_bytes import KINDS, SHAPES, per_token_and_layer
 from tagllm.model.backbone import weights_digest
 from tagllm.model.frozen import FrozenGatedMLP, FrozenLayerNorm, FrozenRMSNorm, make_frozen_aware
@@ -222,30 +222,10 @@ def test_losses_of_a_bf16_head_are_fp32_and_close(softcap: float | None) -> None
     assert tiny.relative_error(*gradients) < 0.02
 
 
-def _peak_mb() -> float:
-    """Of this process; `ru_maxrss` would still know the peak of the parent."""
-    status = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(status.split("VmHWM:")[1].split()[0]) / 1000
-
-
-def _peak_growth_mb(queue: Any) -> None:
-    torch.set_num_threads(1)
-    head = FrozenHead(nn.Parameter(torch.randn(49152, 64), requires_grad=False), None, False)
-    hidden_ND, label_N = torch.randn(4096, 64, requires_grad=True), torch.randint(49152, (4096,))
-    head(hidden_ND[:8], label_N[:8], 30.0).sum().backward()  # libraries warm up
-    before = _peak_mb()
-    head(hidden_ND, label_N, 30.0).sum().backward()
-    queue.put(_peak_mb() - before)
-
-
 def test_tokens_times_vocabulary_is_never_held() -> None:
     """4,096 positions by 49,152 words are 805 MB in fp32."""
-    spawn = torch.multiprocessing.get_context("spawn")
-    queue = spawn.SimpleQueue()
-    process = spawn.Process(target=_peak_growth_mb, args=(queue,))
-    process.start()
-    process.join()
-    assert process.exitcode == 0
-    growth_mb = queue.get()
-    print(f"peak grew by {growth_mb:.0f} MB")
-    assert growth_mb < 200
+    head = FrozenHead(nn.Parameter(torch.randn(49152, 64), requires_grad=False), None, False)
+    hidden_ND, label_N = torch.randn(4096, 64, requires_grad=True), torch.randint(49152, (4096,))
+    peak_mb = peak_tensor_bytes(lambda: head(hidden_ND, label_N, 30.0).sum().backward()) / 1e6
+    print(f"at most {peak_mb:.0f} MB of tensors")
+    assert peak_mb < 200

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from benchmarks.measure import held_bytes
+from benchmarks.measure import held_bytes, peak_tensor_bytes
 from tagllm.config import BackboneConfig, RunConfig, parse_config
 from tagllm.data.batch import count
 from tagllm.model.backbone import load_backbone, resolve
@@ -96,10 +95,7 @@ def test_peak_memory_of_a_step(rows: int, tmp_path: Path, ranks: Ranks) -> None:
     memory = estimate(shape, [Load.of(batch)], 0, config, ALONE, "replicate", cuda=False).memory
     planned = sum(memory[k] for k in ("kept for backward", "prefix keys and values", "work of one layer", "logits"))
     built.model(batch)  # what is made once
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        total(built.model(batch).sums, count(batch), built.stage.weights).backward()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    found = max(accumulate(e.nbytes() for e in sorted(events, key=lambda e: e.start_ns())))
+    found = peak_tensor_bytes(lambda: total(built.model(batch).sums, count(batch), built.stage.weights).backward())
     print(f"{rows} rows: planned {planned / 2**20:.1f} MiB, peak {found / 2**20:.1f}")
     assert found == pytest.approx(planned, rel=CLOSE)
 
