@@ -28,6 +28,7 @@ setup(
         "ninja",  # DeepSpeed compiles one small C++ operator at the first start
         "datasets>=4",
         "pyarrow>=20",
+        "lxml>=5",
         "pandas>=2.2",
         "rdkit>=2024.9",
         "numpy>=1.26",
@@ -35,6 +36,7 @@ setup(
         "scikit-learn>=1.5",
         "torchmetrics>=1.6",
         "sacrebleu>=2.5",
+        "py3langid>=0.4",  # which language a text is in, offline
         "matplotlib>=3.9",
         "jinja2>=3.1",
         "tensorboard>=2.18",
@@ -52,12 +54,18 @@ setup(
         "quickstart": ["gguf>=0.17", "accelerate>=1.10"],
         # Needs nvcc and the torch of this environment: pip install --no-build-isolation -e .[gpu]
         "gpu": ["flash-attn>=2.8", "liger-kernel>=0.6"],
+        # Labels of the recipe mmseqs-proteins; the molecules of molsets: pip install --no-deps molsets==0.3.1
+        "recipes": ["peptides>=0.5"],
+        # What `tagllm baseline` trains.
+        "baselines": ["peft>=0.19"],
         # What benchmarks/vs_peers.py measures against; the package needs none of it.
         "benchmarks": ["peft>=0.19", "trl>=1.0", "accelerate>=1.10"],
         "dev": [
             "pytest>=8.3",
             "pytest-timeout>=2.3",
             "hypothesis>=6.120",
+            "peptides>=0.5",
+            "peft>=0.19",
             "ruff>=0.9",
             "mypy>=1.15",
             "types-PyYAML",

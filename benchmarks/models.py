@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import copy
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from torch import nn
 
+from tagllm.baselines.plain import load_plain, twin
 from tagllm.config import BackboneConfig
-from tagllm.model.backbone import DTYPES, Backbone, identify, load_backbone, load_tokenizer, resolve
+from tagllm.model.backbone import Backbone, load_backbone
 
 
 class Settings(NamedTuple):
@@ -54,22 +53,11 @@ class Models:
     @cached_property
     def plain(self) -> Backbone:
         """The backbone as any transformers user loads it."""
-        from transformers import AutoModelForCausalLM
-
-        name = self.settings.model
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            resolve(name), dtype=DTYPES[self.settings.dtype], attn_implementation="sdpa"
-        )
-        model.requires_grad_(False).eval().to(self.settings.device)
-        embedding_VD = model.get_input_embeddings().weight.detach()
-        identity = identify(name, model.config.model_type, embedding_VD)
-        return Backbone(model, load_tokenizer(name), identity, "sdpa", lambda: embedding_VD)
+        settings = self.settings
+        return load_plain(BackboneConfig(model=settings.model, dtype=settings.dtype), settings.device)
 
     def twin(self) -> Any:
-        """A plain model of one's own over shared storage: modules and parameters may be replaced, not written to."""
-        model = self.plain.model
-        parameters: dict[int, Any] = {id(p): nn.Parameter(p.data, requires_grad=False) for p in model.parameters()}
-        return copy.deepcopy(model, parameters)
+        return twin(self.plain.model)
 
 
 def tiny_model(folder: Path) -> str:

@@ -18,10 +18,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from benchmarks.vs_peers import commit, hardware, quiet
-from tagllm.config import parse_config
+from benchmarks.vs_peers import quiet
+from tagllm.config_file import parse_config
 from tagllm.data.batch import count
 from tagllm.model.loss import total
+from tagllm.origin import commit, hardware
 from tagllm.stage import read_stage
 from tagllm.train.build import build
 from tagllm.train.loop import train

@@ -10,8 +10,6 @@ import gc
 import json
 import logging
 import os
-import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -36,6 +34,7 @@ from benchmarks.peers import peers
 from benchmarks.report import Encoding, Figures, Result, as_json, result_table, target_table, verdicts
 from benchmarks.workloads import ALIKE, WORKLOADS, Workload, available, build_workload
 from tagllm.model.backbone import DTYPES, fastest_dtype
+from tagllm.origin import commit, hardware
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "tagllm")
 NEED_PEERS = {"a", "b", "c", "e"}
@@ -172,22 +171,6 @@ def _encode(ready: Sequence[Contestant], workload: Workload, models: Models, rat
         flops, tokens = ours.encoding_flops(batch)
         found.append(Encoding(size, tokens, taken, flops, flops / taken / rate))
     return max(found, key=lambda e: e.utilisation)
-
-
-def commit() -> str:
-    """Of the checkout, with a plus behind it where files differ; empty outside of one."""
-    command = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-
-
-def hardware() -> str:
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_name()
-    name = platform.processor() or platform.machine()
-    if Path("/proc/cpuinfo").is_file():
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {torch.get_num_threads()} threads"
 
 
 def quiet() -> None:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.models import Settings
-from tagllm.config import parse_config
+from tagllm.config_file import parse_config
 from tagllm.data.batch import in_chunks
 from tagllm.data.dataset import Examples, Prompts, prepare
 from tagllm.data.encode import Example, TagLayout

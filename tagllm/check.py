@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from tagllm.config import load_config
+from tagllm.config_file import load_config
 from tagllm.data.dataset import check_columns
 from tagllm.data.readers import column_names
 from tagllm.data.recipes import recipe_of

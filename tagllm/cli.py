@@ -52,6 +52,31 @@ def check(
 
 
 @app.command()
+def prepare(
+    name: Annotated[str | None, typer.Argument(help="A named data set; without one they are listed.")] = None,
+    origin: Annotated[Path | None, typer.Option("--from", help="Files to make it from, if it asks for them.")] = None,
+    offline: Offline = False,
+) -> None:
+    """Prepare a named data set for `recipe: NAME`: cached, checksummed, with its licence; or list them."""
+
+    def work() -> None:
+        from rich.console import Console
+
+        from tagllm.data.prepare import describe, prepare, table_of
+        from tagllm.data.recipes import recipe_of
+        from tagllm.model.smollm2 import cache_folder
+
+        console = Console(highlight=False, markup=False, soft_wrap=True)
+        if name is None:
+            console.print(table_of(cache_folder()))
+            return
+        for line in describe(prepare(recipe_of(name), origin, cache_folder())):
+            console.print(line)
+
+    _run(work, offline)
+
+
+@app.command()
 def plan(
     config: Path,
     overrides: Overrides = None,
@@ -88,7 +113,7 @@ def train(config: Path, overrides: Overrides = None, offline: Offline = False) -
 
         try:
             with StopRequest() as stop:  # the imports below take seconds
-                from tagllm.config import load_config
+                from tagllm.config_file import load_config
                 from tagllm.train.contact import LostContact
                 from tagllm.train.loop import train as run_training
 
@@ -110,6 +135,11 @@ def sweep(
     overrides: Overrides = None,
     grid: Annotated[list[str] | None, typer.Option(help="KEY=VALUE,VALUE,... ; several of them are combined.")] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Runs of each combination.")] = 3,
+    variants: Annotated[Path | None, typer.Option(help="YAML of named variants, each with what it sets.")] = None,
+    tune: Annotated[
+        str | None, typer.Option(help="KEY=VALUE,VALUE,... ; each combination takes the best on validation.")
+    ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs side by side.")] = 1,
     only: Annotated[int | None, typer.Option(min=0, help="One run, counted from 0: $SLURM_ARRAY_TASK_ID.")] = None,
     offline: Offline = False,
 ) -> None:
@@ -118,19 +148,21 @@ def sweep(
     def work() -> None:
         from rich.console import Console
 
-        from tagllm.sweep import points_of, run_point, summaries, table_of, write_summary
+        from tagllm.sweep.points import Sweep
+        from tagllm.sweep.run import run_all, run_sweep
+        from tagllm.sweep.summary import summaries, table_of, write_summary
 
-        given = overrides or []
-        points = points_of(config, given, grid or [], seeds)
-        if only is not None and only >= len(points):
-            raise UserError(f"--only is {only}; the sweep has {len(points)} runs, counted from 0.")
-        for at, point in enumerate(points):
-            if not point.done and only in (None, at):
-                print(f"run {at} of {len(points)}: {point.folder}", flush=True)
-                run_point(config, given, point)
-        found = summaries(points)
-        write_summary(points[0].folder.parent, found)
-        Console(soft_wrap=True).print(table_of(found))
+        found = Sweep.of(config, overrides or [], grid or [], seeds, variants, tune)
+        alone = None if only is None else found.run_number(only)
+        try:
+            if alone is None:
+                run_sweep(found, jobs)
+            elif problems := run_all(found, [alone], jobs):
+                raise UserError(*problems)
+        finally:  # of what is finished
+            finished = summaries(found)
+            write_summary(found, finished)
+            Console(soft_wrap=True).print(table_of(finished))
 
     _run(work, offline)
 
@@ -143,12 +175,16 @@ def evaluate(
     control: Annotated[
         list[Path] | None, typer.Option(help="A library whose domain tags take the place of ours.")
     ] = None,
+    ablate: Annotated[
+        bool, typer.Option("--ablate", help="Also without each tag, with its rows reordered, and with swapped tags.")
+    ] = False,
     offline: Offline = False,
 ) -> None:
     """Score a run on held-out rows, beside baselines and controls on the same rows; writes RUN/results.json."""
 
     def work() -> None:
-        from tagllm.config import SPLITS, load_config
+        from tagllm.config import SPLITS
+        from tagllm.config_file import load_config
         from tagllm.errors import did_you_mean
         from tagllm.evaluate.held_out import describe
         from tagllm.evaluate.held_out import evaluate as run_evaluation
@@ -158,9 +194,50 @@ def evaluate(
             raise UserError(f"--split: {split!r} is no split. {did_you_mean(split, SPLITS)}")
         read_config(run)  # says more than a missing file would
         config = load_config(run / "config.yaml", overrides)
-        results = run_evaluation(run, config, split, control or [], bool(overrides))
+        results = run_evaluation(run, config, split, control or [], bool(overrides), ablate)
         if os.environ.get("RANK", "0") == "0":
             print("\n".join(describe(results)))
+
+    _run(work, offline)
+
+
+@app.command()
+def baseline(
+    run: Path,
+    method: Annotated[
+        list[str] | None, typer.Option(help="prompt_tuning, lora, lora_text; several of them, or else all that fit.")
+    ] = None,
+    lr: Annotated[str, typer.Option(help="Learning rates to choose from on validation: 1e-3,3e-3.")] = "",
+    budget_s: Annotated[
+        float | None, typer.Option(min=0.001, help="Seconds of steps of one training; else what the run took.")
+    ] = None,
+    tune_share: Annotated[float, typer.Option(min=0.001, max=1, help="Of that, for each rate tried.")] = 0.5,
+    seeds: Annotated[int, typer.Option(min=1, help="Trainings at the chosen rate; metrics are their mean.")] = 1,
+    virtual: Annotated[int | None, typer.Option(min=1, help="Rows of prompt tuning; else those of the tag.")] = None,
+    offline: Offline = False,
+) -> None:
+    """Train PEFT prompt tuning and LoRA, each with a head, on a run's own rows; eval and report then show them."""
+
+    def work() -> None:
+        from tagllm.baselines.command import Request, read_rates, run_baselines
+
+        run_baselines(run, Request(method or [], read_rates(lr), budget_s, tune_share, seeds, virtual))
+
+    _run(work, offline)
+
+
+@app.command()
+def compose(config: Path, overrides: Overrides = None, offline: Offline = False) -> None:
+    """Score prompts over libraries of tags, without training: zero-shot composition and its controls, same rows."""
+
+    def work() -> None:
+        from tagllm.compose import ComposeConfig, Composer
+        from tagllm.config_file import load_as
+        from tagllm.evaluate.held_out import describe
+
+        composer = Composer.open(load_as(ComposeConfig, config, overrides))
+        for case in composer.config.cases:
+            print("\n".join(describe(composer.score(case))), flush=True)
 
     _run(work, offline)
 
@@ -172,6 +249,9 @@ def inspect(
         str | None, typer.Option(help="The backbone, where it is not found under the library's name.")
     ] = None,
     nearest: Annotated[int, typer.Option(min=1, help="Tokens per row.")] = 5,
+    projector: Annotated[
+        Path | None, typer.Option(help="Folder for TensorBoard's embedding projector: tag rows among tokens.")
+    ] = None,
     offline: Offline = False,
 ) -> None:
     """What the rows of a library's tags lie near in the vocabulary, and how alike the tags are."""
@@ -179,11 +259,17 @@ def inspect(
     def work() -> None:
         from rich.console import Console
 
-        from tagllm.report.tags import inspect_library
+        from tagllm.report.tags import Vocabulary, inspect_library, write_projector
+        from tagllm.tags import TagLibrary
 
+        found = TagLibrary.load(library)
+        vocabulary = Vocabulary.of(found, library, model)
         console = Console(highlight=False, markup=False, soft_wrap=True)
-        for table in inspect_library(library, model, nearest):
+        for table in inspect_library(found, vocabulary, nearest):
             console.print(table)
+        if projector is not None:
+            number = write_projector(found, vocabulary, nearest, projector)
+            console.print(f"{projector}: {number} points; tensorboard --logdir {projector}, tab PROJECTOR")
 
     _run(work, offline)
 

@@ -4,15 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self, get_origin
+from typing import Annotated, Any, Literal, Self
 
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
-from yaml import YAMLError
-
-from tagllm.errors import UserError, did_you_mean
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
@@ -52,7 +46,7 @@ class HeadConfig(Section):
     reads: Literal["last", "mean", "both"] = "last"
     """The hidden state of the tag's last row, the mean over the domain spans before it, or both side by side."""
     refit: bool = True
-    """Refit in closed form after training; kept only if better on validation (regression only)."""
+    """Fit in closed form at each evaluation and at the end; kept only if better on validation (regression only)."""
 
     @model_validator(mode="before")
     @classmethod
@@ -71,7 +65,10 @@ class HeadConfig(Section):
 
 
 class TagConfig(Section):
-    """One tag. With `load` it comes from a library and stays frozen unless `learn: true`; without, it is new."""
+    """One tag. With `load` it comes from a library and stays frozen unless `learn: true`; without, it is new.
+
+    An absent one takes no place in any prompt; its head reads the position right before.
+    """
 
     kind: Literal["domain", "function"] = "domain"
     length: Count = 10
@@ -80,15 +77,21 @@ class TagConfig(Section):
     load: str | None = None
     learn: bool | None = None
     head: HeadConfig | None = None
+    absent: bool = False
+    """For ablations: how well does it go without?"""
 
     @property
     def learned(self) -> bool:
+        if self.absent and self.head is None:
+            return False
         return self.load is None if self.learn is None else self.learn
 
     @model_validator(mode="after")
     def _consistent(self) -> TagConfig:
         if self.load is None and self.learn is False:
             raise ValueError("learn is false but there is no `load: LIBRARY` to take the tag from")
+        if self.absent and self.learn:
+            raise ValueError("learn is true, but an absent tag has no rows to learn; drop either")
         own = [name for name in ("kind", "length", "init", "head") if getattr(self, name) != _default(self, name)]
         if self.load is not None and own:
             raise ValueError(f"its own {', '.join(own)} cannot be given: they come with the library; drop either")
@@ -111,6 +114,8 @@ class FieldConfig(Section):
     max_tokens: Count | None = None
     truncate: Literal["end", "start", "middle"] = "end"
     """Which part of a value longer than `max_tokens` is cut off. Tags, text and {output} are never cut."""
+    decimals: Annotated[int, Field(ge=0, le=12)] | None = None
+    """Numbers are written with so many decimals; None: as they stand in the data."""
 
 
 class SplitConfig(Section):
@@ -123,14 +128,13 @@ class SplitConfig(Section):
     test: Share = 0.1
 
 
-class SourceConfig(Section):
-    """Rows of one kind and the prompt they go into."""
+class RowsConfig(Section):
+    """Rows of one kind and what their columns mean."""
 
     path: str | dict[Split, str] | None = None
     recipe: str | None = None
     hub: str | None = None
     """`name`, `name:config` of a Hugging Face data set; its own splits are used where it has them."""
-    template: str
     target: Columns = []
     """The column(s) the head learns."""
     output: str = "output"
@@ -141,18 +145,24 @@ class SourceConfig(Section):
     """Rows whose column is longer are left out (and counted)."""
     rows: dict[Split, Count] = {}
     """At most so many rows of a split, the same ones in every run."""
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Self:
+        if sum(origin is not None for origin in (self.path, self.recipe, self.hub)) != 1:
+            raise ValueError("give exactly one of path, recipe and hub")
+        return self
+
+
+class SourceConfig(RowsConfig):
+    """Rows and the prompt they go into."""
+
+    template: str
     group_by: Columns = []
     """Rows with the same values here (one protein, many drugs) are drawn together, so that what they begin with is
     computed once."""
     rows_per_group: Count = 8
     """So many of them in a row; the rest of a large group comes elsewhere in the epoch."""
     weight: Annotated[float, Field(gt=0)] = 1.0
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> SourceConfig:
-        if sum(origin is not None for origin in (self.path, self.recipe, self.hub)) != 1:
-            raise ValueError("give exactly one of path, recipe and hub")
-        return self
 
 
 class DataConfig(Section):
@@ -200,13 +210,23 @@ class OptimConfig(Section):
 
 
 class EvaluationConfig(Section):
-    """Held-out evaluation while training, on the validation split; the best library is kept."""
+    """Held-out evaluation: while training on the validation split (the best library is kept), and by `tagllm eval`."""
 
     every_steps: Count | None = None
     """None: four times per run and at the end."""
     patience: Count | None = None
     """Stop after so many evaluations without a better one."""
     rows_per_batch: Count = 32
+    generated_rows: Count = 200
+    """Generating is slow: text metrics look at so many held-out rows."""
+    max_new_tokens: Count = 64
+    """Longest text to generate; it ends earlier at the end of the line or of the sequence."""
+    beams: Count = 1
+    """1: the likeliest token each time; more: beam search, which takes so many times the memory of a row."""
+    spbleu_model: str | None = None
+    """The sentencepiece model of FLORES, for spBLEU. Nothing is downloaded; without it there are BLEU and chrF++."""
+    comet_model: str | None = None
+    """A COMET checkpoint; needs the package unbabel-comet."""
 
 
 class CheckpointConfig(Section):
@@ -273,87 +293,11 @@ class RunConfig(Section):
         """sha256 of what shapes the learned rows; not of where they are written or how the work is spread."""
         left_out = dict.fromkeys(("output", "checkpoint", "engine", "remember_gib", "remember_device_gib"), True)
         backbone, optim = {"gradient_checkpointing", "quantize"}, {"rows_per_micro_batch", "skipped_in_a_row"}
-        spread = {"backbone": backbone, "optim": optim}
+        text = {"generated_rows", "max_new_tokens", "beams", "spbleu_model", "comet_model"}
+        spread = {"backbone": backbone, "optim": optim, "evaluation": text}
         return digest_of(self.model_dump(mode="json", exclude={**left_out, **spread}))
 
 
 def digest_of(value: Any) -> str:
     """sha256 of a JSON-able value, independent of the order of keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
-
-
-def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
-    """Reads a YAML config, applies `key=value` overrides and checks it.
-
-    Raises:
-        UserError: the file cannot be read, or any key or value is wrong; one problem per line, all of them.
-    """
-    path = Path(path)
-    try:
-        raw = OmegaConf.load(path)
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such config. Copy one of configs/quickstart/ to start from.") from None
-    except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError, ValueError) as error:
-        raise UserError(f"{path}: not a readable YAML file: {error}") from None
-    if not OmegaConf.is_dict(raw):
-        raise UserError(f"{path}: a config is a mapping of keys to values, not a {type(raw).__name__}.")
-    for override in overrides or []:
-        _apply(raw, override)
-    try:
-        values = OmegaConf.to_container(raw, resolve=True)
-    except OmegaConfBaseException as error:
-        raise UserError(f"{path}: {error}") from None
-    return parse_config(values, str(path))
-
-
-def parse_config(values: Any, where: str) -> RunConfig:
-    """Checks a plain mapping against `RunConfig`; `where` begins each error line."""
-    try:
-        return RunConfig.model_validate(values)
-    except ValidationError as error:
-        raise UserError(*(_explain(where, problem) for problem in error.errors())) from None
-
-
-def _apply(raw: Any, override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise UserError(f"override {override!r}: it must read key=value, as in optim.tag_lr=0.01")
-    try:
-        value = OmegaConf.to_container(OmegaConf.create(f"value: {text}" if text else "value: ''"))
-        assert isinstance(value, dict)
-        OmegaConf.update(raw, key, value["value"])
-    except (YAMLError, OmegaConfBaseException, KeyError, IndexError, TypeError, ValueError) as error:
-        raise UserError(f"override {override!r}: cannot be applied: {error}") from None
-
-
-def _explain(where: str, problem: Any) -> str:
-    place = ".".join(str(part) for part in problem["loc"])
-    kind, value, message = problem["type"], problem["input"], problem["msg"].removeprefix("Value error, ")
-    if kind == "extra_forbidden":
-        *parents, key = problem["loc"]
-        return f"{where}: {place} is no key of a config. {did_you_mean(str(key), _keys_at(parents))}"
-    if kind == "missing":
-        return f"{where}: {place} is missing; it must be given."
-    if kind == "value_error":
-        return f"{where}: {place or 'config'}: {message}."
-    return f"{where}: {place} is {value!r}; {message[0].lower()}{message[1:]}."
-
-
-def _keys_at(parents: list[Any]) -> list[str]:
-    """The keys a config section may have, found by walking the models along `parents`."""
-    model: Any = RunConfig
-    steps = iter(parents)
-    for part in steps:
-        if not (isinstance(model, type) and issubclass(model, BaseModel)) or part not in model.model_fields:
-            continue
-        annotation = model.model_fields[part].annotation
-        model = next(iter(_models_in(annotation)), None)
-        if get_origin(annotation) in (dict, list):
-            next(steps, None)  # a name or an index, not a key of ours
-    return list(model.model_fields) if isinstance(model, type) and issubclass(model, BaseModel) else []
-
-
-def _models_in(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    return [model for inner in getattr(annotation, "__args__", ()) for model in _models_in(inner)]

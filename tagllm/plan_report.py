@@ -7,7 +7,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from tagllm.config import RunConfig, load_config
+from tagllm.config import RunConfig
+from tagllm.config_file import load_config
 from tagllm.plan import Estimate, Hardware, Load, Placement, Shape, choose, estimate
 from tagllm.stage import check_world, read_stage
 from tagllm.train.placement import figures_of

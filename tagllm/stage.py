@@ -36,7 +36,10 @@ class Stage(NamedTuple):
 
     def layout(self, vocabulary_size: int) -> TagLayout:
         tags = self.config.tags
-        lengths = {n: len(self.loaded[n].rows_PD) if n in self.loaded else tags[n].length for n in tags}
+        lengths = {
+            n: len(self.loaded[n].rows_PD) if n in self.loaded else 0 if tags[n].absent else tags[n].length
+            for n in tags
+        }
         heads = {}
         for name in tags:
             head = self.loaded[name].head if name in self.loaded else None
@@ -75,7 +78,8 @@ def read_stage(config: RunConfig, where: str) -> Stage:
             try:
                 if tag.load not in libraries:
                     libraries[tag.load] = TagLibrary.load(Path(tag.load))
-                loaded[name] = libraries[tag.load].get(name, f"{where}: tags.{name}.load: {tag.load}")
+                found = libraries[tag.load].get(name, f"{where}: tags.{name}.load: {tag.load}")
+                loaded[name] = found.with_rows(found.rows_PD[:0]) if tag.absent else found
             except UserError as error:
                 problems += error.problems
     kinds = {n: loaded[n].kind if n in loaded else tag.kind for n, tag in config.tags.items()}

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import uuid
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -142,6 +143,24 @@ class TagLibrary:
             return cls._read(folder, backbone)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise DamagedFile(folder / "library.json", f"not a tag library: {error!r}") from None
+
+    @classmethod
+    def load_all(cls, folders: Sequence[Path]) -> TagLibrary:
+        """The tags of several libraries of one backbone together.
+
+        Raises:
+            UserError: as `load`, and where a name stands for other rows in two of them.
+        """
+        library = cls.load(folders[0])
+        for folder in folders[1:]:
+            for name, tag in cls.load(folder, library.backbone).tags.items():
+                if name in library.tags and not torch.equal(library.tags[name].rows_PD, tag.rows_PD):
+                    raise UserError(
+                        f"{folder}: <{name}> differs from the one of the same name in {folders[0]}. Leave one of the "
+                        "libraries out."
+                    )
+                library = library.add(tag)
+        return library
 
     @classmethod
     def _read(cls, folder: Path, backbone: BackboneIdentity | None) -> TagLibrary:

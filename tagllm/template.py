@@ -6,9 +6,10 @@ value is tokenised as in running text; white space before a tag is dropped.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from tagllm.config import FieldConfig
 from tagllm.errors import UserError, did_you_mean
@@ -110,6 +111,25 @@ def marks_of(template: Template, kinds: Mapping[str, str]) -> list[int]:
             behind_domain = before is not None and before.kind == "tag" and kinds[before.value] == "domain"
             marks.append(SPAN if behind_domain else FIELD)
     return marks
+
+
+def written(value: Any, config: FieldConfig) -> str:
+    """The value of a column as text, empty where there is none.
+
+    Raises:
+        ValueError: `decimals` is given and the value is no finite number.
+    """
+    if value is None or config.decimals is None:
+        return "" if value is None else str(value)
+    number = float(value)
+    if not math.isfinite(number):
+        raise ValueError(f"{value} is not finite")
+    return f"{number:z.{config.decimals}f}"  # z: no -0.00
+
+
+def escaped(text: str) -> str:
+    """Text as it must stand in a template to mean itself."""
+    return re.sub(r"[<{}\\]", r"\\\g<0>", text)
 
 
 def field_text(value: str, part: Part, config: FieldConfig) -> str:

@@ -101,7 +101,7 @@ def test_train_eval_predict(run: Run, folder: Path) -> None:
     assert run("train", file).exit_code == 0
     out = folder / "runs" / "whole"
     names = {path.name for path in out.iterdir()}
-    assert {"config.yaml", "versions.json", "splits.json", "metrics.jsonl", "tensorboard", "library", "last"} <= names
+    assert {"config.yaml", "origin.json", "splits.json", "metrics.jsonl", "tensorboard", "library", "last"} <= names
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3]
     assert any("valid/mse" in line for line in lines)
@@ -227,6 +227,7 @@ def test_groups_are_shared_and_remembered(run: Run, folder: Path, mask: str) -> 
     assert losses["frozen"] == pytest.approx(losses["full"], rel=2e-4)
     library = TagLibrary.load(folder / f"runs/{mask}-frozen/library")
     assert library.tags["W"].about["mask"] == mask
+    assert library.tags["W"].about["dtype"] == "fp32", "and in its dtype, whatever is fastest just now"
     other = TagLibrary(library.backbone)
     for tag in library.tags.values():
         about = tag.about | {"mask": "causal"}
@@ -341,11 +342,13 @@ def test_full_backward_and_no_validation_split(run: Run, folder: Path) -> None:
 
 
 def test_early_stop_keeps_the_best(run: Run, folder: Path) -> None:
+    """With the head as it was trained or in closed form, whichever is better."""
     evaluation = {"every_steps": 1, "patience": 2}
     file = config(folder, "patience", evaluation=evaluation, optim__steps=60, optim__tag_lr=3.0, optim__head_lr=3.0)
     assert run("train", file, "optim.schedule=constant").exit_code == 0
     lines = [json.loads(line) for line in (folder / "runs/patience/metrics.jsonl").read_text().splitlines()]
-    losses = {line["step"]: line["valid/loss"] for line in lines if "valid/loss" in line}
+    scored = [line for line in lines if "valid/loss" in line]
+    losses = {line["step"]: min(line["valid/loss"], line["refit/W_after"]) for line in scored}
     assert len(losses) < 60
     best = min(losses, key=lambda step: losses[step])
     assert TagLibrary.load(folder / "runs/patience/library").tags["W"].about["best_step"] == best == max(losses) - 2

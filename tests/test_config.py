@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from tagllm.config import HeadConfig, OptimConfig, RunConfig, SourceConfig, TagConfig, load_config, parse_config
+from tagllm.config import HeadConfig, OptimConfig, RunConfig, SourceConfig, TagConfig
+from tagllm.config_file import load_config, parse_config
 from tagllm.errors import UserError, did_you_mean
 
 BASE: dict[str, Any] = {
@@ -86,7 +87,7 @@ def test_an_unknown_key_at_every_depth(place: str, hint: str) -> None:
 def test_a_tag_with_the_name_of_a_key() -> None:
     (told,) = problems(changed("tags.head", {"lenght": 3}))
     assert told == (
-        "c.yaml: tags.head.lenght is no key of a config. Known: head, init, kind, learn, length, load. "
+        "c.yaml: tags.head.lenght is no key of a config. Known: absent, head, init, kind, learn, length, load. "
         "Did you mean length?"
     )
 

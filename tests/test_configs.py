@@ -8,17 +8,25 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 from pydantic import BaseModel
 from typer.testing import CliRunner
 
 from tagllm.cli import app
-from tagllm.config import RunConfig, load_config
+from tagllm.compose import CaseConfig, ComposeConfig, PromptConfig, check
+from tagllm.config import RunConfig
+from tagllm.config_file import load_as, load_config
 from tagllm.errors import UserError
 from tagllm.stage import read_stage
+from tagllm.sweep.points import Sweep
+from tagllm.tags import BackboneIdentity, Head, Tag, TagLibrary
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+VARIANTS = sorted((ROOT / "configs" / "variants").glob("*.yaml"))
+COMPOSED = sorted([*(ROOT / "configs").glob("*/4_*.yaml"), ROOT / "configs" / "compose_reference.yaml"])
+CONFIGS = sorted({*(ROOT / "configs").rglob("*.yaml")} - {*VARIANTS, *COMPOSED})
+TRANSLATE = ROOT / "configs" / "offline" / "3_translate.yaml"
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
@@ -34,8 +42,35 @@ def test_every_config_is_good(path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(UserError) as caught:
         read_stage(config, str(path))
     problems = caught.value.problems
-    assert all("not a tag library" in problem for problem in problems)
+    assert all("not a tag library" in problem for problem in problems), problems
     assert all(any(load in problem for problem in problems) for load in loads)
+
+
+@pytest.mark.parametrize("path", VARIANTS, ids=lambda path: path.stem)
+def test_every_variant_is_good(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its first line says the command."""
+    monkeypatch.chdir(ROOT)
+    words = shlex.split(path.read_text().splitlines()[0].partition("tagllm sweep")[2])
+    assert words[1:3] == ["--variants", str(path.relative_to(ROOT))]
+    points = Sweep.of(Path(words[0]), [], [], 1, path).finals()
+    assert {point.shown["variant"] for point in points} == set(yaml.safe_load(path.read_text()))
+
+
+@pytest.mark.parametrize("path", COMPOSED, ids=lambda path: f"{path.parent.stem}-{path.stem}")
+def test_every_compose_config_is_good(path: Path) -> None:
+    """With libraries that hold the tags of the configs that make them."""
+    config = load_as(ComposeConfig, path)
+    made = {f"{of.output}/library": of for of in map(load_config, CONFIGS)}
+    assert path.stem == "compose_reference" or set(config.libraries) <= set(made)
+    trained = [made[folder] for folder in config.libraries if folder in made] or [load_config(TRANSLATE)]
+    tags = {
+        name: Tag(name, tag.kind, torch.zeros(1, 4), Head.new(tag.head, 4) if tag.head else None)
+        for of in trained
+        for name, tag in of.tags.items()
+    }
+    if path.stem == "compose_reference":
+        tags |= {name: Tag(name, "domain", torch.zeros(1, 4)) for name in ("ES", "PT")}
+    check(config, TagLibrary(BackboneIdentity("tiny", "llama", 4, 4, ""), tags))
 
 
 def keys(model: type[BaseModel]) -> set[str]:
@@ -59,6 +94,12 @@ def test_the_reference_names_every_key() -> None:
     assert not keys(RunConfig) - names(document)
 
 
+def test_the_reference_of_compose_names_every_key() -> None:
+    document = yaml.safe_load((ROOT / "configs" / "compose_reference.yaml").read_text())
+    known = set(ComposeConfig.model_fields) | set(CaseConfig.model_fields) | set(PromptConfig.model_fields)
+    assert not known - names(document)
+
+
 def test_the_readme_config_is_good(tmp_path: Path) -> None:
     block = re.search(r"```yaml\n(.*?)```", README, re.DOTALL)
     assert block is not None
@@ -75,3 +116,14 @@ def test_every_readme_command_parses(line: str) -> None:
     shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"}).output
     assert "Usage" in shown
     assert all(option in shown for option in options)
+
+
+def test_every_experiment_has_its_configs() -> None:
+    """launch/experiment.sh names them by their file."""
+    script = (ROOT / "launch" / "experiment.sh").read_text()
+    names = re.search(r"^# NAME: (.*)$", script, re.MULTILINE)
+    assert names is not None
+    stems = {path.stem for path in (ROOT / "configs" / "offline").glob("[23]_*.yaml")}
+    assert {stem.partition("_")[2] for stem in stems} == set(names[1].split())
+    for found in re.findall(r"domains=\(([\w ]+)\)", script):
+        assert all((ROOT / "configs" / "offline" / f"{stem}.yaml").is_file() for stem in found.split())

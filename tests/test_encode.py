@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -11,9 +12,9 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-from tagllm.config import HeadConfig, SourceConfig
+from tagllm.config import FieldConfig, HeadConfig, SourceConfig
 from tagllm.data.encode import Encoder, Example, TagLayout, Unusable
-from tagllm.template import FIELD, OUTPUT, SPAN, TAG, TEXT, parse_template
+from tagllm.template import FIELD, OUTPUT, SPAN, TAG, TEXT, parse_template, written
 from tests import tiny
 
 KINDS = {"Protein": "domain", "SMILES": "domain", "QED": "function", "Class": "function", "Name": "function"}
@@ -233,3 +234,12 @@ def test_fields_spans_and_what_a_group_shares(tokenizer: Any) -> None:
     assert one(whole, s="MK", d="CCO", n="1", y=0).alike_to == len(rows[0].ids)
     none = one(encoder(tokenizer, template, target="y"), s="MK", d="CCO", n="1", y=0)
     assert (none.group, none.alike_to) == (-1, 0)
+
+
+def test_numbers_are_written_with_so_many_decimals() -> None:
+    config = FieldConfig(decimals=2)
+    assert [written(value, config) for value in (0.123456, "7", -0.001, None)] == ["0.12", "7.00", "0.00", ""]
+    assert written(0.123456, FieldConfig()) == "0.123456"
+    for value in ("seven", math.inf, "nan"):
+        with pytest.raises(ValueError, match="could not convert|not finite"):
+            written(value, config)

@@ -9,8 +9,10 @@ from typing import NamedTuple
 import pytest
 import torch
 
-from tagllm.config import RunConfig, parse_config
+from tagllm.config import RunConfig
+from tagllm.config_file import parse_config
 from tagllm.model.backbone import weights_digest
+from tagllm.model.tagged import HeadModule
 from tagllm.stage import read_stage
 from tagllm.tags import TagLibrary
 from tagllm.train.build import Built, build
@@ -70,7 +72,6 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
         domain = TagLibrary.load(folder / "1" / "library")
         built, engine, before = train(parse_config(second, "second"), ranks)
         yield Trained(built, engine, before, RunFolder(folder / "2"), domain)
-        ranks.stop()
 
 
 def test_backbone_is_bit_identical(trained: Trained) -> None:
@@ -98,6 +99,8 @@ def test_saved_is_learned(trained: Trained) -> None:
     assert size.head
     assert set(learned) == {"tags.learned_TD", "heads.Size.weight_KF", "heads.Size.bias_K"}
     assert size.rows_PD.equal(learned["tags.learned_TD"])
-    assert size.head.weight_KF.equal(learned["heads.Size.weight_KF"])
-    assert size.head.bias_K.equal(learned["heads.Size.bias_K"])
+    head = trained.built.model.heads["Size"]
+    assert isinstance(head, HeadModule)
+    weight_KF, bias_K = head.folded(learned["heads.Size.weight_KF"], learned["heads.Size.bias_K"])
+    assert size.head.weight_KF.equal(weight_KF) and size.head.bias_K.equal(bias_K)
     assert size.rows_PD.dtype == torch.float32

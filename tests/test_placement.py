@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from tagllm.config import parse_config
+from tagllm.config_file import parse_config
 from tagllm.errors import UserError
 from tagllm.stage import Stage, read_stage
 from tagllm.train.placement import placed

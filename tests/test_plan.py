@@ -9,7 +9,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from tagllm.config import RunConfig, parse_config
+from tagllm.config import RunConfig
+from tagllm.config_file import parse_config
 from tagllm.model.frozen import make_frozen_aware
 from tagllm.plan import Hardware, Load, Shape, choose, estimate
 from tests import tiny

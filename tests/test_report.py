@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -15,6 +17,7 @@ from typer.testing import CliRunner
 
 from tagllm.cli import app
 from tagllm.report.tags import nearest_tokens
+from tagllm.tags import TagLibrary
 from tests import tiny
 from tests.test_monitor import CHROMIUM
 
@@ -36,7 +39,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "optim": {"steps": 4, "rows_per_step": 4, "rows_per_micro_batch": 4},
     }  # fmt: skip
     (folder / "run.yaml").write_text(yaml.safe_dump(config))
-    for command in (["train", str(folder / "run.yaml")], ["eval", str(folder / "a<b>&c")]):
+    for command in (["train", str(folder / "run.yaml")], ["eval", str(folder / "a<b>&c"), "--ablate"]):
         done = subprocess.run([sys.executable, "-m", "tagllm", *command], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     return folder / "a<b>&c"
@@ -64,15 +67,77 @@ def test_nothing_is_fetched(page: str) -> None:
 
 def test_names_are_text_and_figures_are_there(page: str) -> None:
     assert "a&lt;b&gt;&amp;c" in page and "a<b>" not in page
-    assert page.count("<svg") == 3, "learning curve, predictions, tags"
-    assert "The paper, &lt;QED&gt;, mse" in page
-    assert "The tag, 95 % over draws of the rows" in page
+    assert page.count("<svg") == 4, "learning curve, predictions, ablations, tags"
+    assert "The paper, on its own rows" in page and "<td>Tag-LLaMA-7B</td>" in page
+    assert "without &lt;S&gt;" in page
 
 
 def test_markdown_has_the_same_numbers(run: Path, page: str) -> None:
     text = (run.parent / "out" / "report.md").read_text()
-    for cell in re.findall(r"<td[^>]*>([0-9.e-]+)</td>", page):
-        assert f"| {cell} |" in text
+    cells = re.findall(r"<td[^>]*>([0-9.e-]+)(?:<small>([^<]+)</small>)?</td>", page)
+    assert len(cells) > 50 and any(interval for _, interval in cells)
+    for value, interval in cells:
+        assert re.search(rf"\| (\*\*)?{re.escape(value + (f' ({interval})' if interval else ''))}(\*\*)? \|", text)
+
+
+def test_the_json_has_all_results_and_where_they_come_from(run: Path, page: str) -> None:
+    document = json.loads((run.parent / "out" / "report.json").read_text())
+    (section,) = document["sections"]
+    assert section == json.loads((run / "results.json").read_text())
+    assert {"command", "commit", "hardware", "versions", "date"} <= set(document) & set(section)
+    assert set(section["baseline_intervals"]) == set(section["baselines"])
+    assert section["training"]["seconds"] > 0 and section["training"]["command"].startswith("tagllm train")
+
+
+def test_a_sweep_is_a_table_and_a_figure(run: Path, tmp_path: Path) -> None:
+    """With the baselines of its first run beside it."""
+    for name in ("length=1_seed=0", "length=2_seed=0", "length=2_seed=1"):
+        shutil.copytree(run, tmp_path / "lengths" / name)
+    mse = {"length=1": [0.5, None], "length=2": [0.2, 0.05]}
+    combinations = [
+        {
+            "shown": {"length": n}, "runs": n, "metrics": {"mse": mse[f"length={n}"]},
+            "tried": {"1e-2": 0.7, "3e-2": 0.6},
+            "folders": [f"length={n}_seed={seed}" for seed in range(n)],
+        }
+        for n in (1, 2)
+    ]  # fmt: skip
+    about = json.loads((run / "results.json").read_text())
+    about = {key: about[key] for key in ("command", "commit", "hardware", "versions", "date")}
+    document = {"run": "lengths", "seeds": [0, 1], "tuned": "optim.tag_lr", "combinations": combinations, **about}
+    (tmp_path / "lengths" / "sweep.json").write_text(json.dumps(document))
+    result = RUNNER.invoke(app, ["report", str(tmp_path / "lengths"), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.stderr
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| length=1 | 0.5 |" in text and "0.2 (0.15–0.25)" in text and "| predict_mean |" in text
+    assert "loss on validation by optim.tag_lr: 1e-2: 0.7, 3e-2: 0.6" in text
+    assert (tmp_path / "out" / "report.html").read_text().count("<svg") == 5, "one more than the run alone"
+
+
+def test_compose_is_a_table_of_cases_and_shows_what_was_written(tmp_path: Path) -> None:
+    about = {**dict.fromkeys(("command", "commit", "hardware", "date"), "x"), "versions": {"tagllm": "1"}}
+    for name, score in (("EN-FR", 30.0), ("IT-FR unseen", 20.0)):
+        folder = tmp_path / "composed" / name
+        folder.mkdir(parents=True)
+        results = {
+            "run": name, "split": "test", "rows": 2, "prompt": "tags", "metrics": {"chrf++": score},
+            "intervals": {"chrf++": [score - 1, score + 1]}, "baselines": {}, "controls": {"in text": {"chrf++": 25.0}},
+            "control_intervals": {"in text": {"chrf++": [24.0, 26.0]}}, "learned": ["Translate"],
+            "backbone": {"name": "tiny"}, "config_digest": "0" * 64, **about,
+        }  # fmt: skip
+        (folder / "results.json").write_text(json.dumps(results))
+        (folder / "config.yaml").write_text("a: 1\n")
+        answers = [
+            {"source": p, "prompt": "cat", "reference": "chat", "generated": f"<{p}>"} for p in ("tags", "in text")
+        ]
+        (folder / "generated.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+    result = RUNNER.invoke(app, ["report", str(tmp_path / "composed"), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.stderr
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| EN-FR | **30 (29–31)** | 25 (24–26) |" in text
+    assert "| IT-FR unseen | 20 (19–21) | **25 (24–26)** |" in text
+    assert "Tag-LLaMA-7B | **40.5** |" in text, "what the paper has for this pair"
+    assert "&lt;in text&gt;" in (tmp_path / "out" / "report.html").read_text()
 
 
 def test_a_run_without_results_is_told(run: Path, tmp_path: Path) -> None:
@@ -111,3 +176,18 @@ def test_inspect_finds_the_tokens_that_a_row_was_made_of(run: Path, tmp_path: Pa
     tiny.backbone(seed=5).save_pretrained(other)
     refused = RUNNER.invoke(app, ["inspect", str(run / "library"), "--model", str(other)])
     assert refused.exit_code == 2 and "backbone" in refused.stderr
+
+
+def test_the_projector_has_every_row_among_tokens(run: Path, tmp_path: Path) -> None:
+    result = RUNNER.invoke(app, ["inspect", str(run / "library"), "--projector", str(tmp_path / "projector")])
+    assert result.exit_code == 0, result.stderr
+    config = (tmp_path / "projector" / "projector_config.pbtxt").read_text()
+    (tensors,) = re.findall(r'tensor_path: "(.*)"', config)
+    (metadata,) = re.findall(r'metadata_path: "(.*)"', config)
+    points = np.loadtxt(tmp_path / "projector" / tensors)
+    header, *labels = (tmp_path / "projector" / metadata).read_text().splitlines()
+    assert header.split("\t") == ["text", "tag", "kind"] and len(labels) == len(points)
+    rows_PD = TagLibrary.load(run / "library").tags["QED"].rows_PD
+    at = [i for i, label in enumerate(labels) if label.startswith("<QED>")]
+    assert points[at] == pytest.approx(rows_PD.numpy(), rel=1e-4)
+    assert sum(label.endswith("token") for label in labels) == tiny.VOCABULARY

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from tagllm.config import HeadConfig, RunConfig, parse_config
+from tagllm.config import HeadConfig, RunConfig
+from tagllm.config_file import parse_config
 from tagllm.errors import UserError
 from tagllm.model.loss import Weights
 from tagllm.stage import check_world, read_stage

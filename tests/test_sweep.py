@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +14,17 @@ from typer.testing import CliRunner
 
 from tagllm.cli import app
 from tagllm.errors import UserError
-from tagllm.sweep import Point, points_of, summaries
+from tagllm.sweep.points import Combination, Point, Sweep
+from tagllm.sweep.summary import summaries
 from tests import tiny
 
 RUNNER = CliRunner()
+
+
+def points_of(
+    path: Path, overrides: list[str], grid: list[str], seeds: int, variants: Path | None = None
+) -> list[Point]:
+    return Sweep.of(path, overrides, grid, seeds, variants).finals()
 
 
 @pytest.fixture
@@ -37,9 +45,36 @@ def config(tmp_path: Path) -> Path:
 def test_every_combination_has_every_seed_and_a_folder_of_its_own(config: Path) -> None:
     points = points_of(config, [], ["tags.Size.length=1,2", "optim.betas=[0.9, 0.99],[0.8, 0.9]"], 3)
     assert len(points) == len({point.folder for point in points}) == 12
-    assert points[0].values == {"tags.Size.length": 1, "optim.betas": [0.9, 0.99]}
+    assert points[0].values == points[0].shown == {"tags.Size.length": 1, "optim.betas": [0.9, 0.99]}
     assert [point.seed for point in points[:4]] == [0, 1, 2, 0]
     assert all(point.folder.parent.name == "sweep" for point in points)
+
+
+def test_variants_have_names_and_are_crossed_with_the_grid(config: Path) -> None:
+    file = config.parent / "variants.yaml"
+    file.write_text(
+        "full: {}\nno function tag: {tags.Size.absent: true}\nmean, of fields: {tags.Size.head.reads: mean}\n"
+    )
+    points = points_of(config, [], ["tags.length=1,2"], 2, file)
+    assert len(points) == len({point.folder for point in points}) == 12
+    assert points[4].shown == {"variant": "no function tag", "tags.length": 1}
+    assert points[4].values == {"tags.Size.absent": True, "tags.length": 1}
+    assert points[4].folder.name == "variant=no-function-tag_tags.length=1_seed=0"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a\n- b\n", "it must give names, each with keys and values"),
+        ("a: {tags.Size.lenght: 3}", "a: .*tags.Size.lenght is no key"),
+        ("a b: {}\na-b: {tags.Size.absent: true}", "give one folder. Rename"),
+        ("a: {", "cannot be read"),
+    ],
+)
+def test_variants_that_are_wrong(text: str, message: str, config: Path) -> None:
+    (config.parent / "variants.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        points_of(config, [], [], 1, config.parent / "variants.yaml")
 
 
 @pytest.mark.parametrize("text", ["tags.Size.length", "=1,2", "tags.Size.length=", "a=[1"])
@@ -55,30 +90,58 @@ def test_a_wrong_value_is_told_before_anything_runs(config: Path) -> None:
     assert not (config.parent / "sweep").exists()
 
 
+def finished(point: Point, mse: float, losses: Sequence[float] = ()) -> None:
+    point.folder.mkdir(parents=True)
+    (point.folder / "results.json").write_text(json.dumps({"metrics": {"mse": mse}}))
+    lines = [{"step": at, "valid/loss": loss} for at, loss in enumerate(losses[:-1])]
+    lines += [{"step": len(losses), "refit/Size_after": loss} for loss in losses[-1:]]
+    (point.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
 def test_intervals_are_students(tmp_path: Path) -> None:
     values = [0.2, 0.4, 0.9]
-    points = [Point({"a": 1}, seed, tmp_path / str(seed)) for seed in range(4)]
-    for point, value in zip(points, values, strict=False):
-        point.folder.mkdir()
-        (point.folder / "results.json").write_text(json.dumps({"metrics": {"mse": value}}))
-    (found,) = summaries(points)
+    sweep = Sweep(tmp_path / "run.yaml", [], tmp_path, [Combination({"a": 1}, {"a": 1})], 4, None)
+    for point, value in zip(sweep.finals(), values, strict=False):
+        finished(point, value)
+    (found,) = summaries(sweep)
     low, high = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
     assert found.runs == 3, "the fourth is not finished"
     assert found.metrics["mse"] == pytest.approx((np.mean(values), (high - low) / 2))
 
 
+def test_every_combination_takes_the_value_that_is_best_on_validation(config: Path) -> None:
+    """Not the one that is best on test; all seeds then run at it, the trial being the first of them."""
+    sweep = Sweep.of(config, [], ["tags.Size.length=1,2"], 3, tune="optim.tag_lr=1e-3,1e-2,1e-1")
+    assert len(sweep.trials()) == 6 and sweep.num_runs == 6 + 2 * 2
+    with pytest.raises(UserError, match="no trial of .* is finished.*--only 0 to 5"):
+        sweep.run_number(7)
+    test_mse, valid = [0.1, 0.5, 0.3, 0.1, 0.2, 0.5], [[2.0, 3.0], [2.5, 1.0], [1.5, 1.5], [1.0, 2.0], [4.0, 3.0]]
+    for point, mse, losses in zip(sweep.trials(), test_mse, valid, strict=False):
+        finished(point, mse, losses)
+    assert [point.values["optim.tag_lr"] for point in sweep.finals()] == ["1e-2"] * 3 + ["1e-3"] * 3
+    assert [point.seed for point in sweep.finals()] == [0, 1, 2] * 2
+    assert sweep.run_number(7) == sweep.finals()[2] and sweep.run_number(9) == sweep.finals()[5]
+    first, second = summaries(sweep)
+    assert first.runs == 1 and first.metrics["mse"][0] == 0.5
+    assert first.tried == {"1e-3": 2.0, "1e-2": 1.0, "1e-1": 1.5}
+    assert second.tried == {"1e-3": 1.0, "1e-2": 3.0}, "what failed or is not there yet is no candidate"
+    assert first.shown == {"tags.Size.length": 1, "optim.tag_lr": "1e-2"}
+
+
 @pytest.mark.slow
 def test_the_command_goes_on_where_it_was_cut_off(config: Path) -> None:
     arguments = ["sweep", str(config), "--grid", "tags.Size.length=1,2", "--seeds", "1"]
+    assert points_of(config, [], ["tags.Size.length=1,2"], 1)[1].folder.name == "tags.Size.length=2_seed=0"
     one = RUNNER.invoke(app, [*arguments, "--only", "1"])
     assert one.exit_code == 0, one.stderr
     done = config.parent / "sweep" / "tags.Size.length=2_seed=0" / "results.json"
     before = done.stat().st_mtime_ns
-    whole = RUNNER.invoke(app, arguments)
+    whole = RUNNER.invoke(app, [*arguments, "--jobs", "2"])
     assert whole.exit_code == 0, whole.stderr
     assert done.stat().st_mtime_ns == before, "a finished run stays as it is"
     found = json.loads((config.parent / "sweep" / "sweep.json").read_text())["combinations"]
     assert [summary["runs"] for summary in found] == [1, 1]
+    assert [summary["folders"] for summary in found] == [[f"tags.Size.length={n}_seed=0"] for n in (1, 2)]
     assert "mse" in found[0]["metrics"] and "tags.Size.length" in whole.stdout
 
 
@@ -86,3 +149,22 @@ def test_a_run_that_fails_is_named(config: Path) -> None:
     result = RUNNER.invoke(app, ["sweep", str(config), "data.sources[0].target=mass", "--seeds", "1"])
     assert result.exit_code == 2
     assert "seed=0: tagllm train left with 2: error:" in result.stderr and "mass" in result.stderr
+
+
+@pytest.mark.slow
+def test_a_tuned_sweep_from_the_command_line(config: Path) -> None:
+    tune = ["--tune", "optim.tag_lr=1e-3,1e30", "--seeds", "2"]
+    result = RUNNER.invoke(app, ["sweep", str(config), *tune])
+    assert result.exit_code == 0, result.stderr
+    document = json.loads((config.parent / "sweep" / "sweep.json").read_text())
+    (found,) = document["combinations"]
+    assert found["shown"] == {"optim.tag_lr": "1e-3"} and found["runs"] == 2
+    assert {"command", "commit", "hardware", "versions", "date"} <= set(document)
+    assert document["seeds"] == [0, 1] and len(found["tried"]) == 2
+
+
+def test_without_rows_for_validation_nothing_can_be_chosen(config: Path) -> None:
+    sweep = Sweep.of(config, [], [], 1, tune="optim.tag_lr=1e-3")
+    finished(sweep.trials()[0], 0.5)
+    with pytest.raises(UserError, match="has no rows for validation"):
+        sweep.finals()

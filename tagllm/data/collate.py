@@ -165,3 +165,15 @@ def _labels(examples: Sequence[Example], labels: Sequence[Positions], shifts: Po
         for example, at, shift in zip(examples, labels, shifts, strict=True)
     ]
     return torch.from_numpy(np.concatenate([*columns, np.array(pad, np.int64).reshape(-1, 3)]).T.copy())
+
+
+def no_batch(collate: Collator, examples: Sequence[Example], error: Exception) -> str:
+    """What to tell of rows that cannot be made a batch: the one that fails by itself, if there is one."""
+    culprit = "the rows of this step"
+    for example in examples:
+        try:
+            collate([example])
+        except Exception:  # noqa: BLE001  told by the caller
+            culprit = example.origin
+            break
+    return f"{culprit}: cannot be made a batch: {type(error).__name__}: {error}"

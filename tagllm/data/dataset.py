@@ -55,8 +55,13 @@ class Examples:
         group = int(self.groups_n[index])
         return group if group >= 0 else self.source + index
 
+    def columns(self, names: Sequence[str], limit: int | None = None) -> dict[str, list[Any]]:
+        """The values of all rows, or of the first ones, as they stand in the data."""
+        rows = self._rows.select(self._table["row"][:limit])
+        return {name: list(rows[name]) for name in names}
+
     def fields(self, names: Sequence[str]) -> dict[str, list[str]]:
-        """The values of rows with a target, as they stand in the data."""
+        """The values of rows with a target, as text."""
         with_target = [
             row for row, target in zip(self._table["row"], self._table["target"], strict=True) if len(target)
         ]
@@ -119,7 +124,7 @@ def prepare(
         check_columns(source, template, rows.columns, f"{where} ({rows.name})")
         table = rows.table.select(_short_enough(rows.table, source))
         keys = _keys(table, source, template, rows.columns)
-        found = split_rows(table, keys, source, f"{where} ({rows.name})")
+        found = split_rows(table, keys, source, f"{where} ({rows.name})", wanted)
         bad_rows += [
             BadRow(row["_file"], row["_line"], row["_bad"])
             for row in (table.filter(lambda bad: bad != "", input_columns="_bad") if rows.num_bad else [])

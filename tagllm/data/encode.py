@@ -12,9 +12,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
 from tagllm.config import FieldConfig, HeadConfig, SourceConfig
-from tagllm.template import FIELD, OUTPUT, SPAN, TAG, Part, Template, field_text, fit, marks_of, truncate
+from tagllm.template import FIELD, OUTPUT, SPAN, TAG, Part, Template, field_text, fit, marks_of, truncate, written
 
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -50,6 +51,14 @@ class TagLayout(NamedTuple):
                 return range(first, first + length)
             first += length
         raise KeyError(name)
+
+    def by_learned_tag(self, rows_TD: Tensor | None) -> dict[str, Tensor]:
+        """What belongs to each learned tag (its rows, their gradient) of all learned rows behind each other; a tag of
+        no rows has nothing, and None stands for no rows at all."""
+        names = [name for name in self.learned if self.lengths[name]]
+        if rows_TD is None or not names:
+            return {}
+        return dict(zip(names, rows_TD.split([self.lengths[name] for name in names]), strict=True))
 
     @property
     def first_learned_id(self) -> int:
@@ -132,8 +141,8 @@ class Encoder:
         columns: dict[Part, list[list[int]]] = {}
         for part in self.template.parts:
             if part.kind == "field" and part not in columns:  # the same column twice may differ in white space
-                texts = [self._text(row, part.value, reasons, i) for i, row in enumerate(rows)]
                 config = self.source.fields.get(part.value, FieldConfig())
+                texts = [self._text(row, part.value, config, reasons, i) for i, row in enumerate(rows)]
                 columns[part] = self._tokens([field_text(text, part, config) for text in texts])
         results: list[Example | Unusable] = []
         for i, row in enumerate(rows):
@@ -142,10 +151,13 @@ class Encoder:
             results.append(Unusable(reasons[i]) if reasons[i] else self._assemble(values, target, self._group(row)))
         return results
 
-    def _text(self, row: Mapping[str, Any], name: str, reasons: list[str], i: int) -> str:
+    def _text(self, row: Mapping[str, Any], name: str, config: FieldConfig, reasons: list[str], i: int) -> str:
         column = self.source.output if name == "output" else name
-        value = row.get(column)
-        text = "" if value is None else str(value)
+        try:
+            text = written(row.get(column), config)
+        except ValueError:
+            text = str(row[column])
+            reasons[i] = reasons[i] or f"{column} is {text!r}; fields.{name}.decimals needs a finite number"
         if not text.strip():
             reasons[i] = reasons[i] or f"{column} is empty; the template needs it"
         return text

@@ -6,10 +6,12 @@ import hashlib
 import json
 import uuid
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tagllm.config import SPLITS, SourceConfig, Split, digest_of
+from tagllm.data.prepare import prepared
 from tagllm.data.readers import (
     OWN_COLUMNS,
     BadRow,
@@ -22,6 +24,7 @@ from tagllm.data.readers import (
     read_rows,
 )
 from tagllm.data.recipes import recipe_of
+from tagllm.data.recipes.hub import load_hub
 from tagllm.errors import UserError
 
 if TYPE_CHECKING:
@@ -60,14 +63,14 @@ class _Part(NamedTuple):
 def load_rows(source: SourceConfig, cache: Path) -> SourceRows:
     """All rows of a source as a memory-mapped table, written once to `cache/rows-<sha256>.arrow`.
 
-    The digest is over the contents and names of the files, the recipe and the version of its package, or the name of
+    The digest is over the contents and names of the files, the prepared files of the recipe, or the name of
     the hub data set (which is loaded only if its rows are not in the cache). Several processes may call this at once:
     each writes under a name of its own and the first rename counts.
 
     Raises:
         UserError: the source cannot be read, files of one source differ in columns, or the cache cannot be written.
     """
-    name, identity, parts_of = _origin(source)
+    name, identity, parts_of = _origin(source, cache)
     file = cache / f"rows-{digest_of([FORMAT, identity])}.arrow"
     if not file.exists():
         _write(name, parts_of(), file)
@@ -85,23 +88,14 @@ def load_rows(source: SourceConfig, cache: Path) -> SourceRows:
     )
 
 
-def _origin(source: SourceConfig) -> tuple[str, list[Any], Callable[[], list[_Part]]]:
+def _origin(source: SourceConfig, cache: Path) -> tuple[str, list[Any], Callable[[], list[_Part]]]:
     """Name, what identifies the rows, and the parts (made only when they are to be read)."""
     if source.recipe is not None:
-        from importlib.metadata import PackageNotFoundError, version
-
         recipe = recipe_of(source.recipe)
-        try:
-            installed = version(recipe.package)
-        except PackageNotFoundError:
-            installed = "none"
+        ready = prepared(recipe, cache)
         name = f"recipe {recipe.name}"
-
-        def recipe_rows() -> Iterator[tuple[Split | None, Row | BadRow]]:
-            for line, (split, values) in enumerate(recipe.rows(), start=1):
-                yield split, Row(line, values)
-
-        return name, ["recipe", recipe.name, installed], lambda: [_Part(recipe.columns, recipe_rows, name)]
+        parts = [_Part(recipe.columns, partial(_split_rows, file, split), name) for split, file in ready.files.items()]
+        return name, ["recipe", recipe.name, ready.about["sha256"]], lambda: parts
     if source.hub is not None:
         hub = source.hub
         return f"hub {hub}", ["hub", hub], lambda: _hub_parts(hub)
@@ -115,21 +109,16 @@ def _origin(source: SourceConfig) -> tuple[str, list[Any], Callable[[], list[_Pa
 def _file_part(path: Path, split: Split | None) -> _Part:
     strings = kind_of(path) not in ("jsonl", "parquet")
     types: dict[str, type] | None = dict.fromkeys(column_names(path), str) if strings else None
-    return _Part(types, lambda: ((split, row) for row in read_rows(path)), str(path))
+    return _Part(types, partial(_split_rows, path, split), str(path))
+
+
+def _split_rows(path: Path, split: Split | None) -> Iterator[tuple[Split | None, Row | BadRow]]:
+    return ((split, row) for row in read_rows(path))
 
 
 def _hub_parts(hub: str) -> list[_Part]:
-    import datasets
-
     name, _, config = hub.partition(":")
-    try:
-        loaded = datasets.load_dataset(name, config or None)
-    except Exception as error:  # noqa: BLE001 - whatever a hub client, a network or a stranger's data set may raise
-        mode = "on (HF_HUB_OFFLINE)" if datasets.config.HF_HUB_OFFLINE else "off"
-        raise UserError(
-            f"hub {hub}: cannot be loaded: {type(error).__name__}: {error}; offline mode is {mode}. Check the name, "
-            "load it once on a machine with a network, or give the rows as a file with `path:`."
-        ) from None
+    loaded = load_hub(name, config or None)
     known = {theirs: split for theirs, split in HUB_SPLITS.items() if theirs in loaded}
     if not known:
         raise UserError(

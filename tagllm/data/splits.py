@@ -27,7 +27,9 @@ def split_of(key: str, seed: int, valid: float, test: float) -> Split:
     return SPLITS[int(_splits_of(_uniform(_hashes([key], seed)[0]), valid, test)[0])]
 
 
-def split_rows(table: datasets.Dataset, keys: Sequence[str], source: SourceConfig, where: str) -> dict[Split, Indices]:
+def split_rows(
+    table: datasets.Dataset, keys: Sequence[str], source: SourceConfig, where: str, wanted: Sequence[Split] = SPLITS
+) -> dict[Split, Indices]:
     """Row indices per split, ascending; rows with a `_bad` reason are in none.
 
     A source that gives splits (`_split`) keeps them; a split it does not give is carved out of its train rows by
@@ -39,6 +41,7 @@ def split_rows(table: datasets.Dataset, keys: Sequence[str], source: SourceConfi
         table: has the columns `_file`, `_line`, `_split`, `_bad` of `sources.load_rows`.
         keys: one per row of the table; those of bad rows are not looked at.
         where: begins each error line.
+        wanted: splits that may not be empty.
 
     Raises:
         UserError: a key is in two given splits; a split that was asked for has no rows; the shares leave no train.
@@ -68,7 +71,7 @@ def split_rows(table: datasets.Dataset, keys: Sequence[str], source: SourceConfi
         if split in source.rows:
             members = members[np.argsort(ranks[members], kind="stable")[: source.rows[split]]]
         found[split] = np.sort(rows[members])
-    _refuse_empty(found, source, len(table) - len(rows), where)
+    _refuse_empty({split: found[split] for split in wanted}, source, len(table) - len(rows), where)
     return found
 
 
@@ -168,9 +171,9 @@ def _refuse_overlap(
 
 def _refuse_empty(found: Mapping[Split, Indices], source: SourceConfig, num_bad: int, where: str) -> None:
     share = {"train": 1.0, "valid": source.split.valid, "test": source.split.test}
-    empty = [split for split in SPLITS if not len(found[split]) and (share[split] > 0 or split in source.rows)]
+    empty = [split for split in found if not len(found[split]) and (share[split] > 0 or split in source.rows)]
     if empty:
-        counts = ", ".join(f"{split} {len(found[split])}" for split in SPLITS)
+        counts = ", ".join(f"{split} {len(rows)}" for split, rows in found.items())
         raise UserError(
             f"{where}: no rows for {' and '.join(empty)}: {counts}, unreadable {num_bad}; a split that is asked for "
             f"must have one (split.valid is {share['valid']:g}, split.test is {share['test']:g}). Give more rows, "

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from tagllm.evaluate.metrics import value_metrics
+from tagllm.data.encode import TagLayout
 from tagllm.evaluate.passes import Floats, Pass
 from tagllm.evaluate.ridge import fit_ridge
 from tagllm.files import load_tensors, replace_file, save_tensors
@@ -22,10 +22,13 @@ class Probe(NamedTuple):
     targets_nK: Floats
 
     @classmethod
-    def of(cls, result: Pass) -> Probe:
-        """Only rows with a target (sources without the head have none)."""
+    def of(cls, result: Pass, layout: TagLayout) -> Probe:
+        """Only rows with a target (sources without the head have none). Where the function tag is absent, its head
+        itself reads the state before it."""
         known = np.isfinite(result.targets_nK).all(axis=1)
-        return cls(result.prefix_last_nD[known], result.mean_nD[known], result.targets_nK[known])
+        absent = not any(layout.lengths[name] for name in layout.heads)
+        last_nD = result.last_nD if absent else result.prefix_last_nD
+        return cls(last_nD[known], result.mean_nD[known], result.targets_nK[known])
 
     def save(self, path: Path) -> None:
         temporary = path.with_name(f".tmp-{path.name}")
@@ -37,19 +40,17 @@ class Probe(NamedTuple):
         return cls(**{name: tensor.numpy() for name, tensor in load_tensors(path).items()})
 
 
-def value_baselines(train: Probe, held_out: Probe) -> dict[str, dict[str, float]]:
-    """Metrics of predict-the-mean and of ridge on the hidden state right before the function tag (`ridge_last`),
-    averaged over the fields (`ridge_mean`), or both side by side; penalties by 5-fold cross-validation on the training
-    rows."""
-    targets = train.targets_nK
-    mean = np.broadcast_to(targets.mean(axis=0), held_out.targets_nK.shape).astype(np.float32)
-    found = {"predict_mean": value_metrics(mean, held_out.targets_nK, classes=False)}
+def value_baselines(train: Probe, held_out: Probe) -> dict[str, Floats]:
+    """What predict-the-mean answers to the held-out rows (n, K), and ridge on the hidden state right before the
+    function tag (`ridge_last`), averaged over the fields (`ridge_mean`), or both side by side; penalties by 5-fold
+    cross-validation on the training rows."""
+    mean_1K = train.targets_nK.mean(axis=0, keepdims=True)
+    found = {"predict_mean": np.repeat(mean_1K, len(held_out.targets_nK), axis=0)}
     probes = {
         "ridge_last": (train.last_nD, held_out.last_nD),
         "ridge_mean": (train.mean_nD, held_out.mean_nD),
         "ridge_both": (np.hstack(train[:2]), np.hstack(held_out[:2])),
     }
     for name, (seen, unseen) in probes.items():
-        fit = fit_ridge(seen, targets)
-        found[name] = value_metrics(fit.predict(unseen), held_out.targets_nK, classes=False) | {"penalty": fit.penalty}
+        found[name] = fit_ridge(seen, train.targets_nK).predict(unseen)
     return found

@@ -12,14 +12,14 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tagllm.evaluate.metrics import value_metrics
-
 Floats = NDArray[np.float32]
 Fields = Mapping[str, Sequence[str]]
 Kind = Literal["molecule", "sequence", "category"]
 BITS, RADIUS, LETTERS = 1024, 2, 3
 """Morgan fingerprints of this size and radius; runs of so many letters hashed into as many bits."""
 PENALTIES = (0.1, 1.0, 10.0, 100.0, 1000.0)
+MANY, RESIDUES = 50, frozenset("ACDEFGHIKLMNPQRSTVWY")
+"""So many distinct words of these letters are peptides rather than names."""
 HELD_BACK = 0.2
 """Of the training rows, to choose a penalty by."""
 
@@ -35,11 +35,9 @@ class Field(NamedTuple):
     """Which distinct value stands in each row."""
 
 
-def classical_baselines(
-    train: Fields, targets_nK: Floats, held_out: Fields, held_out_targets_nK: Floats
-) -> dict[str, dict[str, float]]:
-    """Metrics by baseline. `field_means` (an additive effect per value of each field) is left out where values hardly
-    recur."""
+def classical_baselines(train: Fields, targets_nK: Floats, held_out: Fields) -> dict[str, Floats]:
+    """What each baseline answers to the held-out rows (n, K). `field_means` (an additive effect per value of each
+    field) is left out where values hardly recur."""
     fields = [_field(train[name], held_out[name]) for name in train]
     predictions = {"nearest_row": targets_nK[_nearest(fields)]}
     if any(len(np.unique(f.train_n)) < len(f.train_n) / 2 for f in fields):
@@ -48,14 +46,12 @@ def classical_baselines(
     seen_nF, unseen_nF = _columns(fields)
     predictions["ridge_fingerprints"] = _ridge(seen_nF, unseen_nF, targets_nK)
     predictions["boosting_fingerprints"] = _boosting(seen_nF, unseen_nF, targets_nK)
-    return {
-        name: value_metrics(values.astype(np.float32), held_out_targets_nK, classes=False)
-        for name, values in predictions.items()
-    }
+    return {name: values.astype(np.float32) for name, values in predictions.items()}
 
 
 def kind_of(values: Sequence[str]) -> Kind:
-    """Of distinct values: what rdkit can read is a molecule, long words of capital letters are sequences."""
+    """Of distinct values: what rdkit can read is a molecule, long words of capital letters are sequences, and so are
+    many short ones of the letters of amino acids."""
     from rdkit import Chem, rdBase
 
     some = list(values)[:200]
@@ -63,7 +59,10 @@ def kind_of(values: Sequence[str]) -> Kind:
         return "sequence"
     with rdBase.BlockLogs():
         readable = sum(bool(v) and Chem.MolFromSmiles(v) is not None for v in some)
-    return "molecule" if readable > 0.9 * len(some) else "category"
+    if readable > 0.9 * len(some):
+        return "molecule"
+    peptides = sum(len(v) >= LETTERS and set(v) <= RESIDUES for v in some)
+    return "sequence" if len(some) >= MANY and peptides > 0.9 * len(some) else "category"
 
 
 def _field(train: Sequence[str], held_out: Sequence[str]) -> Field:

@@ -1,27 +1,39 @@
-"""Text after a prompt with tags: greedy, batched, up to the end-of-sequence token."""
+"""Text after a prompt with tags: greedy or beams, batched, up to the end of the line or of the sequence."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
-from tagllm.config import Split
-from tagllm.data.encode import Example
 from tagllm.model.attention import plain_attention
 from tagllm.model.tagged import TaggedModel
-from tagllm.template import OUTPUT
-from tagllm.train.build import Built
 
-MAX_NEW_TOKENS = 64
-METRIC_ROWS = 200
-"""Generating is slow: text metrics look at so many held-out rows."""
+
+def generate(
+    model: TaggedModel, tokenizer: Any, prompts: Sequence[NDArray[np.int32]], max_new_tokens: int, beams: int = 1,
+    rows_per_batch: int = 32,
+) -> list[str]:  # fmt: skip
+    """The text that follows each prompt (ids, tag rows included), in the order of the prompts, one line each."""
+    texts = [""] * len(prompts)
+    by_length = sorted(range(len(prompts)), key=lambda at: len(prompts[at]))
+    for start in range(0, len(prompts), rows_per_batch):
+        chosen = by_length[start : start + rows_per_batch]
+        for at, text in zip(
+            chosen, _batch(model, tokenizer, [prompts[at] for at in chosen], max_new_tokens, beams), strict=True
+        ):
+            texts[at] = text
+    return texts
 
 
 @torch.no_grad()
-def generate(model: TaggedModel, tokenizer: object, prompts: Sequence[np.ndarray], max_new_tokens: int) -> list[str]:
-    """The text that follows each prompt (ids, tag rows included), in order; stops at end of sequence."""
+def _batch(
+    model: TaggedModel, tokenizer: Any, prompts: Sequence[NDArray[np.int32]], max_new_tokens: int, beams: int
+) -> list[str]:
     width = max(map(len, prompts))
     ids = torch.zeros(len(prompts), width, dtype=torch.long)
     mask = torch.zeros(len(prompts), width, dtype=torch.long)
@@ -37,33 +49,16 @@ def generate(model: TaggedModel, tokenizer: object, prompts: Sequence[np.ndarray
             position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
             max_new_tokens=max_new_tokens,
             do_sample=False,
-            eos_token_id=tokenizer.eos_token_id,  # type: ignore[attr-defined]  # transformers' tokenizers are untyped
-            pad_token_id=tokenizer.pad_token_id,  # type: ignore[attr-defined]
+            num_beams=beams,
+            eos_token_id=[tokenizer.eos_token_id, *line_ends(tokenizer)],
+            pad_token_id=tokenizer.pad_token_id,
         )
-    texts: list[str] = tokenizer.batch_decode(made, skip_special_tokens=True)  # type: ignore[attr-defined]
-    return [text.strip() for text in texts]
+    texts: list[str] = tokenizer.batch_decode(made, skip_special_tokens=True)
+    return [text.lstrip().split("\n")[0].strip() for text in texts]
 
 
-def text_metrics(built: Built, split: Split) -> dict[str, float]:
-    """BLEU and chrF++ (sacrebleu) and the share of exact matches, on the first held-out rows with {output}."""
-    import sacrebleu
-
-    rows = [examples[i] for examples in built.examples(split) for i in range(len(examples))]
-    rows = [row for row in rows if (row.marks == OUTPUT).any()][:METRIC_ROWS]
-    tokenizer = built.backbone.tokenizer
-    made: list[str] = []
-    size = built.config.evaluation.rows_per_batch
-    for at in range(0, len(rows), size):
-        prompts = [row.ids[: _output_at(row)] for row in rows[at : at + size]]
-        made += generate(built.model, tokenizer, prompts, MAX_NEW_TOKENS)
-    wanted = [tokenizer.decode(row.ids[row.marks == OUTPUT], skip_special_tokens=True).strip() for row in rows]
-    return {
-        "bleu": sacrebleu.corpus_bleu(made, [wanted]).score,
-        "chrf++": sacrebleu.corpus_chrf(made, [wanted], word_order=2).score,
-        "exact": float(np.mean([a == b for a, b in zip(made, wanted, strict=True)])),
-        "generated_rows": len(rows),
-    }
-
-
-def _output_at(row: Example) -> int:
-    return int(np.flatnonzero(row.marks == OUTPUT)[0])
+@lru_cache(maxsize=4)
+def line_ends(tokenizer: Any) -> tuple[int, ...]:
+    """Ids of the tokens that end a line."""
+    texts = tokenizer.batch_decode([[i] for i in range(len(tokenizer))])
+    return tuple(i for i, text in enumerate(texts) if "\n" in text and i != tokenizer.eos_token_id)

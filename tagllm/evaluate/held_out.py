@@ -2,46 +2,44 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
+from tagllm.baselines.record import add_trained
 from tagllm.config import RunConfig, Split
-from tagllm.data.dataset import Prompts
+from tagllm.data.dataset import Data
 from tagllm.errors import UserError
+from tagllm.evaluate.ablate import ablations
+from tagllm.evaluate.answers import text_results
 from tagllm.evaluate.baselines import Probe, value_baselines
 from tagllm.evaluate.classical import classical_baselines
-from tagllm.evaluate.generate import text_metrics
 from tagllm.evaluate.metrics import intervals, value_metrics
-from tagllm.evaluate.passes import Pass, all_draws, run_over
+from tagllm.evaluate.passes import Floats
+from tagllm.evaluate.scoring import Evaluation, nats, score_pass, with_tags
 from tagllm.files import json_bytes, read_json, replace_file, save_tensors, write_durably
+from tagllm.origin import origin
 from tagllm.stage import stage_of_run
 from tagllm.tags import Tag, TagLibrary
-from tagllm.train.build import Built, assemble, build, new_tag, prepare_on_all
+from tagllm.train.build import Built, build, new_tag
 from tagllm.train.gradient_free import FIT_ROWS
 from tagllm.train.monitor import peak_memory_gib
 from tagllm.train.ranks import Ranks
-from tagllm.train.run_folder import RunFolder, versions
+from tagllm.train.run_folder import RunFolder
 
 
-class Evaluation(NamedTuple):
-    """What the parts of an evaluation share."""
-
-    built: Built
-    ranks: Ranks
-    split: Split
-
-
-def evaluate(run: Path, config: RunConfig, split: Split, controls: Sequence[Path], overridden: bool) -> dict[str, Any]:
+def evaluate(
+    run: Path, config: RunConfig, split: Split, controls: Sequence[Path], overridden: bool, ablate: bool = False
+) -> dict[str, Any]:
     """Scores RUN/library on a split and writes RUN/results.json.
 
     Args:
         controls: libraries whose domain tags are put in the place of the learned ones, one at a time.
         overridden: the config differs from the run's own; otherwise the recorded splits must be the same.
+        ablate: also with each tag taken out, its rows in other orders, and in the place of another one.
 
     Raises:
         UserError: no run, a damaged library, another backbone, or other rows than the run recorded.
@@ -53,20 +51,25 @@ def evaluate(run: Path, config: RunConfig, split: Split, controls: Sequence[Path
     stage = stage_of_run(config, library, str(folder.library))
     built = build(stage, ranks)
     if not overridden:
-        _require_same_rows(folder, built, split)
+        require_same_rows(folder, built.data, ("train", split))
     evaluation = Evaluation(built, ranks, split)
     results: dict[str, Any] = {
         "run": run.name, "split": split, "metrics": {}, "intervals": {}, "baselines": {}, "controls": {},
         "learned": stage.learned, "backbone": built.backbone.identity._asdict(), "config_digest": config.digest(),
-        "versions": versions(), "date": time.strftime("%Y-%m-%d"), "ranks": ranks.size,
-        "rows": sum(map(len, built.examples(split))),
+        "ranks": ranks.size, "rows": sum(map(len, built.examples(split))), "training": folder.training(), **origin(),
     }  # fmt: skip
     if built.layout.heads:
         _score_values(evaluation, run, None if overridden else folder.probe, results)
     if stage.terms:
         _score_tokens(evaluation, results, controls)
     if any(template.has_output for template in stage.templates):
-        results["metrics"] |= text_metrics(built, split)
+        found = text_results(built, split, run)
+        for part in ("metrics", "intervals"):
+            results[part] |= found.pop(part)
+        results |= found
+    if ablate:
+        results["ablations"] = ablations(evaluation)
+    add_trained(results, run)
     results |= {"seconds": time.monotonic() - began, "peak_gib": ranks.sum([peak_memory_gib()])[0]}
 
     def write() -> None:
@@ -77,10 +80,11 @@ def evaluate(run: Path, config: RunConfig, split: Split, controls: Sequence[Path
     return results
 
 
-def _require_same_rows(folder: RunFolder, built: Built, split: Split) -> None:
+def require_same_rows(folder: RunFolder, data: Data, splits: Sequence[Split]) -> None:
+    """Raises UserError where these splits are not those that training recorded."""
     recorded = read_json(folder.path / "splits.json")
-    for source, now in built.data.record.items():
-        for name in ("train", split):
+    for source, now in data.record.items():
+        for name in splits:
             then = recorded.get(source, {}).get("splits", {}).get(name)
             if then != now["splits"][name]:
                 raise UserError(
@@ -93,37 +97,47 @@ def _training_probe(evaluation: Evaluation, kept: Path | None) -> Probe:
     """What training left, or else a pass over the training rows."""
     if kept is not None and kept.is_file():
         return Probe.load(kept)
-    return Probe.of(_pass(evaluation.built, evaluation.ranks, "train", FIT_ROWS, probing=True))
+    seen = score_pass(evaluation.built, evaluation.ranks, "train", FIT_ROWS, probing=True)
+    return Probe.of(seen, evaluation.built.layout)
 
 
 def _score_values(evaluation: Evaluation, run: Path, probe: Path | None, results: dict[str, Any]) -> None:
     built, ranks, split = evaluation
     classes = any(head.classes for head in built.layout.heads.values())
-    held_out = _pass(built, ranks, split, None, probing=True)
+    held_out = score_pass(built, ranks, split, None, probing=True)
     results["metrics"] |= value_metrics(held_out.values_nK, held_out.targets_nK, classes)
     results["intervals"] = ranks.on_rank_zero(lambda: intervals(held_out.values_nK, held_out.targets_nK, classes))
     pairs = {"values_nK": torch.from_numpy(held_out.values_nK), "targets_nK": torch.from_numpy(held_out.targets_nK)}
     ranks.on_rank_zero(lambda: save_tensors(run / "held_out.safetensors", pairs))
     if not classes:
         train = _training_probe(evaluation, probe)
-        results["baselines"] |= value_baselines(train, Probe.of(held_out))
         results["probe_rows"] = len(train.targets_nK)
-        results["baselines"] |= ranks.on_rank_zero(lambda: _classical(built, split))
+        results |= ranks.on_rank_zero(lambda: _baselines(built, split, train, Probe.of(held_out, built.layout)))
 
 
-def _classical(built: Built, split: Split) -> dict[str, dict[str, float]]:
+def _baselines(built: Built, split: Split, train: Probe, held_out: Probe) -> dict[str, Any]:
+    """Metrics and intervals of what needs no training but a fit."""
+    answers = value_baselines(train, held_out) | _classical(built, split)
+    targets_nK = held_out.targets_nK
+    return {
+        "baselines": {name: value_metrics(values, targets_nK, classes=False) for name, values in answers.items()},
+        "baseline_intervals": {name: intervals(values, targets_nK, classes=False) for name, values in answers.items()},
+    }
+
+
+def _classical(built: Built, split: Split) -> dict[str, Floats]:
     """Of a run whose labelled rows come from one source; others have no fields in common."""
     labelled = [at for at, examples in enumerate(built.examples("train")) if len(examples.targets())]
     if len(labelled) != 1:
         return {}
     train, held_out = built.examples("train")[labelled[0]], built.examples(split)[labelled[0]]
     names = built.stage.templates[labelled[0]].fields
-    return classical_baselines(train.fields(names), train.targets(), held_out.fields(names), held_out.targets())
+    return classical_baselines(train.fields(names), train.targets(), held_out.fields(names))
 
 
 def _score_tokens(evaluation: Evaluation, results: dict[str, Any], controls: Sequence[Path]) -> None:
     built, ranks, split = evaluation
-    results["metrics"] |= _nats(_pass(built, ranks, split, None))
+    results["metrics"] |= nats(score_pass(built, ranks, split, None))
     first = built.stage.learned[0]
     others = {"no tag": dict[str, Tag](), "untrained tag": dict[str, Tag]()}
     for name in built.stage.learned:
@@ -135,52 +149,17 @@ def _score_tokens(evaluation: Evaluation, results: dict[str, Any], controls: Seq
         for tag in library.tags.values():
             if tag.kind == built.tags[first].kind and tag.name not in built.tags:
                 others[f"<{tag.name}>"] = {first: built.tags[first].with_rows(tag.rows_PD)}
-    results["controls"] = {name: _nats(_with_tags(evaluation, tags)) for name, tags in others.items()}
-
-
-def _with_tags(evaluation: Evaluation, tags: dict[str, Tag]) -> Pass:
-    """The same rows and prompts with other rows (perhaps none) in the place of some tags."""
-    built, ranks, split = evaluation
-    stage = built.stage._replace(loaded=built.tags | tags)
-    layout = stage.layout(built.backbone.vocabulary_size)
-    limit = built.config.data.max_tokens or built.backbone.max_tokens
-    data = prepare_on_all(
-        built.config.data, stage.templates, Prompts(layout, built.backbone.tokenizer, limit), ranks, [split]
-    )
-    model = assemble(stage, built.backbone, layout, stage.loaded, ranks)
-    return _pass(Built(stage, built.backbone, layout, stage.loaded, data, model), ranks, split, None)
-
-
-def _pass(built: Built, ranks: Ranks, split: Split, limit: int | None, probing: bool = False) -> Pass:
-    collate = built.collator()
-    collate = collate.probing() if probing else collate._replace(frozen_prefix=True)
-    sources = built.examples(split)
-    size = built.config.evaluation.rows_per_batch
-    built.model.memory = None  # every row is seen once
-    with torch.no_grad():
-        return run_over(
-            lambda batch: built.model(batch.to(ranks.device)), sources, all_draws(sources, limit), collate, ranks, size,
-            features=probing,
-        )  # fmt: skip
-
-
-def _nats(result: Pass) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for name, total, n in zip(("span", "output"), result.sums, result.counts, strict=False):
-        if n:
-            found |= {
-                f"{name}_nats": total / n,
-                f"{name}_perplexity": math.exp(min(total / n, 50.0)),
-                f"{name}_tokens": n,
-            }
-    return found
+    results["controls"] = {name: nats(with_tags(evaluation, tags)) for name, tags in others.items()}
 
 
 def describe(results: dict[str, Any]) -> list[str]:
     """The result in a few lines, for people."""
-    rows = [("tag", results["metrics"]), *results["baselines"].items(), *results["controls"].items()]
+    first = results.get("prompt", "tag"), results["metrics"]
+    rows = [first]
+    for part in ("baselines", "controls", "ablations"):
+        rows += results.get(part, {}).items()
     lines = [f"{results['run']}: {results['rows']} {results['split']} rows"]
     for name, metrics in rows:
         shown = "  ".join(f"{key} {value:.4f}" for key, value in metrics.items() if isinstance(value, float))
-        lines.append(f"  {name:<16} {shown}")
+        lines.append(f"  {name:<28} {shown}")
     return lines

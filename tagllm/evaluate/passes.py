@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tagllm.data.batch import Batch, Counts, count, in_chunks
-from tagllm.data.collate import Collator
+from tagllm.data.collate import Collator, no_batch
 from tagllm.data.dataset import Examples
 from tagllm.data.encode import Example
 from tagllm.data.sampler import Draw
 from tagllm.model.loss import Weights
 from tagllm.model.tagged import Output
-from tagllm.train.ranks import Ranks
+from tagllm.train.ranks import Ranks, SharedError
 
 Floats = NDArray[np.float32]
 Forward = Callable[[Batch], Output]
@@ -49,8 +49,12 @@ class Pass(NamedTuple):
 
 
 def all_draws(sources: Sequence[Examples], limit: int | None = None) -> list[Draw]:
+    """Every row, or `limit` of them drawn evenly: data is often sorted, so the first ones would be of a kind."""
     draws = [Draw(at, row) for at, examples in enumerate(sources) for row in range(len(examples))]
-    return draws[:limit]
+    if limit is None or limit >= len(draws):
+        return draws
+    chosen = np.random.default_rng(0).choice(len(draws), limit, replace=False)
+    return [draws[i] for i in np.sort(chosen)]
 
 
 def run_over(
@@ -71,17 +75,25 @@ def run_over(
     num_batches = max(ranks.gather(len(batches)))
     sums, counts = np.zeros(3), np.zeros(3, int)
     parts: list[tuple[list[int], list[Floats]]] = []
-    filler = _filler(sources)
+    filler, problems = _filler(sources), list[str]()
     for at in range(num_batches):
         if at >= len(batches):
             forward(collate([filler]))
             continue
         chosen = batches[at]
-        batch = collate([examples[i] for i in chosen])
+        try:
+            batch = collate([examples[i] for i in chosen])
+        except Exception as error:  # noqa: BLE001  whatever it is, the others must not wait for this rank
+            told = no_batch(collate, [examples[i] for i in chosen], error)
+            problems += [f"{told}. Mend or remove the row, then start again."]
+            forward(collate([filler]))
+            continue
         output = forward(batch)
         sums += [float(term) for term in output.sums]
         counts += count(batch)
         parts.append((chosen, _columns(output, batch, features)))
+    if found := [text for texts in ranks.gather(problems) for text in texts]:
+        raise SharedError(*found)
     everything = [part for one in ranks.gather(parts) for part in one]
     total = ranks.sum([*sums, *counts])
     columns = _in_order(everything, len(draws))

@@ -40,7 +40,8 @@ class Predictor:
     """A model, a prompt, and the names of the columns it answers in."""
 
     def __init__(self, request: Request) -> None:
-        tags, name, identity = _load_tags(request.libraries)
+        library = TagLibrary.load_all(request.libraries)
+        tags, identity = library.tags, library.backbone
         self.tag = _function_tag(tags, request)
         about = tags[self.tag].about
         text = request.template or about.get("template")
@@ -51,7 +52,9 @@ class Predictor:
         used = {n: tag for n, tag in tags.items() if n in self.template.tags}
         if self.tag not in used:
             raise UserError(f"template: it has no <{self.tag}>. Add it, or choose another tag with --tag.")
-        config = request.backbone or BackboneConfig(model=name)
+        config = request.backbone or BackboneConfig(model=identity.name)
+        if config.dtype == "auto":  # measured anew it may be another one, and so would be the answers
+            config = config.model_copy(update={"dtype": about.get("dtype", "auto")})
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         backbone = load_backbone(config, device)
         identity.require_same(backbone.identity, str(request.libraries[0]))
@@ -145,18 +148,6 @@ def predict_file(request: Request, source: Path, output: Path) -> tuple[int, int
 def _chunks(rows: Iterator[Row | BadRow]) -> Iterator[list[Row | BadRow]]:
     while chunk := list(islice(rows, CHUNK_ROWS)):
         yield chunk
-
-
-def _load_tags(paths: Sequence[Path]) -> tuple[dict[str, Tag], str, Any]:
-    """Tags of all libraries together; a name in two of them must hold the same rows."""
-    first = TagLibrary.load(paths[0])
-    tags = dict(first.tags)
-    for path in paths[1:]:
-        for name, tag in TagLibrary.load(path, first.backbone).tags.items():
-            if name in tags and not torch.equal(tags[name].rows_PD, tag.rows_PD):
-                raise UserError(f"{path}: <{name}> differs from the one in {paths[0]}. Leave one of the libraries out.")
-            tags[name] = tag
-    return tags, first.backbone.name, first.backbone
 
 
 def _function_tag(tags: dict[str, Tag], request: Request) -> str:

@@ -22,6 +22,9 @@ from tagllm.model.rotation import Rotation
 from tagllm.tags import Head, Tag
 from tagllm.template import OUTPUT, SPAN
 
+SMALLEST_SCALE = 1e-4
+"""Of a feature that hardly differs from row to row."""
+
 
 class Output(NamedTuple):
     """`token_loss_M` per labelled position; `values_BK` in units of the data (regression) or logits; features for
@@ -36,10 +39,17 @@ class Output(NamedTuple):
 
 
 class HeadModule(nn.Module):
-    """The trained form of a `Head`: learns standardised targets, answers in units of the data."""
+    """The trained form of a `Head`: learns standardised targets, answers in units of the data.
+
+    It learns on standardised means over the fields too, once it was told their centre and scale: hidden states have an
+    offset that all rows share and is far larger than what tells them apart, so that a step on them as they are hardly
+    does more than move the mean. `folded` gives the map on hidden states as they are, which is what a `Head` holds.
+    """
 
     mean_K: Tensor
     std_K: Tensor
+    center_F: Tensor
+    scale_F: Tensor
 
     def __init__(self, head: Head) -> None:
         super().__init__()
@@ -48,10 +58,30 @@ class HeadModule(nn.Module):
         self.bias_K = nn.Parameter(head.bias_K.clone())
         self.register_buffer("mean_K", head.mean_K.clone())
         self.register_buffer("std_K", head.std_K.clone())
+        self.register_buffer("center_F", torch.zeros_like(head.weight_KF[0]))
+        self.register_buffer("scale_F", torch.ones_like(head.weight_KF[0]))
 
     def forward(self, last_BD: Tensor, mean_BD: Tensor) -> Tensor:
         features_BF = {"last": last_BD, "mean": mean_BD, "both": torch.cat([last_BD, mean_BD], dim=1)}[self.spec.reads]
-        return features_BF @ self.weight_KF.T + self.bias_K
+        return ((features_BF - self.center_F) / self.scale_F) @ self.weight_KF.T + self.bias_K
+
+    def folded(self, weight_KF: Tensor, bias_K: Tensor) -> tuple[Tensor, Tensor]:
+        """Parameters of this module -> weight and bias on features as they are."""
+        center_F, scale_F = self.center_F.to(weight_KF.device), self.scale_F.to(weight_KF.device)
+        raw_KF = weight_KF / scale_F
+        return raw_KF, bias_K - raw_KF @ center_F
+
+    def unfolded(self, weight_KF: Tensor, bias_K: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse of `folded`."""
+        center_F, scale_F = self.center_F.to(weight_KF.device), self.scale_F.to(weight_KF.device)
+        return weight_KF * scale_F, bias_K + weight_KF @ center_F
+
+    def set_scale_of(self, mean_nD: Tensor) -> None:
+        """Takes centre and scale of the means over the fields; the parameters must follow (`folded` before, `unfolded`
+        after). The state of the tag's last row stays as it is: training moves it by more than rows differ in it."""
+        if self.spec.reads != "last":
+            self.center_F[-mean_nD.shape[1] :] = mean_nD.mean(dim=0)
+            self.scale_F[-mean_nD.shape[1] :] = mean_nD.std(dim=0, correction=0).clamp(min=SMALLEST_SCALE)
 
     def standardise(self, target_BK: Tensor) -> Tensor:
         return target_BK if self.spec.classes else (target_BK - self.mean_K) / self.std_K
@@ -86,6 +116,7 @@ class TaggedModel(nn.Module):
             torch.cat([*empty, *(rows[name] for name in layout.learned)]),
             layout.vocabulary_size,
         )
+        self.tags.learned_TD.requires_grad_(len(self.tags.learned_TD) > 0)  # an optimizer takes no empty parameter
         heads = {name: tags[name].head for name in layout.heads}
         self.heads = nn.ModuleDict({name: HeadModule(head) for name, head in heads.items() if head is not None})
         for name, head in self.heads.items():
@@ -149,6 +180,17 @@ class TaggedModel(nn.Module):
             self.memory.admit(keys[i], piece)
             found[i] = piece
         return [piece for piece in found if piece is not None]
+
+    def head_scales(self) -> dict[str, Tensor]:
+        """Centre and scale of what each head reads, by name, on the CPU."""
+        buffers = {f"heads.{name}": buffer for name, buffer in self.heads.named_buffers()}
+        return {name: buffer.cpu() for name, buffer in buffers.items() if name.endswith(("center_F", "scale_F"))}
+
+    def set_head_scales(self, values: dict[str, Tensor]) -> None:
+        """Takes back what `head_scales` gave; what is not there stays."""
+        for name, buffer in self.heads.named_buffers():
+            if name.endswith(("center_F", "scale_F")) and f"heads.{name}" in values:
+                buffer.copy_(values[f"heads.{name}"])
 
     def take_computed(self) -> int:
         """Frozen positions computed since the last time this was asked."""

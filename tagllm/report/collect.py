@@ -1,4 +1,4 @@
-"""What the folder of a run tells, read once for tables and figures."""
+"""What folders tell, read once for tables and figures: runs that eval scored, cases of compose, sweeps."""
 
 from __future__ import annotations
 
@@ -11,48 +11,48 @@ from torch import Tensor
 
 from tagllm.errors import UserError
 from tagllm.files import load_tensors, read_json
-from tagllm.report.paper import PUBLISHED
 from tagllm.tags import TagLibrary
 
-HIGHER_IS_BETTER = ("r2", "pearson", "spearman", "concordance", "accuracy", "f1", "auroc", "bleu", "chrf++", "exact")
+HIGHER_IS_BETTER = (
+    "r2", "pearson", "spearman", "concordance", "accuracy", "f1", "auroc", "bleu", "chrf++", "spbleu", "comet", "exact",
+    "in_language",
+)  # fmt: skip
 SHOWN = ("mse", "mae", *HIGHER_IS_BETTER, "cross_entropy", "span_nats", "output_nats")
 """Metrics of the tables, in this order."""
 
+Metrics = dict[str, float]
+Interval = tuple[float, float]
 
-class RunResult(NamedTuple):
+
+class Run(NamedTuple):
+    """A run, or a case of compose (which has no log, no library and no pairs)."""
+
     name: str
     results: dict[str, Any]
     config: str
     """As YAML."""
     log: list[dict[str, float]]
-    library: TagLibrary
+    library: TagLibrary | None
     pairs: dict[str, Tensor] | None
     """`values_nK` and `targets_nK` of the held-out rows; None without a head."""
+    answers: list[dict[str, str]]
+    """What was generated: prompt, reference, generated."""
 
     @property
-    def rows(self) -> dict[str, dict[str, float]]:
-        """Metrics by method: the tag first, then baselines and controls on the same rows."""
-        found = {"tag": self.results["metrics"], **self.results["baselines"], **self.results["controls"]}
-        return {name: {k: v for k, v in metrics.items() if k in SHOWN} for name, metrics in found.items()}
+    def first(self) -> str:
+        """What the others are compared with."""
+        return str(self.results.get("prompt", "tag"))
 
     @property
-    def metrics(self) -> list[str]:
-        there = {name for metrics in self.rows.values() for name in metrics}
-        return [name for name in SHOWN if name in there]
+    def methods(self) -> dict[str, Metrics]:
+        """The first one, then baselines and controls on the same rows."""
+        return {self.first: self.results["metrics"], **self.results["baselines"], **self.results["controls"]}
 
     @property
-    def intervals(self) -> dict[str, tuple[float, float]]:
-        """95 % bootstrap intervals of the tag's metrics."""
-        found = self.results.get("intervals", {})
-        return {name: tuple(found[name]) for name in self.metrics if name in found}
-
-    def best(self, metric: str) -> float:
-        values = [metrics[metric] for metrics in self.rows.values() if metric in metrics]
-        return max(values) if metric in HIGHER_IS_BETTER else min(values)
-
-    @property
-    def published(self) -> dict[str, tuple[str, dict[str, float]]]:
-        return {tag: PUBLISHED[tag] for tag in self.results["learned"] if tag in PUBLISHED}
+    def intervals(self) -> dict[str, dict[str, Interval]]:
+        """95 % bootstrap intervals by method, of those that have some."""
+        more = [self.results.get(part, {}) for part in ("baseline_intervals", "control_intervals")]
+        return {self.first: self.results.get("intervals", {}), **more[0], **more[1]}
 
     def curve(self, name: str) -> tuple[list[float], list[float]]:
         """Steps and values of a scalar."""
@@ -60,17 +60,52 @@ class RunResult(NamedTuple):
         return [step for step, _ in lines], [value for _, value in lines]
 
 
-def collect(run: Path) -> RunResult:
-    """Reads a run that `tagllm eval` has scored.
+class Composed(NamedTuple):
+    """All cases of a compose config."""
+
+    name: str
+    cases: list[Run]
+
+
+class Swept(NamedTuple):
+    """A sweep; `example` is the first run of its first combination, which has the baselines."""
+
+    name: str
+    document: dict[str, Any]
+    example: Run | None
+
+
+def collect(path: Path) -> Run | Composed | Swept:
+    """Reads a run that `tagllm eval` has scored, the output of a sweep, or that of compose.
 
     Raises:
-        UserError: it has not, or a file is damaged.
+        UserError: it is none of them, or a file is damaged.
     """
-    if not (run / "results.json").is_file():
-        raise UserError(f"{run}: has no results.json. Score it first: tagllm eval {run}")
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    pairs = load_tensors(run / "held_out.safetensors") if (run / "held_out.safetensors").is_file() else None
-    shown = yaml.safe_dump(config, sort_keys=False)
-    library = TagLibrary.load(run / "library")
-    return RunResult(run.name, read_json(run / "results.json"), shown, list(map(json.loads, lines)), library, pairs)
+    if (path / "sweep.json").is_file():
+        document = read_json(path / "sweep.json")
+        done = [folder for one in document["combinations"] for folder in one["folders"]]
+        return Swept(path.name, document, _run(path / done[0]) if done else None)
+    if (path / "results.json").is_file():
+        return _run(path)
+    cases = [_run(file.parent) for file in sorted(path.glob("*/results.json"))]
+    if cases and all("prompt" in case.results for case in cases):
+        return Composed(path.name, cases)
+    raise UserError(f"{path}: has no results.json. Score it first: tagllm eval {path}")
+
+
+def metrics_of(rows: dict[str, Metrics]) -> list[str]:
+    there = {name for metrics in rows.values() for name in metrics}
+    return [name for name in SHOWN if name in there]
+
+
+def _run(path: Path) -> Run:
+    def lines(name: str) -> list[Any]:
+        file = path / name
+        return list(map(json.loads, file.read_text(encoding="utf-8").splitlines())) if file.is_file() else []
+
+    config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    pairs = load_tensors(path / "held_out.safetensors") if (path / "held_out.safetensors").is_file() else None
+    shown = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    library = TagLibrary.load(path / "library") if (path / "library").is_dir() else None
+    results = read_json(path / "results.json")
+    return Run(path.name, results, shown, lines("metrics.jsonl"), library, pairs, lines("generated.jsonl"))

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from tagllm.report.collect import RunResult
+from tagllm.report.collect import Interval, Run
 from tagllm.report.tags import cosine_of_means
 from tagllm.tags import Tag
 
@@ -16,7 +16,10 @@ DARK = 0.6
 """From here on the heat map's colours take white text."""
 
 
-def learning_curves(run: RunResult) -> str:
+def learning_curves(run: Run) -> str:
+    """Empty where nothing was trained."""
+    if not run.log:
+        return ""
     figure, axes = _figure()
     for name, style in (("train/loss", "0.6"), ("valid/loss", "C1")):
         steps, values = run.curve(name)
@@ -27,7 +30,7 @@ def learning_curves(run: RunResult) -> str:
     return _svg(figure)
 
 
-def predicted_against_true(run: RunResult) -> str:
+def predicted_against_true(run: Run) -> str:
     """Of the first output; empty for classes or without a head."""
     if run.pairs is None or "mse" not in run.results["metrics"]:
         return ""
@@ -58,10 +61,36 @@ def tag_similarity(tags: Sequence[Tag]) -> str:
     return _svg(figure)
 
 
-def _figure() -> tuple[Any, Any]:
+def dots(metric: str, values: Mapping[str, tuple[float, Interval | None]]) -> str:
+    """A dot per combination of a sweep, with its interval."""
+    figure, axes = _figure(0.9 + 0.28 * len(values))
+    for at, (mean, interval) in enumerate(values.values()):
+        if interval is not None:
+            axes.plot(interval, [at, at], color="C0", linewidth=1.5)
+        axes.plot([mean], [at], color="C0", marker="o")
+    axes.set_yticks(range(len(values)), list(values), fontsize=8)
+    axes.invert_yaxis()
+    axes.set(xlabel=metric, title="mean and 95 % interval")
+    axes.grid(axis="x", alpha=0.3)
+    return _svg(figure)
+
+
+def changes(metric: str, values: Mapping[str, float]) -> str:
+    """A bar per ablation, and a line where nothing was changed (the first value)."""
+    figure, axes = _figure(0.9 + 0.25 * len(values))
+    first, *_ = values.values()
+    axes.barh(list(values), list(values.values()), color="0.7", height=0.6)
+    axes.axvline(first, color="C0", linewidth=1)
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", labelsize=7)
+    axes.set(xlabel=metric, title="tags taken out, reordered, swapped")
+    return _svg(figure)
+
+
+def _figure(height: float = HEIGHT) -> tuple[Any, Any]:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(WIDTH, HEIGHT), layout="constrained")
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     return figure, figure.subplots()
 
 

@@ -1,4 +1,4 @@
-"""`tagllm inspect`: what the rows of tags lie near, and how alike tags are.
+"""`tagllm inspect`: what the rows of tags lie near, how alike tags are, and all of it in TensorBoard's projector.
 
 V tokens, P rows, D hidden size.
 """
@@ -7,35 +7,78 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from tagllm.errors import UserError
 from tagllm.tags import Tag, TagLibrary
 
+SAMPLED = 2000
+"""Tokens of the vocabulary that the projector shows beside the nearest ones."""
 
-def inspect_library(path: Path, model: str | None, nearest: int) -> Iterator[Table]:
-    """A table per tag, and one of all tags.
 
-    Args:
-        model: another place of the same backbone than the library names.
+class Vocabulary(NamedTuple):
+    """Embeddings of the tokens of a library's backbone, and what they say."""
+
+    embedding_VD: Tensor
+    tokenizer: Any
+
+    @classmethod
+    def of(cls, library: TagLibrary, path: Path, model: str | None) -> Vocabulary:
+        """
+        Args:
+            model: another place of the same backbone than the library names.
+
+        Raises:
+            UserError: another backbone than its own.
+        """
+        from tagllm.config import BackboneConfig
+        from tagllm.model.backbone import load_backbone
+
+        config = BackboneConfig(model=model or library.backbone.name, dtype="fp32")
+        backbone = load_backbone(config, torch.device("cpu"))
+        library.backbone.require_same(backbone.identity, str(path))
+        return cls(backbone.embedding().float(), backbone.tokenizer)
+
+    def text(self, token: int) -> str:
+        return repr(self.tokenizer.decode([token]))
+
+
+def inspect_library(library: TagLibrary, vocabulary: Vocabulary, nearest: int) -> Iterator[Table]:
+    """A table per tag, and one of all tags."""
+    for tag in library.tags.values():
+        yield _rows(tag, vocabulary, nearest)
+    yield _alike(list(library.tags.values()))
+
+
+def write_projector(library: TagLibrary, vocabulary: Vocabulary, nearest: int, folder: Path) -> int:
+    """Rows of all tags, the tokens nearest to them and an even sample of the others, for TensorBoard's embedding
+    projector; returns how many points there are.
 
     Raises:
-        UserError: no library, or another backbone than its own.
+        UserError: the folder cannot be written.
     """
-    from tagllm.config import BackboneConfig
-    from tagllm.model.backbone import load_backbone
+    from torch.utils.tensorboard import SummaryWriter
 
-    library = TagLibrary.load(path)
-    config = BackboneConfig(model=model or library.backbone.name, dtype="fp32")
-    backbone = load_backbone(config, torch.device("cpu"))
-    library.backbone.require_same(backbone.identity, str(path))
-    embedding_VD = backbone.embedding().float()
+    points, labels, tokens = [], list[list[str]](), set[int]()
     for tag in library.tags.values():
-        yield _rows(tag, embedding_VD, backbone.tokenizer, nearest)
-    yield _alike(list(library.tags.values()))
+        points.append(tag.rows_PD)
+        labels += [[f"<{tag.name}> {at}", tag.name, tag.kind] for at in range(len(tag.rows_PD))]
+        tokens |= set(nearest_tokens(tag.rows_PD, vocabulary.embedding_VD, nearest)[1].flatten().tolist())
+    total = len(vocabulary.embedding_VD)
+    tokens |= set(range(0, total, max(1, total // SAMPLED)))
+    chosen = sorted(tokens)
+    points.append(vocabulary.embedding_VD[chosen])
+    labels += [[vocabulary.text(token), "vocabulary", "token"] for token in chosen]
+    try:
+        with SummaryWriter(str(folder)) as writer:
+            writer.add_embedding(torch.cat(points), labels, metadata_header=["text", "tag", "kind"], tag="tags")
+    except OSError as error:
+        raise UserError(f"--projector {folder}: cannot be written: {error}. Give another folder.") from None
+    return len(labels)
 
 
 def nearest_tokens(rows_PD: Tensor, embedding_VD: Tensor, number: int) -> tuple[Tensor, Tensor]:
@@ -51,14 +94,14 @@ def cosine_of_means(tags: Sequence[Tag]) -> Tensor:
     return means @ means.T
 
 
-def _rows(tag: Tag, embedding_VD: Tensor, tokenizer: Any, nearest: int) -> Table:
-    usual = float(embedding_VD.norm(dim=1).mean())
+def _rows(tag: Tag, vocabulary: Vocabulary, nearest: int) -> Table:
+    usual = float(vocabulary.embedding_VD.norm(dim=1).mean())
     table = Table(title=f"<{tag.name}>, {tag.kind}; a token's norm is {usual:.2f}", title_justify="left")
     for title in ("row", "norm", "nearest tokens (cosine)"):
         table.add_column(title, justify="left" if title.startswith("nearest") else "right")
-    cosines, ids = nearest_tokens(tag.rows_PD, embedding_VD, nearest)
+    cosines, ids = nearest_tokens(tag.rows_PD, vocabulary.embedding_VD, nearest)
     for at, row_D in enumerate(tag.rows_PD):
-        near = (f"{tokenizer.decode([int(i)])!r} {c:.2f}" for i, c in zip(ids[at], cosines[at], strict=True))
+        near = (f"{vocabulary.text(int(i))} {c:.2f}" for i, c in zip(ids[at], cosines[at], strict=True))
         table.add_row(str(at), f"{row_D.norm():.2f}", "  ".join(near))
     return table
 

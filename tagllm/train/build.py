@@ -130,7 +130,7 @@ def new_tag(stage: Stage, name: str, backbone: Backbone, data: Data) -> Tag:
                 f"tags.{name}.head: the target is the same in all training rows; there is nothing to learn."
             )
         head = Head(head.spec, head.weight_KF, head.bias_K, torch.from_numpy(mean), torch.from_numpy(std))
-    return Tag(name, config.kind, rows, head)
+    return Tag(name, config.kind, rows[:0] if config.absent else rows, head)
 
 
 def _targets_of(stage: Stage, name: str, data: Data, source: int) -> np.ndarray:

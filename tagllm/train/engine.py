@@ -53,7 +53,7 @@ class Engine:
                 # or DeepSpeed would shard, and sum the gradients of, what is learned over the backbone's group
                 parameter.ds_zero_partition_process_group = deepspeed.comm.get_world_group()  # type: ignore[attr-defined]
         groups = [
-            {"params": [model.tags.learned_TD], "lr": optim.tag_lr, "base_lr": optim.tag_lr},
+            {"params": _learned(model.tags), "lr": optim.tag_lr, "base_lr": optim.tag_lr},
             {"params": _learned(model.heads), "lr": optim.head_lr, "base_lr": optim.head_lr},
         ]
         groups = [group for group in groups if group["params"]]  # an empty group crashes ZeRO

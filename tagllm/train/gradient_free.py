@@ -18,8 +18,12 @@ from tagllm.train.engine import Engine
 from tagllm.train.ranks import Ranks
 from tagllm.train.signals import StopAsked, StopRequest
 
-FIT_ROWS = 5000
+FIT_ROWS = 20_000
 """Closed-form fits look at so many training rows at most."""
+SOME_ROWS = 4096
+"""And at so many before training has ended."""
+SCALE_ROWS = 256
+"""Training rows that tell the centre and scale of what a head reads."""
 
 
 class GradientFree:
@@ -41,45 +45,65 @@ class GradientFree:
         metrics = value_metrics(result.values_nK, result.targets_nK, classes)
         return scalars | {f"valid/{name}": value for name, value in metrics.items()}
 
-    def refit_heads(self) -> dict[str, float]:
-        """Closed-form fit on the training rows, kept only if better on validation. Returns validation losses."""
-        report: dict[str, float] = {}
-        for name, head in self._learned_heads().items():
-            before = self.validate().get("valid/loss")
-            if not head.spec.refit or before is None:
+    def scale_heads(self) -> None:
+        """Tells learned heads the scale of the means they read."""
+        for name, head in self._learned_heads(classes=True).items():
+            if head.spec.reads == "last":
                 continue
-            kept = self.engine.learned()
-            self.engine.overwrite(self._fitted(name, head))
-            after = self.validate()["valid/loss"]
-            report |= {f"refit/{name}_before": before, f"refit/{name}_after": after}
-            if not after < before:
-                self.engine.overwrite(kept)
+            mean_nD = self._pass("train", features=True, limit=SCALE_ROWS, tag=name).mean_nD
+            keys, learned = _keys(name), self.engine.learned()
+            raw = head.folded(*(learned[key] for key in keys))
+            head.set_scale_of(torch.from_numpy(mean_nD))
+            self.engine.overwrite(dict(zip(keys, head.unfolded(*raw), strict=True)))
+
+    def refit_heads(self, loss: float, limit: int = FIT_ROWS) -> dict[str, float]:
+        """Closed-form fit on `limit` training rows, kept only if better on validation than `loss`, that of the state as
+        it is. Returns validation losses; after a signal the state is as it was."""
+        report: dict[str, float] = {}
+        kept = self.engine.learned()
+        try:
+            for name, head in self._learned_heads().items():
+                if not head.spec.refit:
+                    continue
+                before = self.engine.learned()
+                self.engine.overwrite(self._fitted(name, head, limit))
+                after = self.validate()["valid/loss"]
+                report |= {f"refit/{name}_before": loss, f"refit/{name}_after": after}
+                if after < loss:
+                    loss = after
+                else:
+                    self.engine.overwrite(before)
+        except StopAsked:
+            self.engine.overwrite(kept)
+            raise
         return report
 
     def probe(self) -> Probe | None:
         """Features for the ridge baselines of eval, cheap while prefixes are remembered; None without such a head."""
         if not self._learned_heads():
             return None
-        return Probe.of(self._pass("train", features=True, limit=FIT_ROWS, collate=self.collate.probing()))
+        return Probe.of(
+            self._pass("train", features=True, limit=FIT_ROWS, collate=self.collate.probing()), self.built.layout
+        )
 
     def _forward(self, batch: Batch) -> Output:
         if self.ranks.sum([float(self.stop.requested)])[0]:
             raise StopAsked
         return self.engine(batch)
 
-    def _learned_heads(self) -> dict[str, HeadModule]:
-        """Regression heads that are learned; classes have no closed form."""
+    def _learned_heads(self, classes: bool = False) -> dict[str, HeadModule]:
+        """Regression heads that are learned, and with `classes` the others too, which have no closed form."""
         heads = {name: head for name, head in self.built.model.heads.items() if name in self.built.layout.learned}
-        return {n: h for n, h in heads.items() if isinstance(h, HeadModule) and not h.spec.classes}
+        return {n: h for n, h in heads.items() if isinstance(h, HeadModule) and (classes or not h.spec.classes)}
 
-    def _fitted(self, name: str, head: HeadModule) -> dict[str, Tensor]:
+    def _fitted(self, name: str, head: HeadModule, limit: int) -> dict[str, Tensor]:
         """On standardised targets, since the head undoes the standardisation."""
-        result = self._pass("train", features=True, limit=FIT_ROWS, tag=name)
+        result = self._pass("train", features=True, limit=limit, tag=name)
         width = head.spec.outputs
         targets = (result.targets_nK[:, :width] - head.mean_K.cpu().numpy()) / head.std_K.cpu().numpy()
         fit = fit_ridge(result.features(head.spec.reads), targets)
-        weight, bias = torch.from_numpy(fit.weight_KF), torch.from_numpy(fit.bias_K)
-        return {f"heads.{name}.weight_KF": weight, f"heads.{name}.bias_K": bias}
+        own = head.unfolded(torch.from_numpy(fit.weight_KF), torch.from_numpy(fit.bias_K))
+        return dict(zip(_keys(name), own, strict=True))
 
     def _pass(
         self, split: Split, features: bool = False, limit: int | None = None, tag: str | None = None,
@@ -92,3 +116,8 @@ class GradientFree:
         with self.engine.evaluating():
             draws = all_draws(sources, limit)
             return run_over(self._forward, sources, draws, collate or self.collate, self.ranks, size, features)
+
+
+def _keys(name: str) -> tuple[str, str]:
+    """Of the parameters of a head."""
+    return f"heads.{name}.weight_KF", f"heads.{name}.bias_K"

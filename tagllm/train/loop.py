@@ -17,7 +17,7 @@ from tagllm.train import checkpoint
 from tagllm.train.build import Built, build
 from tagllm.train.contact import in_contact
 from tagllm.train.engine import Engine, sharding
-from tagllm.train.gradient_free import GradientFree
+from tagllm.train.gradient_free import SOME_ROWS, GradientFree
 from tagllm.train.monitor import Monitor, peak_memory_gib, row_norms
 from tagllm.train.placement import placed
 from tagllm.train.ranks import Ranks, SharedError
@@ -113,6 +113,8 @@ class Trainer:
                 self._leave()
 
     def _train(self) -> None:
+        if self.at == 0:
+            self.gradient_free.scale_heads()
         if self._evaluation_due():  # a stop came in the middle of it
             self._evaluate()
         while self.at < self.total and not self._out_of_patience():
@@ -150,17 +152,23 @@ class Trainer:
         return self.at > self.progress.evaluated and (self.at % every == 0 or self.at == self.total)
 
     def _evaluate(self) -> None:
-        """Scores the validation split and keeps the best state."""
-        scalars = self.gradient_free.validate()
+        """Scores the validation split and keeps the state that is best there with its heads in closed form: what the
+        tags are worth shows then, long before a head that takes small steps follows them. Training goes on, and the
+        state is kept, with the heads as they are; the end refits them."""
+        scalars, learned = self.gradient_free.validate(), self.engine.learned()
+        if scalars:
+            refitted = self.gradient_free.refit_heads(scalars["valid/loss"], SOME_ROWS)
+            losses = [scalars["valid/loss"], *refitted.values()]
+            self.engine.overwrite(learned)
+            scalars |= refitted
         self.progress = self.progress._replace(evaluated=self.at)
-        learned = self.engine.learned()
         self.monitor.log(self.at, scalars | row_norms(self.built.layout, learned))
         if not scalars:
             return
-        self._note_best(scalars["valid/loss"], learned)
+        self._note_best(min(losses), learned)
         shown = "  ".join(f"{name.removeprefix('valid/')} {value:.4f}" for name, value in scalars.items())
-        best = "  *" if self.progress.best_step == self.at else ""
-        self.monitor.say(f"step {self.at}/{self.total}  held out: {shown}{best}")
+        mark = "  *" if self.progress.best_step == self.at else ""
+        self.monitor.say(f"step {self.at}/{self.total}  held out: {shown}{mark}")
 
     def _note_best(self, loss: float, learned: dict[str, Tensor]) -> None:
         if loss < self.progress.best_loss:
@@ -179,7 +187,8 @@ class Trainer:
         if self.best:
             self.engine.overwrite(self.best)
         try:
-            scalars = self.gradient_free.refit_heads()
+            loss = self.gradient_free.validate().get("valid/loss")
+            scalars = {} if loss is None else self.gradient_free.refit_heads(loss)
             result, probe = self.engine.learned(), self.gradient_free.probe()
         except StopAsked:
             self.engine.overwrite(last)
@@ -234,6 +243,7 @@ class Trainer:
     def _save(self) -> str:
         """A checkpoint of the steps done. A save that fails warns, says why, and training goes on."""
         tensors = self.engine.state() | {f"best.{name}": value for name, value in self.best.items()}
+        tensors |= self.built.model.head_scales()
         state = checkpoint.TrainState(self.at, tensors, self.progress._asdict(), self.built.identity())
 
         def write() -> str:
@@ -271,6 +281,7 @@ class Trainer:
         self.best = {n.removeprefix("best."): t for n, t in state.tensors.items() if n.startswith("best.")}
         self.progress = Progress(**state.progress)
         learned = {n: t for n, t in state.tensors.items() if not n.startswith("best.")}
+        self.built.model.set_head_scales(learned)
         self.engine.restore(learned, state.step - self.progress.skipped)
         return state.step
 

@@ -30,9 +30,8 @@ def peak_memory_gib() -> float:
 
 def row_norms(layout: TagLayout, learned: Mapping[str, Tensor]) -> dict[str, float]:
     """Mean norm of the rows of each learned tag."""
-    parts = learned["tags.learned_TD"].split([layout.lengths[name] for name in layout.learned])
-    norms = zip(layout.learned, parts, strict=True)
-    return {f"tags/{name}/row_norm": float(rows_PD.norm(dim=1).mean()) for name, rows_PD in norms}
+    rows = layout.by_learned_tag(learned.get("tags.learned_TD"))
+    return {f"tags/{name}/row_norm": float(rows_PD.norm(dim=1).mean()) for name, rows_PD in rows.items()}
 
 
 class Monitor:

@@ -125,7 +125,3 @@ class Ranks(NamedTuple):
             raise SharedError(*outcome[1])
         result: Result = outcome[0]
         return result
-
-    def stop(self) -> None:
-        if dist.is_initialized():
-            dist.destroy_process_group()

@@ -7,6 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from tagllm.model.backbone import DTYPES
+from tagllm.model.tagged import HeadModule
 from tagllm.tags import Head, Tag, TagLibrary
 from tagllm.train.build import Built
 
@@ -14,19 +16,21 @@ from tagllm.train.build import Built
 def library_of(built: Built, learned: dict[str, Tensor], about: dict[str, Any]) -> TagLibrary:
     """All tags of the run: learned ones with the values of `Engine.learned`, loaded ones bit for bit."""
     library, layout = TagLibrary(built.backbone.identity), built.layout
-    lengths = [layout.lengths[name] for name in layout.learned]
-    rows = dict(zip(layout.learned, learned["tags.learned_TD"].split(lengths), strict=True))
+    rows = layout.by_learned_tag(learned.get("tags.learned_TD"))
     for name, tag in built.tags.items():
-        if name in rows:
-            tag = Tag(name, tag.kind, rows[name], _head(tag, learned), _history(built, name) | about)  # noqa: PLW2901
+        if name in layout.learned:
+            now = rows.get(name, tag.rows_PD)
+            tag = Tag(name, tag.kind, now, _head(built, tag, learned), _history(built, name) | about)  # noqa: PLW2901
         library = library.add(tag)
     return library
 
 
-def _head(tag: Tag, learned: dict[str, Tensor]) -> Head | None:
+def _head(built: Built, tag: Tag, learned: dict[str, Tensor]) -> Head | None:
     if tag.head is None:
         return None
-    weight_KF, bias_K = (learned[f"heads.{tag.name}.{part}"] for part in ("weight_KF", "bias_K"))
+    module = built.model.heads[tag.name]
+    assert isinstance(module, HeadModule)
+    weight_KF, bias_K = module.folded(*(learned[f"heads.{tag.name}.{part}"] for part in ("weight_KF", "bias_K")))
     return Head(tag.head.spec, weight_KF, bias_K, tag.head.mean_K, tag.head.std_K)
 
 
@@ -40,6 +44,7 @@ def _history(built: Built, name: str) -> dict[str, Any]:
         "output": source.output,
         "fields": {field: config.model_dump() for field, config in source.fields.items()},
         "mask": built.config.mask,
+        "dtype": next(name for name, dtype in DTYPES.items() if dtype == built.backbone.model.dtype),
         "trained_with": list(built.tags),
         "config_digest": built.config.digest(),
         "created": time.strftime("%Y-%m-%d"),

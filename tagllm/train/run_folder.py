@@ -1,27 +1,29 @@
 """What stands in a run folder, and that it holds one run only.
 
-config.yaml  versions.json  splits.json  bad_rows.jsonl  metrics.jsonl  tensorboard/  checkpoints/  library/  last/
+config.yaml  origin.json  splits.json  bad_rows.jsonl  metrics.jsonl  tensorboard/  checkpoints/  library/  last/
 probe.safetensors  results.json
 """
 
 from __future__ import annotations
 
+import itertools
 import json
-import platform
-from importlib import metadata
+import re
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from tagllm.config import BackboneConfig, RunConfig, load_config, parse_config
+from tagllm.config import BackboneConfig, RunConfig
+from tagllm.config_file import load_config, parse_config
 from tagllm.data.dataset import Data
 from tagllm.errors import UserError
-from tagllm.files import json_bytes, replace_file, write_durably
+from tagllm.files import json_bytes, read_json, replace_file, write_durably
+from tagllm.origin import origin
 from tagllm.tags import TagLibrary
 
-_LIBRARIES = ("tagllm", "torch", "transformers", "deepspeed", "datasets", "tokenizers", "safetensors", "rdkit")
+_REFITTED = re.compile("refit/.*_after")
 
 
 class RunFolder:
@@ -38,7 +40,7 @@ class RunFolder:
         """What ridge probes see of the training rows: eval would need the whole prefix pass again."""
 
     def claim(self, config: RunConfig) -> None:
-        """Writes the resolved config and versions, or checks that the folder holds this very run.
+        """Writes the resolved config and where it comes from, or checks that the folder holds this very run.
 
         Raises:
             UserError: the folder holds something else.
@@ -55,13 +57,18 @@ class RunFolder:
         elif any(p.name != ".lock" for p in self.path.iterdir()) if self.path.is_dir() else False:
             raise UserError(f"output: {self.path} is not empty and holds no run. Give another output=FOLDER.")
         self._write("config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
-        self._write("versions.json", json_bytes(versions()))
+        self._write("origin.json", json_bytes(origin()))
 
     def record(self, data: Data) -> None:
         """The splits and the rows that could not be used."""
         self._write("splits.json", json_bytes(data.record))
         rows = "".join(json.dumps(row._asdict()) + "\n" for row in data.bad_rows)
         self._write("bad_rows.jsonl", rows.encode())
+
+    def training(self) -> dict[str, Any]:
+        """Where the tags come from: `origin` of the last process that trained them, and the seconds of all of them."""
+        file = self.path / "origin.json"  # runs of version 0.1 have none
+        return {**(read_json(file) if file.is_file() else {}), "seconds": training_seconds(self.path)}
 
     def _write(self, name: str, content: bytes) -> None:
         temporary = self.path / f".tmp-{name}"
@@ -103,14 +110,24 @@ def backbone_config(source: Path, overrides: list[str]) -> BackboneConfig | None
         raise UserError(f"overrides: {error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}.") from None
 
 
-def versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "machine": platform.machine()}
-    for name in _LIBRARIES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = "absent"
-    return found
+def training_seconds(run: Path) -> float:
+    """Of all processes that trained the run, from metrics.jsonl (each counts from zero)."""
+    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    seconds = [float(json.loads(line)["seconds"]) for line in lines]
+    return sum(now for now, then in itertools.pairwise([*seconds, 0.0]) if then < now)
+
+
+def best_valid_loss(run: Path) -> float:
+    """The lowest loss on validation that training logged, that of a refitted head included.
+
+    Raises:
+        UserError: it has none, since there are no such rows.
+    """
+    lines = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
+    found = [v for line in lines for name, v in line.items() if name == "valid/loss" or _REFITTED.fullmatch(name)]
+    if not found:
+        raise UserError(f"{run}: has no rows for validation, by which values are chosen. Give its sources some.")
+    return float(min(found))
 
 
 def _differences(one: RunConfig, other: RunConfig) -> list[str]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tagllm.data.batch import Batch, Counts, count
+from tagllm.data.collate import no_batch
 from tagllm.data.encode import Example, TagLayout
 from tagllm.model.loss import total
 from tagllm.train.build import Built
@@ -91,21 +92,12 @@ class Stepper:
             chunks = self.rows.micro_batches(step)
             batches = [self.collate(chunk) for chunk in chunks]
         except Exception as error:  # noqa: BLE001  whatever it is, the others must hear of it
-            problem = f"{self._culprit(chunks)}: cannot be made a batch: {type(error).__name__}: {error}"
+            problem = no_batch(self.collate, [example for chunk in chunks for example in chunk], error)
         *counts, failures = self.ranks.sum([*_added([count(batch) for batch in batches]), float(bool(problem))])
         if failures:
             told = [text for text in self.ranks.gather(problem) if text]
             raise SharedError(*(f"step {step + 1}: {text}. Mend or remove the row, then start again." for text in told))
         return chunks, batches, Counts(*(int(n) for n in counts))
-
-    def _culprit(self, chunks: list[list[Example]]) -> str:
-        """The row that fails by itself, or how many rows it may be."""
-        for example in (example for chunk in chunks for example in chunk):
-            try:
-                self.collate([example])
-            except Exception:  # noqa: BLE001  told by the caller
-                return example.origin
-        return "the rows of this step"
 
     def _named(self, suspects: list[Example]) -> list[str]:
         mine = [f"{example.origin}: {self.built.prompt_of(example)}" for example in suspects[:2]]
@@ -117,8 +109,7 @@ def _norms(gradients: Mapping[str, Tensor], layout: TagLayout) -> dict[str, floa
     of: dict[str, list[Tensor]] = {}
     for name, gradient in gradients.items():
         if name == "tags.learned_TD":
-            rows = gradient.split([layout.lengths[tag] for tag in layout.learned])
-            of |= {f"tags/{tag}": [part] for tag, part in zip(layout.learned, rows, strict=True)}
+            of |= {f"tags/{tag}": [part] for tag, part in layout.by_learned_tag(gradient).items()}
         else:
             of.setdefault("/".join(name.split(".")[:2]), []).append(gradient)
     found = torch.stack([nn.utils.get_total_norm(parts) for parts in of.values()])

@@ -15,7 +15,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from benchmarks.vs_peers import commit, hardware
+from tagllm.origin import commit, hardware
 from tests.faults.lab import Lab
 from tests.faults.record import TITLES, Record, table
 from tests.faults.suite import suite

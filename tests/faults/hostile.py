@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 
-from tagllm.config import digest_of, load_config
+from tagllm.config import digest_of
+from tagllm.config_file import load_config
 from tagllm.data.readers import read_rows
 from tagllm.errors import UserError
 from tagllm.files import json_bytes, sha256_file, tensor_bytes

@@ -11,7 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.measure import held_bytes, peak_tensor_bytes
-from tagllm.config import BackboneConfig, RunConfig, parse_config
+from tagllm.config import BackboneConfig, RunConfig
+from tagllm.config_file import parse_config
 from tagllm.data.batch import count
 from tagllm.model.backbone import load_backbone, resolve
 from tagllm.model.linear import FrozenLinear

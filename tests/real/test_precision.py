@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tagllm.config import parse_config
+from tagllm.config_file import parse_config
 from tagllm.data.batch import count
 from tagllm.model.linear import FrozenLinear
 from tagllm.model.loss import total

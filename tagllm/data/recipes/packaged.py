@@ -2,44 +2,15 @@
 
 from __future__ import annotations
 
-import hashlib
+import gzip
 import json
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, NamedTuple
 
 from tagllm.config import Split
-from tagllm.errors import UserError, did_you_mean
-
-RecipeRow = tuple[Split | None, dict[str, Any]]
-"""The split the data set itself gives the row (None: it gives none) and its values."""
-
-
-class Recipe(NamedTuple):
-    name: str
-    description: str
-    licence: str
-    package: str
-    """The installed package the rows come from; its version is part of what identifies the rows."""
-    columns: dict[str, type]
-    rows: Callable[[], Iterator[RecipeRow]]
-
-
-def recipe_of(name: str) -> Recipe:
-    """The recipe called `name`.
-
-    Raises:
-        UserError: there is none of that name.
-    """
-    if name not in RECIPES:
-        raise UserError(f"recipe: {name!r} is no named data set. {did_you_mean(name, RECIPES)}")
-    return RECIPES[name]
-
-
-def pair_key(*parts: str) -> str:
-    """A short key of the parts, the same on every machine."""
-    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+from tagllm.data.recipes.recipe import Recipe, RecipeRow, pair_key
+from tagllm.errors import UserError
 
 
 def _packaged(recipe: str, package: str, path: str, requirement: str) -> Path:
@@ -53,7 +24,7 @@ def _packaged(recipe: str, package: str, path: str, requirement: str) -> Path:
     raise UserError(f"recipe {recipe}: {what}; the rows are read from there. Run: pip install {requirement}")
 
 
-def _rdkit_nci() -> Iterator[RecipeRow]:
+def _rdkit_nci(origin: Path | None) -> Iterator[RecipeRow]:
     path = _packaged("rdkit-nci", "rdkit", "Data/NCI/first_5K.smi", "rdkit==2026.9.1")
     from rdkit import Chem, rdBase
     from rdkit.Chem import QED
@@ -83,45 +54,65 @@ def _pydta_pairs(recipe: str) -> Iterator[tuple[Split, str, str, float]]:
             yield split, smiles, sequence, float(affinity)
 
 
-def _pydta() -> Iterator[RecipeRow]:
+def _pydta(origin: Path | None) -> Iterator[RecipeRow]:
     for split, smiles, sequence, affinity in _pydta_pairs("pydta"):
         key = pair_key(smiles, sequence)
         yield split, {"smiles": smiles, "sequence": sequence, "affinity": affinity, "key": key}
 
 
-def _pydta_proteins() -> Iterator[RecipeRow]:
+def _pydta_proteins(origin: Path | None) -> Iterator[RecipeRow]:
     for sequence in dict.fromkeys(sequence for _, _, sequence, _ in _pydta_pairs("pydta-proteins")):
         yield None, {"sequence": sequence, "key": pair_key(sequence)}
 
 
-RECIPES: dict[str, Recipe] = {
-    recipe.name: recipe
-    for recipe in (
-        Recipe(
-            "rdkit-nci",
-            "NCI molecules with their drug-likeness (QED), computed exactly by rdkit; one row per canonical SMILES, "
-            "which is the key; the SMILES that rdkit cannot parse are left out",
-            "BSD-3-Clause (rdkit)",
-            "rdkit",
-            {"smiles": str, "key": str, "qed": float},
-            _rdkit_nci,
-        ),
-        Recipe(
-            "pydta",
-            "drug-target affinities of ligand-protein pairs with the splits of the package; no pair stands in two of "
-            "them, so none is dropped; ligands and proteins do recur; most affinities are a censored floor of 5.0",
-            "MIT (pydta)",
-            "pydta",
-            {"smiles": str, "sequence": str, "affinity": float, "key": str},
-            _pydta,
-        ),
-        Recipe(
-            "pydta-proteins",
-            "the different protein sequences of pydta, unlabelled; no splits of their own",
-            "MIT (pydta)",
-            "pydta",
-            {"sequence": str, "key": str},
-            _pydta_proteins,
-        ),
-    )
-}
+def _molsets(origin: Path | None) -> Iterator[RecipeRow]:
+    import csv
+
+    files: dict[str, Split] = {"train.csv.gz": "train", "test.csv.gz": "test"}
+    for name, split in files.items():
+        path = _packaged("molsets", "moses", f"dataset/data/{name}", "--no-deps molsets==0.3.1")
+        with gzip.open(path, "rt", encoding="utf-8") as stream:
+            for row in csv.DictReader(stream):
+                yield split, {"smiles": row["SMILES"], "key": row["SMILES"]}
+
+
+RECIPES = (
+    Recipe(
+        "rdkit-nci",
+        "NCI molecules with their drug-likeness (QED), computed exactly by rdkit; one row per canonical SMILES, "
+        "which is the key; the SMILES that rdkit cannot parse are left out",
+        "BSD-3-Clause (rdkit)",
+        "package rdkit",
+        {"smiles": str, "key": str, "qed": float},
+        _rdkit_nci,
+        "rdkit",
+    ),
+    Recipe(
+        "pydta",
+        "drug-target affinities of ligand-protein pairs with the splits of the package; no pair stands in two of "
+        "them, so none is dropped; ligands and proteins do recur; most affinities are a censored floor of 5.0",
+        "MIT (pydta)",
+        "package pydta",
+        {"smiles": str, "sequence": str, "affinity": float, "key": str},
+        _pydta,
+        "pydta",
+    ),
+    Recipe(
+        "pydta-proteins",
+        "the different protein sequences of pydta, unlabelled; no splits of their own",
+        "MIT (pydta)",
+        "package pydta",
+        {"sequence": str, "key": str},
+        _pydta_proteins,
+        "pydta",
+    ),
+    Recipe(
+        "molsets",
+        "1.58 million drug-like molecules for training and 176 thousand to test on (Polykovskiy et al. 2020)",
+        "MIT (molsets)",
+        "package molsets",
+        {"smiles": str, "key": str},
+        _molsets,
+        "molsets",
+    ),
+)

@@ -1,0 +1,52 @@
+#!/usr/bin/env bash
+# One experiment from raw data to tables, at SmolLM2's size:  launch/experiment.sh NAME [FOLDER OF RAW DATA]
+# NAME: qed  descriptor  isoelectric_point  molecular_weight  binding_affinity  drug_combination  synergy_loewe  translate
+# The tables go to results/NAME/ (report.md, report.json, report.html). What is finished is not done again.
+# SEEDS=3 JOBS=1 TUNE="optim.tag_lr=3e-3,1e-2,3e-2" BASELINES="prompt_tuning lora" in the environment change what runs.
+set -euo pipefail
+unset CDPATH
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
+
+name=${1:?"name an experiment: qed, descriptor, isoelectric_point, molecular_weight, binding_affinity, drug_combination, synergy_loewe, translate"}
+data=${2:-}
+seeds=${SEEDS:-3} jobs=${JOBS:-1} tune=${TUNE:-} out=${OUT:-results/$name}
+methods=()
+if [[ $name != translate ]]; then read -r -a methods <<<"${BASELINES-prompt_tuning lora}"; fi # those have a head
+if [[ -x .venv/bin/python ]]; then python=.venv/bin/python; else python=python3; fi
+tagllm() { "$python" -m tagllm "$@"; }
+
+prepare() {
+    if [[ -n $data ]]; then tagllm prepare "$1" --from "$data"; else tagllm prepare "$1"; fi
+}
+
+# Stage 1: the domain tags that the experiment loads, and its rows.
+proteins=/usr/share/doc/mmseqs2/example-data
+domains=()
+case $name in
+qed) config=2_qed domains=(1_smiles) ;;
+descriptor | isoelectric_point) config=2_$name domains=(1_protein) && proteins=${data:-$proteins} ;;
+molecular_weight)
+    config=2_$name domains=(1_protein 1_smiles) && proteins=${data:-$proteins}
+    tagllm prepare peptides --from "$proteins"
+    ;;
+binding_affinity) config=3_$name domains=(1_protein 1_smiles) && prepare davis ;;
+drug_combination | synergy_loewe) config=3_$name domains=(1_smiles) && prepare oneil ;;
+translate) config=3_translate domains=(1_languages) && prepare libreoffice-help ;;
+*) echo "experiment: $name is none of them; the first lines of $0 name all" >&2 && exit 2 ;;
+esac
+if [[ " ${domains[*]} " == *" 1_protein "* ]]; then tagllm prepare mmseqs-proteins --from "$proteins"; fi
+for domain in "${domains[@]}"; do tagllm train "configs/offline/$domain.yaml"; done
+
+# Stages 2 and 3: every seed, then what is trained on the same rows, on the first of them, and prompts without training.
+runs=("runs/offline/$config")
+tagllm sweep "configs/offline/$config.yaml" --seeds "$seeds" --jobs "$jobs" ${tune:+--tune "$tune"}
+first=${runs[0]}/$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["combinations"][0]["folders"][0])' \
+    "${runs[0]}/sweep.json")
+for method in "${methods[@]}"; do tagllm baseline "$first" --method "$method"; done
+composed=configs/offline/4_$name.yaml
+if [[ -f $composed ]]; then
+    libraries=$(printf 'runs/offline/%s/library, ' "${domains[@]}")
+    tagllm compose "$composed" "libraries=[$libraries$first/library]"
+    runs+=("runs/offline/4_$name")
+fi
+exec "$python" -m tagllm report "${runs[@]}" --out "$out"

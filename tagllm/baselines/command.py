@@ -1,0 +1,148 @@
+"""`tagllm baseline`: prompt tuning and LoRA on a run's own rows, the learning rate of each chosen on validation."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tagllm.baselines.adapt import ALPHA, RANK, Adapted, require_peft
+from tagllm.baselines.methods import METHODS, Method
+from tagllm.baselines.record import FOLDER, Record, update_results
+from tagllm.baselines.task import Task, open_task
+from tagllm.baselines.train import Trained, see, train, values
+from tagllm.errors import UserError, did_you_mean
+from tagllm.evaluate.metrics import intervals, value_metrics
+from tagllm.files import RunLock
+from tagllm.origin import origin
+from tagllm.train.monitor import peak_memory_gib
+from tagllm.train.run_folder import read_config
+
+
+class Request(NamedTuple):
+    """`methods`: all that fit the run if empty. `rates`: those of the method if empty. `budget_s`: seconds of one
+    training, those of the run's own if None; tuning gets `tune_share` of it. `seeds`: final trainings, from the run's
+    seed on. `virtual`: rows of prompt tuning, those of the run's function tags if None."""
+
+    methods: Sequence[str]
+    rates: Sequence[float]
+    budget_s: float | None
+    tune_share: float
+    seeds: int
+    virtual: int | None
+
+
+def read_rates(text: str) -> list[float]:
+    """`1e-3,3e-3` -> numbers; none for an empty text."""
+    try:
+        rates = [float(part) for part in text.split(",")] if text else []
+    except ValueError:
+        rates = [math.nan]
+    if not all(0 < rate < math.inf for rate in rates):
+        raise UserError(f"--lr is {text!r}; it must be numbers above 0 with commas between them, as in 1e-3,3e-3.")
+    return rates
+
+
+def run_baselines(run: Path, request: Request) -> None:
+    """Trains what is not done yet and writes RUN/baselines/METHOD.json (and RUN/results.json, if it is there).
+
+    Raises:
+        UserError: an unknown method, a run that has nothing to compare, other settings than before, several ranks.
+    """
+    if unknown := [name for name in request.methods if name not in METHODS]:
+        raise UserError(f"--method: {unknown[0]!r} is no method. {did_you_mean(unknown[0], METHODS)}")
+    if (size := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        raise UserError(f"baseline: WORLD_SIZE is {size}; baselines train in one process. Start it without a launcher.")
+    require_peft()
+    read_config(run)  # before a folder is made
+    with RunLock(run / FOLDER):
+        task = open_task(run)
+        for method in _methods(task, request.methods):
+            _compare(task, method, request)
+            update_results(run)
+
+
+def _methods(task: Task, names: Sequence[str]) -> list[Method]:
+    has_domain = "domain" in task.layout.kinds.values()
+    if "lora_text" in names and not has_domain:
+        raise UserError(
+            f"--method lora_text: {task.run} has no domain tag whose name could stand as text; it would be lora "
+            "again. Leave it out."
+        )
+    return [m for m in METHODS.values() if m.key in names or (not names and (has_domain or not m.names_domains))]
+
+
+def _compare(task: Task, method: Method, request: Request) -> None:
+    """One method: every rate on validation, then the best one in full, then (only then) the test rows."""
+    budget_s = task.seconds if request.budget_s is None else request.budget_s
+    virtual = request.virtual or task.virtual
+    learns = {"virtual": virtual, "init": "SAMPLE_VOCAB"} if method.virtual else {"rank": RANK, "alpha": ALPHA}
+    settings = {"config_digest": task.config.digest(), "budget_s": budget_s, "tune_share": request.tune_share, **learns}
+    record = Record(task.run, method.key, method.name, settings)
+    longest = max(len(row.ids) for row in task.rows("train", method)) if method.virtual else 0
+    if longest + virtual > task.backbone.max_tokens:
+        raise UserError(
+            f"--virtual is {virtual}; with the longest prompt of {longest} tokens that is more than the "
+            f"{task.backbone.max_tokens} the backbone takes. Take {task.backbone.max_tokens - longest} at most."
+        )
+    rates, losses = sorted(request.rates or method.rates), dict[float, float]()
+    for rate in rates:
+        entry = record.entry("tuning", str(rate))
+        if entry is None:
+            _, trained = _train(task, method, virtual, rate, budget_s * request.tune_share, task.config.seed)
+            entry = trained._asdict()
+            record.add("tuning", str(rate), entry)
+        losses[rate] = entry["valid_loss"]
+        print(f"{method.name}: lr {rate:g}  valid loss {entry['valid_loss']:.4f}  {_pace(entry)}", flush=True)
+    best = min(rates, key=losses.__getitem__)
+    at_edge = len(rates) > 1 and best in (rates[0], rates[-1])
+    if at_edge:
+        print(f"{method.name}: {best:g} is the {'lowest' if best == rates[0] else 'highest'} rate tried; see --lr")
+    finals = [_final(task, method, request, record, best, task.config.seed + k) for k in range(request.seeds)]
+    metrics = {name: float(np.mean([one["metrics"][name] for one in finals])) for name in finals[0]["metrics"]}
+    record.finish(
+        {
+            "lr": best, "lr_at_edge": at_edge, "seeds": request.seeds, "metrics": metrics,
+            "intervals": finals[0]["intervals"], **origin(), "peft": metadata.version("peft"),
+            "dtype": str(task.backbone.model.dtype).removeprefix("torch."),
+        }
+    )  # fmt: skip
+    shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    print(f"{method.name}: lr {best:g}  test: {shown}  {_pace(finals[0])}", flush=True)
+
+
+def _final(task: Task, method: Method, request: Request, record: Record, rate: float, seed: int) -> dict[str, Any]:
+    """Trained in full and scored on the test rows; the first of the run's own seed has the intervals."""
+    key = f"lr={rate},seed={seed}"
+    entry = record.entry("final", key)
+    if entry is None:
+        settings = record.document["settings"]
+        virtual = settings.get("virtual", 0)
+        model, trained = _train(task, method, virtual, rate, settings["budget_s"], seed)
+        test = see(model, task.rows("test", method), task.config.evaluation.rows_per_batch)
+        answer_nK = model.head.unstandardise(values(model, test).to(model.head.mean_K.device)).cpu().numpy()
+        targets_nK = test.targets_nK.numpy()
+        entry = trained._asdict() | {
+            "metrics": value_metrics(answer_nK, targets_nK, classes=False),
+            "intervals": intervals(answer_nK, targets_nK, classes=False),
+            "test_rows": len(targets_nK), "peak_gib": peak_memory_gib(),
+        }  # fmt: skip
+        record.add("final", key, entry)
+    return entry
+
+
+def _train(
+    task: Task, method: Method, virtual: int, rate: float, budget_s: float, seed: int
+) -> tuple[Adapted, Trained]:
+    model = Adapted(task.backbone.model, method, task.head, virtual, seed)
+    return model, train(model, task, method, rate, budget_s, seed)
+
+
+def _pace(entry: dict[str, Any]) -> str:
+    seconds, steps = entry["seconds"], entry["steps"]
+    return f"({steps} steps in {seconds:.0f} s, {seconds / steps:.2f} s each)"

@@ -1,0 +1,192 @@
+"""Trains one adapter and its head for so many seconds. The rows, their order, micro-batches, schedule and clipping are
+those of the run.
+
+n rows, F features, K head outputs.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from tagllm.baselines.adapt import Adapted
+from tagllm.baselines.methods import Method
+from tagllm.baselines.prompts import Row, pad
+from tagllm.baselines.task import Task
+from tagllm.evaluate.ridge import fit_ridge
+from tagllm.model.loss import value_losses
+from tagllm.train.gradient_free import FIT_ROWS, SCALE_ROWS
+from tagllm.train.rows import StepRows
+from tagllm.train.schedule import lr_factor, total_steps
+
+Floats = NDArray[np.float32]
+MOST_EPOCHS = 4
+"""Times those of the run: more would only overfit what time is left over."""
+WARM_UP, MEASURED = 1, 3
+"""Steps that are not timed, and after how many more the length of the run is known."""
+EVALUATIONS = 4
+
+
+class Seen(NamedTuple):
+    """What the head reads of some rows, with their targets; on the CPU."""
+
+    last_nD: Tensor
+    mean_nD: Tensor
+    targets_nK: Tensor
+
+    def features(self, reads: str) -> Tensor:
+        """What a head with `reads` sees (n, F)."""
+        return torch.cat({"last": self[:1], "mean": self[1:2], "both": self[:2]}[reads], dim=1)
+
+
+class Trained(NamedTuple):
+    """`valid_loss`: squared error of standardised targets, of the best state, its head refitted where that is better.
+    `seconds` of all steps; validation and refit come on top."""
+
+    valid_loss: float
+    best_step: int
+    refitted: bool
+    steps: int
+    rows: int
+    skipped: int
+    seconds: float
+    trainable_parameters: int
+
+
+class Clock:
+    """How many steps there will be: what is done, and what fits into the rest at the pace so far."""
+
+    def __init__(self, budget_s: float, most_steps: int) -> None:
+        self.budget_s, self.most_steps = budget_s, most_steps
+        self.seconds: list[float] = []
+
+    def total(self) -> int:
+        at, timed = len(self.seconds), self.seconds[WARM_UP:]
+        left = self.budget_s - sum(self.seconds)
+        if left <= 0:
+            return max(at, 1)
+        if len(timed) < MEASURED:
+            return self.most_steps
+        return min(self.most_steps, at + int(left / (sum(timed) / len(timed))))
+
+
+def train(model: Adapted, task: Task, method: Method, rate: float, budget_s: float, seed: int) -> Trained:
+    """Leaves `model` in the best state on validation: four times and at the end it is looked at."""
+    config, untagged = task.config, task.untagged(method)
+    valid, optim = task.rows("valid", method), config.optim
+    rows = StepRows(config.model_copy(update={"seed": seed}), task.data.splits["train"], 0, 1)
+    optimizer = torch.optim.AdamW(model.groups(rate, optim.head_lr), betas=optim.betas, weight_decay=0.0)
+    clock = Clock(budget_s, MOST_EPOCHS * total_steps(optim, rows.rows_per_epoch))
+    scale_head(model, task, method)
+    best_loss, best_step, best, skipped, evaluated = math.inf, 0, model.learned(), 0, 0
+    while (at := len(clock.seconds)) < (total := clock.total()):
+        began = time.perf_counter()
+        batches = [[untagged(example) for example in batch] for batch in rows.micro_batches(at)]
+        factor = lr_factor(optim, at, total)
+        for group in optimizer.param_groups:
+            group["lr"] = group["base_lr"] * factor
+        skipped += not step(model, optimizer, batches, optim.clip)
+        clock.seconds.append(time.perf_counter() - began)
+        done, total = at + 1, clock.total()
+        if done >= total or done * EVALUATIONS >= (evaluated + 1) * total:
+            evaluated = done * EVALUATIONS // total
+            loss = loss_of(model, see(model, valid, config.evaluation.rows_per_batch))
+            if loss < best_loss:
+                best_loss, best_step, best = loss, done, model.learned()
+    model.overwrite(best)
+    refitted, loss = refit(model, task, method, see(model, valid, config.evaluation.rows_per_batch))
+    steps = len(clock.seconds)
+    learns = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return Trained(loss, best_step, refitted, steps, steps * optim.rows_per_step, skipped, sum(clock.seconds), learns)
+
+
+def step(
+    model: Adapted, optimizer: torch.optim.Optimizer, batches: Sequence[Sequence[Row]], clip: float | None
+) -> bool:
+    """Forward, backward and update. False (and no update) where the gradient is not finite.
+
+    The loss is the sum of squared errors over all rows, divided by their number, as in the run.
+    """
+    count = sum(len(row.target) for batch in batches for row in batch)
+    for rows in batches:
+        batch = _moved(pad(rows), model)
+        values_BK = model.head(*model(batch))
+        (value_losses(values_BK, model.head.standardise(batch.target_BK), 0).sum() / count).backward()
+    learned = [p for group in optimizer.param_groups for p in group["params"]]
+    finite = bool(nn.utils.clip_grad_norm_(learned, clip or math.inf).isfinite())
+    if finite:
+        optimizer.step()
+    optimizer.zero_grad()
+    return finite
+
+
+@torch.no_grad()
+def see(model: Adapted, rows: Sequence[Row], rows_per_batch: int) -> Seen:
+    """One pass over rows, alike in length within a batch; results in the order of the rows."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
+    parts = []
+    for at in range(0, len(rows), rows_per_batch):
+        batch = _moved(pad([rows[i] for i in order[at : at + rows_per_batch]]), model)
+        parts.append([tensor.cpu() for tensor in (*model(batch), batch.target_BK)])
+    back = torch.tensor(order).argsort()
+    return Seen(*(torch.cat(column)[back] for column in zip(*parts, strict=True)))
+
+
+@torch.no_grad()
+def values(model: Adapted, seen: Seen) -> Tensor:
+    """What the head answers (n, K), standardised, on the CPU."""
+    device = model.head.bias_K.device
+    answer_nK: Tensor = model.head(seen.last_nD.to(device), seen.mean_nD.to(device))
+    return answer_nK.cpu()
+
+
+def loss_of(model: Adapted, seen: Seen) -> float:
+    """Infinite where it is not a number, so that it is never the best."""
+    loss = float(((values(model, seen) - _standardised(model, seen)) ** 2).mean())
+    return loss if math.isfinite(loss) else math.inf
+
+
+def scale_head(model: Adapted, task: Task, method: Method) -> None:
+    """Tells the head (which is zero) the scale of the means it reads, as the run does."""
+    if model.head.spec.reads != "last":
+        rows = task.rows("train", method, SCALE_ROWS)
+        model.head.set_scale_of(see(model, rows, task.config.evaluation.rows_per_batch).mean_nD)
+
+
+def refit(model: Adapted, task: Task, method: Method, valid: Seen) -> tuple[bool, float]:
+    """Fits the head in closed form on training rows and keeps it if better on validation, as the run does. Returns
+    whether it was kept, and the loss on validation."""
+    before = loss_of(model, valid)
+    if not model.head.spec.refit:
+        return False, before
+    train = see(model, task.rows("train", method, FIT_ROWS), task.config.evaluation.rows_per_batch)
+    kept = model.learned()
+    model.overwrite(_fitted(model, train))
+    after = loss_of(model, valid)
+    if after < before:
+        return True, after
+    model.overwrite(kept)
+    return False, before
+
+
+def _fitted(model: Adapted, seen: Seen) -> dict[str, Tensor]:
+    fit = fit_ridge(seen.features(model.head.spec.reads).numpy(), _standardised(model, seen).numpy())
+    weight_KF, bias_K = model.head.unfolded(torch.from_numpy(fit.weight_KF), torch.from_numpy(fit.bias_K))
+    return {"head.weight_KF": weight_KF, "head.bias_K": bias_K}
+
+
+def _standardised(model: Adapted, seen: Seen) -> Tensor:
+    head = model.head
+    return (seen.targets_nK - head.mean_K.cpu()) / head.std_K.cpu()
+
+
+def _moved(batch: Any, model: Adapted) -> Any:
+    device = model.head.bias_K.device
+    return type(batch)(*(tensor.to(device) for tensor in batch))

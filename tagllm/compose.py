@@ -1,0 +1,248 @@
+"""`tagllm compose`: prompts over libraries of tags, scored on the same held-out rows without training.
+
+Zero-shot composition (section 4.2 of the paper) and what it must beat: a control is another prompt on the same rows,
+with the wrong tag, without tags, in words, with worked examples, or the source copied.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Any, NamedTuple, Self
+
+import yaml
+from pydantic import BeforeValidator, Field, model_validator
+
+from tagllm.config import (
+    BackboneConfig,
+    DataConfig,
+    EvaluationConfig,
+    FieldConfig,
+    OptimConfig,
+    RowsConfig,
+    RunConfig,
+    Section,
+    SourceConfig,
+    Split,
+    TagConfig,
+    digest_of,
+)
+from tagllm.data.dataset import Prompts
+from tagllm.errors import UserError
+from tagllm.evaluate.answers import Answer, answers_of, copied_answers, scores_of, write_answers
+from tagllm.evaluate.metrics import intervals, value_metrics
+from tagllm.evaluate.scoring import score_pass
+from tagllm.evaluate.text import Scores, problems_of
+from tagllm.files import json_bytes, read_json, replace_file, write_durably
+from tagllm.model.backbone import Backbone
+from tagllm.origin import origin
+from tagllm.stage import stage_of_run
+from tagllm.tags import TagLibrary
+from tagllm.template import escaped, parse_template, written
+from tagllm.train.build import Built, assemble, open_backbone, prepare_on_all
+from tagllm.train.ranks import Ranks
+
+
+class PromptConfig(Section):
+    """A prompt, or a column whose text is given as the answer; just a string is a prompt."""
+
+    template: str = ""
+    shots: Annotated[int, Field(ge=0)] = 0
+    """So many training rows stand in front in the same words, an empty line behind each."""
+    copies: str | None = None
+    """The answer is what stands in this column: an answer that only repeats the question scores this."""
+
+    @model_validator(mode="after")
+    def _one_kind(self) -> Self:
+        if bool(self.template) == (self.copies is not None):
+            raise ValueError("give exactly one of template and copies")
+        return self
+
+
+def _as_prompt(value: Any) -> Any:
+    return {"template": value} if isinstance(value, str) else value
+
+
+class CaseConfig(Section):
+    """A table. The first prompt is the one in question, the others are its controls."""
+
+    source: RowsConfig
+    split: Split = "test"
+    language: str = ""
+    """Code (ISO 639-1) of the language the answers are to be in; how many are is then measured apart."""
+    prompts: Annotated[dict[str, Annotated[PromptConfig, BeforeValidator(_as_prompt)]], Field(min_length=1)]
+
+
+class ComposeConfig(Section):
+    output: Annotated[str, Field(min_length=1)]
+    backbone: BackboneConfig
+    libraries: Annotated[list[str], Field(min_length=1)]
+    evaluation: EvaluationConfig = EvaluationConfig()
+    cases: Annotated[dict[str, CaseConfig], Field(min_length=1)]
+
+
+class Composer(NamedTuple):
+    config: ComposeConfig
+    library: TagLibrary
+    backbone: Backbone
+    ranks: Ranks
+
+    @classmethod
+    def open(cls, config: ComposeConfig) -> Composer:
+        """
+        Raises:
+            UserError: several ranks, a library that cannot be read or is of another backbone, a prompt with mistakes.
+        """
+        if (size := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+            raise UserError(
+                f"compose: WORLD_SIZE is {size}; prompts are scored in one process. Leave the launcher out."
+            )
+        library = TagLibrary.load_all([Path(path) for path in config.libraries])
+        check(config, library)
+        ranks = Ranks.start(1800)
+        backbone = open_backbone(config.backbone, ranks)
+        library.backbone.require_same(backbone.identity, config.libraries[0])
+        return cls(config, library, backbone, ranks)
+
+    def score(self, name: str) -> dict[str, Any]:
+        """Scores a case and writes OUTPUT/CASE/; what was scored with the same settings before is read from there."""
+        case, folder = self.config.cases[name], Path(self.config.output) / name
+        settings = self.config.model_dump(mode="json", include={"backbone", "libraries", "evaluation"})
+        settings["cases"] = {name: case.model_dump(mode="json")}
+        file, digest = folder / "results.json", digest_of(settings)
+        if file.is_file() and (found := read_json(file)).get("config_digest") == digest:
+            return found
+        folder.mkdir(parents=True, exist_ok=True)
+        began = time.monotonic()
+        scores: dict[str, Scores] = {}
+        answers: list[Answer] = []
+        numbers: dict[str, int] = {}
+        for prompt in case.prompts:
+            scores[prompt], given, numbers[prompt] = self._prompt(name, prompt)
+            answers += given
+        if len(set(numbers.values())) > 1:
+            told = ", ".join(f"{prompt} {number}" for prompt, number in numbers.items())
+            raise UserError(
+                f"cases.{name}: its prompts leave room for different numbers of rows ({told}), which cannot be "
+                "compared. Leave long rows out with source.max_characters."
+            )
+        first, *others = scores
+        results = {
+            "run": name, "split": case.split, "rows": numbers[first], "prompt": first,
+            "metrics": scores[first].metrics, "intervals": scores[first].intervals, "baselines": {},
+            "controls": {other: scores[other].metrics for other in others},
+            "control_intervals": {other: scores[other].intervals for other in others},
+            "learned": self._function_tags(case), "backbone": self.backbone.identity._asdict(),
+            "config_digest": digest, "seconds": time.monotonic() - began, **origin(),
+        }  # fmt: skip
+        write_answers(answers, folder)
+        write_durably(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode())
+        write_durably(folder / ".tmp-results.json", json_bytes(results))
+        replace_file(folder / ".tmp-results.json", file)
+        return results
+
+    def _prompt(self, name: str, prompt: str) -> tuple[Scores, list[Answer], int]:
+        """Its scores, its answers if it asks for text, and on how many rows."""
+        case, about = self.config.cases[name], self.config.cases[name].prompts[prompt]
+        text = about.template if about.copies is None else f"{{{about.copies}}} {{output}}"
+        if about.shots:
+            text = self._worked(name, text, about.shots) + text
+        built = self._built(name, text, case.split)
+        (template,), (examples,) = built.stage.templates, built.examples(case.split)
+        if not template.has_output:
+            found = score_pass(built, self.ranks, case.split, None)
+            pairs = found.values_nK, found.targets_nK
+            return Scores(value_metrics(*pairs, classes=False), intervals(*pairs, classes=False)), [], len(examples)
+        give = copied_answers if about.copies is not None else answers_of
+        answers = give(built, template, examples, self.config.evaluation.generated_rows)
+        answers = [answer._replace(source=prompt) for answer in answers]
+        return scores_of(built, answers, case.language, self.library.tags), answers, len(answers)
+
+    def _worked(self, name: str, text: str, shots: int) -> str:
+        """The first training rows as they stand in the prompt, tags and all, as a piece of a template."""
+        built = self._built(name, text, "train")
+        source, (template,) = built.config.data.sources[0], built.stage.templates
+        wanted = dict.fromkeys([*template.fields, source.output])
+        rows = built.examples("train")[0].columns(list(wanted), shots)
+        pieces = []
+        for at in range(shots):
+            for part in template.parts:
+                if part.kind == "tag":
+                    pieces.append(f"<{part.value}>")
+                elif part.kind == "text":
+                    pieces.append(escaped(part.value))
+                else:
+                    column = source.output if part.value == "output" else part.value
+                    value = written(rows[column][at], source.fields.get(part.value, FieldConfig()))
+                    pieces.append(part.space + escaped(value))
+            pieces.append("\n\n")
+        return "".join(pieces)
+
+    def _built(self, name: str, text: str, split: Split) -> Built:
+        """The rows of one split in one prompt, and the model with its tags."""
+        case = self.config.cases[name]
+        template = parse_template(text, {n: tag.kind for n, tag in self.library.tags.items()})
+        used = dict.fromkeys(template.tags)
+        heads = [n for n in used if self.library.tags[n].head is not None]
+        known = case.source.model_dump() | {"template": text, "target": case.source.target if heads else []}
+        known["split"] |= {"by": case.source.split.by or self._key(case)}
+        known["fields"] = {n: about for n, about in known["fields"].items() if n in (*template.fields, "output")}
+        config = RunConfig.model_construct(
+            output=self.config.output, backbone=self.config.backbone, evaluation=self.config.evaluation,
+            tags={n: TagConfig(load=self.config.libraries[0]) for n in used},
+            data=DataConfig(sources=[SourceConfig(**known)]), optim=OptimConfig(steps=1),
+        )  # fmt: skip
+        stage = stage_of_run(config, self.library, f"cases.{name}")
+        layout = stage.layout(self.backbone.vocabulary_size)
+        prompts = Prompts(layout, self.backbone.tokenizer, self.backbone.max_tokens)
+        data = prepare_on_all(config.data, stage.templates, prompts, self.ranks, [split])
+        model = assemble(stage, self.backbone, layout, stage.loaded, self.ranks)
+        return Built(stage, self.backbone, layout, stage.loaded, data, model)
+
+    def _key(self, case: CaseConfig) -> list[str]:
+        """One key for all prompts of a case, so that they are asked of the same rows."""
+        if case.source.recipe is not None:  # has a key of its own
+            return []
+        first = next(iter(case.prompts.values()))
+        return parse_template(first.template, {n: tag.kind for n, tag in self.library.tags.items()}).fields
+
+    def _function_tags(self, case: CaseConfig) -> list[str]:
+        kinds = {n: tag.kind for n, tag in self.library.tags.items()}
+        used = parse_template(next(iter(case.prompts.values())).template, kinds).tags
+        return [n for n in dict.fromkeys(used) if kinds[n] == "function"]
+
+
+def check(config: ComposeConfig, library: TagLibrary) -> None:
+    """Raises UserError with every mistake in the prompts."""
+    kinds = {name: tag.kind for name, tag in library.tags.items()}
+    problems = problems_of(config.evaluation, "evaluation")
+    for name, case in config.cases.items():
+        if next(iter(case.prompts.values())).copies is not None:
+            problems.append(
+                f"cases.{name}.prompts: the first is what the others are compared with; give it a template."
+            )
+        for prompt, about in case.prompts.items():
+            if about.copies is None:
+                problems += _mistakes(about, kinds, library, f"cases.{name}.prompts.{prompt}")
+    if problems:
+        raise UserError(*problems)
+
+
+def _mistakes(about: PromptConfig, kinds: dict[str, str], library: TagLibrary, where: str) -> Sequence[str]:
+    try:
+        template = parse_template(about.template, kinds, f"{where}.template")
+    except UserError as error:
+        return error.problems
+    answering = {name for name in template.tags if library.tags[name].head is not None}
+    if template.has_output == bool(answering):
+        return [
+            f"{where}.template: {about.template!r} must have either {{output}} or one tag with a head, which answers; "
+            f"tags with a head here: {', '.join(n for n, tag in library.tags.items() if tag.head) or 'none'}."
+        ]
+    if about.shots and answering:
+        return [
+            f"{where}.shots is {about.shots}; worked examples need {{output}}, a head answers without. Set it to 0."
+        ]
+    return []

@@ -1,0 +1,174 @@
+"""`tagllm prepare NAME`: the rows of a named data set, written once as parquet with what they were made from."""
+
+from __future__ import annotations
+
+import itertools
+import time
+import uuid
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rich.table import Table
+
+from tagllm import __version__
+from tagllm.config import SPLITS, Split
+from tagllm.data.recipes import RECIPES, Recipe, RecipeRow
+from tagllm.errors import UserError
+from tagllm.files import DamagedFile, json_bytes, read_json, remove_folder, replace_folder, sha256_file, write_durably
+
+FORMAT = 1
+"""Raise when a recipe would give other rows than before."""
+BATCH_ROWS = 10_000
+
+
+class Prepared(NamedTuple):
+    """A prepared data set: a file per split it gives, or one for all rows (under None)."""
+
+    folder: Path
+    files: dict[Split | None, Path]
+    about: dict[str, Any]
+    """`recipe.json`: licence, source, what it was made from, sha256 and rows of each file."""
+
+
+def prepare(recipe: Recipe, origin: Path | None, cache: Path) -> Prepared:
+    """Reads the rows from `origin`, or from where the recipe has them, and writes them to `cache/recipes/NAME`.
+
+    Rows that were prepared from the same origin before are left as they are.
+
+    Raises:
+        UserError: an origin that is missing or not as it must be, rows that cannot be read, a full disk.
+    """
+    if origin is None and recipe.origin:
+        raise UserError(_needs_origin(recipe))
+    if origin is not None and not origin.exists():
+        raise UserError(f"--from {origin}: there is no such file or folder; it must be {recipe.origin or 'a copy'}.")
+    made_from = _identity(recipe, origin)
+    folder = cache / "recipes" / recipe.name
+    if (folder / "recipe.json").is_file() and read_json(folder / "recipe.json").get("made_from") == made_from:
+        return _opened(folder)
+    temporary = folder.with_name(f".tmp-{recipe.name}-{uuid.uuid4().hex}")
+    try:
+        temporary.mkdir(parents=True)
+        counts = _write(recipe, origin, temporary)
+        about = {
+            "name": recipe.name, "description": recipe.description, "licence": recipe.licence, "source": recipe.source,
+            "made_from": made_from, "rows": counts, "columns": list(recipe.columns), "tagllm": __version__,
+            "sha256": {f"{name}.parquet": sha256_file(temporary / f"{name}.parquet") for name in counts},
+            "date": time.strftime("%Y-%m-%d"),
+        }  # fmt: skip
+        write_durably(temporary / "recipe.json", json_bytes(about))
+        replace_folder(temporary, folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error}. Make room, or set TAGLLM_CACHE.") from None
+    finally:
+        remove_folder(temporary)
+    return _opened(folder)
+
+
+def prepared(recipe: Recipe, cache: Path) -> Prepared:
+    """The rows as they were prepared; a recipe that needs no `--from` is prepared here if it has to be.
+
+    Raises:
+        UserError: it was never prepared, or its files are not those that were written.
+    """
+    folder = cache / "recipes" / recipe.name
+    there = (folder / "recipe.json").is_file()
+    if not recipe.origin and not (there and _is_of_origin(folder)):
+        return prepare(recipe, None, cache)
+    if not there:
+        raise UserError(_needs_origin(recipe))
+    return _opened(folder)
+
+
+def describe(data: Prepared) -> list[str]:
+    """For people: what it is, whose it is, and that it is whole."""
+    about = data.about
+    rows = ", ".join(f"{name} {about['rows'][name]:,}" for name in (*SPLITS, "all") if name in about["rows"])
+    lines = [f"{about['name']}: {about['description']}", f"  from     {about['source']}"]
+    lines += [f"  licence  {about['licence']}", f"  rows     {rows}", f"  columns  {', '.join(about['columns'])}"]
+    return [*lines, *(f"  sha256   {digest}  {data.folder / name}" for name, digest in about["sha256"].items())]
+
+
+def table_of(cache: Path) -> Table:
+    """All named data sets, and which are prepared."""
+    table = Table(title="named data sets (recipe: NAME)", title_justify="left")
+    for title in ("name", "rows come from", "licence", "prepared"):
+        table.add_column(title, no_wrap=title == "name", overflow="fold")
+    for recipe in RECIPES.values():
+        there = "yes" if (cache / "recipes" / recipe.name / "recipe.json").is_file() else ""
+        table.add_row(recipe.name, recipe.source, recipe.licence, there or ("with --from" if recipe.origin else ""))
+    return table
+
+
+def _is_of_origin(folder: Path) -> bool:
+    """Prepared with --from though that was not needed: a local copy of the hub's repository, which stays."""
+    return bool(read_json(folder / "recipe.json")["made_from"].get("origin"))
+
+
+def _needs_origin(recipe: Recipe) -> str:
+    return (
+        f"recipe {recipe.name}: it is not prepared, and its rows are in no package. "
+        f"Run: tagllm prepare {recipe.name} --from PATH, where PATH is {recipe.origin}."
+    )
+
+
+def _opened(folder: Path) -> Prepared:
+    about = read_json(folder / "recipe.json")
+    for name, expected in about["sha256"].items():
+        found = sha256_file(folder / name) if (folder / name).is_file() else "none"
+        if found != expected:
+            raise DamagedFile(folder / name, f"its sha256 is {found[:12]}, recipe.json says {expected[:12]}")
+    files: dict[Split | None, Path] = {split: folder / f"{split}.parquet" for split in SPLITS if split in about["rows"]}
+    return Prepared(folder, files or {None: folder / "all.parquet"}, about)
+
+
+def _identity(recipe: Recipe, origin: Path | None) -> dict[str, Any]:
+    """What the rows depend on: the version of a package, the contents of files."""
+    found: dict[str, Any] = {"format": FORMAT}
+    if recipe.package:
+        try:
+            found["package"] = f"{recipe.package} {metadata.version(recipe.package)}"
+        except metadata.PackageNotFoundError:
+            found["package"] = f"{recipe.package}, not installed"
+    if origin is not None:
+        files = [origin] if origin.is_file() else sorted(path for path in origin.rglob("*") if path.is_file())
+        found["origin"] = {str(path.relative_to(origin.parent)): sha256_file(path) for path in files}
+    return found
+
+
+def _write(recipe: Recipe, origin: Path | None, folder: Path) -> dict[str, int]:
+    """Numbers of rows by split, or of `all`."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    types = {str: pa.string(), int: pa.int64(), float: pa.float64()}
+    schema = pa.schema([(column, types[kind]) for column, kind in recipe.columns.items()])
+    writers: dict[str, Any] = {}
+    counts: dict[str, int] = {}
+    try:
+        for name, rows in _batches(recipe.rows(origin)):
+            if name not in writers:
+                writers[name] = pq.ParquetWriter(folder / f"{name}.parquet", schema, compression="zstd")
+            writers[name].write_table(pa.Table.from_pylist(rows, schema=schema))
+            counts[name] = counts.get(name, 0) + len(rows)
+    except (KeyError, ValueError) as error:
+        raise UserError(
+            f"recipe {recipe.name}: {origin or recipe.source} is not of the form that is read: {error!r}. It must be "
+            f"{recipe.origin or recipe.description}."
+        ) from None
+    finally:
+        for writer in writers.values():
+            writer.close()
+    if not counts:
+        raise UserError(f"recipe {recipe.name}: {origin or recipe.source} gave no row. Check that it is whole.")
+    return counts
+
+
+def _batches(rows: Iterator[RecipeRow]) -> Iterator[tuple[str, list[dict[str, Any]]]]:
+    """Rows of one split each, in their order."""
+    for split, group in itertools.groupby(rows, key=lambda row: row[0]):
+        values = (row for _, row in group)
+        while chunk := list(itertools.islice(values, BATCH_ROWS)):
+            yield split or "all", chunk

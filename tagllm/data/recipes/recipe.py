@@ -1,0 +1,48 @@
+"""What a named data set is: where its rows come from, under which licence, and how they are read."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tagllm.config import Split
+from tagllm.errors import UserError
+
+RecipeRow = tuple[Split | None, dict[str, Any]]
+"""The split the data set itself gives the row (None: it gives none) and its values."""
+
+
+class Recipe(NamedTuple):
+    name: str
+    description: str
+    licence: str
+    source: str
+    """Where the rows come from, for people."""
+    columns: dict[str, type]
+    rows: Callable[[Path | None], Iterator[RecipeRow]]
+    """Of what `--from` names; None: of the installed package or of the hub."""
+    package: str = ""
+    """The installed package the rows come from; another version of it may have other rows."""
+    origin: str = ""
+    """What `--from` must name; empty: nothing need be given."""
+
+
+def pair_key(*parts: str) -> str:
+    """A short key of the parts, the same on every machine."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
+
+
+def file_in(recipe: str, origin: Path | None, *names: str) -> Path:
+    """The first of `names` in the folder `origin`, or `origin` itself if it has one of these names.
+
+    Raises:
+        UserError: there is none.
+    """
+    if origin is not None and origin.is_file() and origin.name in names:
+        return origin
+    for name in names:
+        if origin is not None and (origin / name).is_file():
+            return origin / name
+    raise UserError(f"recipe {recipe}: {origin} holds no {' or '.join(names)}. Give the folder that does with --from.")

@@ -1,0 +1,69 @@
+"""A pass over the rows of one split: with the tags as they are, or with other rows in the place of some."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from tagllm.config import Split
+from tagllm.data.dataset import Prompts
+from tagllm.evaluate.metrics import value_metrics
+from tagllm.evaluate.passes import Pass, all_draws, run_over
+from tagllm.tags import Tag
+from tagllm.train.build import Built, assemble, prepare_on_all
+from tagllm.train.ranks import Ranks
+
+
+class Evaluation(NamedTuple):
+    """What the parts of an evaluation share."""
+
+    built: Built
+    ranks: Ranks
+    split: Split
+
+
+def with_tags(evaluation: Evaluation, tags: dict[str, Tag]) -> Pass:
+    """The same rows and prompts with other rows (perhaps none) in the place of some tags."""
+    built, ranks, split = evaluation
+    stage = built.stage._replace(loaded=built.tags | tags)
+    layout = stage.layout(built.backbone.vocabulary_size)
+    limit = built.config.data.max_tokens or built.backbone.max_tokens
+    data = prepare_on_all(
+        built.config.data, stage.templates, Prompts(layout, built.backbone.tokenizer, limit), ranks, [split]
+    )
+    model = assemble(stage, built.backbone, layout, stage.loaded, ranks)
+    return score_pass(Built(stage, built.backbone, layout, stage.loaded, data, model), ranks, split, None)
+
+
+def score_pass(built: Built, ranks: Ranks, split: Split, limit: int | None, probing: bool = False) -> Pass:
+    """Rows of one split through the model; `probing` keeps what the ridge probes read."""
+    collate = built.collator()
+    collate = collate.probing() if probing else collate._replace(frozen_prefix=True)
+    sources = built.examples(split)
+    size = built.config.evaluation.rows_per_batch
+    built.model.memory = None  # every row is seen once
+    with torch.no_grad():
+        return run_over(
+            lambda batch: built.model(batch.to(ranks.device)), sources, all_draws(sources, limit), collate, ranks, size,
+            features=probing,
+        )  # fmt: skip
+
+
+def nats(result: Pass) -> dict[str, float]:
+    found: dict[str, float] = {}
+    for name, total, n in zip(("span", "output"), result.sums, result.counts, strict=False):
+        if n:
+            found |= {
+                f"{name}_nats": total / n,
+                f"{name}_perplexity": math.exp(min(total / n, 50.0)),
+                f"{name}_tokens": n,
+            }
+    return found
+
+
+def metrics_of(evaluation: Evaluation, result: Pass) -> dict[str, float]:
+    """Of the tokens and of the values, whichever there are."""
+    classes = any(head.classes for head in evaluation.built.layout.heads.values())
+    return nats(result) | value_metrics(result.values_nK, result.targets_nK, classes)

@@ -1,0 +1,153 @@
+"""Metrics of generated text against references: lists of strings in, numbers with 95 % intervals out.
+
+n rows.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tagllm.config import EvaluationConfig
+from tagllm.evaluate.metrics import intervals, value_metrics
+
+DRAWS = 200
+"""Bootstrap draws of rows for an interval."""
+NO_SPBLEU = "no spBLEU: evaluation.spbleu_model names no sentencepiece model; BLEU and chrF++ stand for it"
+_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?(?!\w)")
+_LARGEST = float(np.finfo(np.float32).max)
+
+
+class Scores(NamedTuple):
+    """Metrics, and between what values 95 % of draws of other rows would put them."""
+
+    metrics: dict[str, float]
+    intervals: dict[str, tuple[float, float]]
+
+    def with_(self, other: Scores) -> Scores:
+        return Scores(self.metrics | other.metrics, self.intervals | other.intervals)
+
+
+def problems_of(config: EvaluationConfig, where: str) -> list[str]:
+    """What is missing for the metrics that a config asks for; told before hours of generating."""
+    problems = []
+    needed = (("spbleu_model", config.spbleu_model, "sentencepiece"), ("comet_model", config.comet_model, "comet"))
+    for key, path, module in needed:
+        package = "unbabel-comet" if module == "comet" else module
+        if path is not None and not Path(path).is_file():
+            problems.append(
+                f"{where}.{key} is {path!r}; there is no such file, and nothing is downloaded. Give the path of the "
+                "model, or leave the key out."
+            )
+        if path is not None and find_spec(module) is None:
+            problems.append(
+                f"{where}.{key} is {path!r}; it needs the package {package}, which is not installed. Run: pip install "
+                f"{package}, or leave the key out."
+            )
+    return problems
+
+
+def text_scores(made: Sequence[str], wanted: Sequence[str], sources: Sequence[str], config: EvaluationConfig) -> Scores:
+    """BLEU, chrF++ and the share of exact matches; spBLEU and COMET where the config names their models.
+
+    Args:
+        sources: what was to be translated; only COMET looks at it.
+    """
+    from sacrebleu.metrics.bleu import BLEU
+    from sacrebleu.metrics.chrf import CHRF
+
+    found = _mean("exact", [a == b for a, b in zip(made, wanted, strict=True)])
+    found = (
+        _corpus("bleu", BLEU(), made, wanted).with_(_corpus("chrf++", CHRF(word_order=2), made, wanted)).with_(found)
+    )
+    if config.spbleu_model is not None:
+        pieces = [_pieces(texts, config.spbleu_model) for texts in (made, wanted)]
+        found = found.with_(_corpus("spbleu", BLEU(tokenize="none", force=True), *pieces))
+    if config.comet_model is not None:
+        found = found.with_(_mean("comet", _comet(made, wanted, sources, config)))
+    return found
+
+
+def language_scores(made: Sequence[str], language: str, among: Collection[str]) -> Scores:
+    """`in_language`: the share of texts that py3langid takes for `language` rather than for another one of `among`
+    (empty: all it knows). An empty text is in no language."""
+    identifier = _identifier()
+    if among:
+        identifier.set_languages({*among, language})
+    return _mean("in_language", [bool(text) and identifier.classify(text)[0] == language for text in made])
+
+
+def known_languages() -> list[str]:
+    """Codes that `language_scores` takes."""
+    return sorted(_identifier().labels)
+
+
+def number_scores(made: Sequence[str], targets: Sequence[float], fallback: float) -> Scores:
+    """Metrics of the numbers that texts begin with.
+
+    Args:
+        fallback: what a text without a number counts as (the mean of the training rows); the share of such texts is
+            `unparsable`.
+    """
+    parsed = [number_in(text) for text in made]
+    values_n1 = np.array([[fallback if number is None else number] for number in parsed], np.float32)
+    targets_n1 = np.array(targets, np.float32)[:, None]
+    missing = _mean("unparsable", [number is None for number in parsed])
+    metrics = value_metrics(values_n1, targets_n1, classes=False)
+    return missing.with_(Scores(metrics, intervals(values_n1, targets_n1, classes=False)))
+
+
+def number_in(text: str) -> float | None:
+    """The number that a text begins with, if it begins with one that fp32 can hold."""
+    match = _NUMBER.match(text.strip())
+    return float(match[0]) if match and abs(float(match[0])) <= _LARGEST else None
+
+
+def all_numbers(texts: Sequence[str]) -> bool:
+    """Whether every text is a number and nothing else."""
+    return bool(texts) and all((m := _NUMBER.fullmatch(text)) and number_in(m[0]) is not None for text in texts)
+
+
+def _corpus(name: str, metric: Any, made: Sequence[str], wanted: Sequence[str]) -> Scores:
+    """A metric of sacrebleu with its own bootstrap interval. The draws are the same for the same number of rows, so two
+    systems are compared on the same draws."""
+    score = metric.corpus_score(made, [wanted], n_bootstrap=DRAWS)
+    low, high = score._mean - score._ci, score._mean + score._ci
+    return Scores({name: float(score.score)}, {name: (float(low), float(high))})
+
+
+def _mean(name: str, values: Sequence[float]) -> Scores:
+    values_n = np.array(values, np.float64)
+    draws = np.random.default_rng(0).integers(len(values_n), size=(DRAWS, len(values_n)))
+    low, high = np.quantile(values_n[draws].mean(axis=1), [0.025, 0.975])
+    return Scores({name: float(values_n.mean())}, {name: (float(low), float(high))})
+
+
+def _pieces(texts: Sequence[str], model: str) -> list[str]:
+    """As sacrebleu's own tokenizer flores101 or flores200 cuts them, which would download its model."""
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor()
+    processor.Load(model)
+    return [" ".join(processor.EncodeAsPieces(text.rstrip())) for text in texts]
+
+
+def _comet(made: Sequence[str], wanted: Sequence[str], sources: Sequence[str], config: EvaluationConfig) -> list[float]:
+    import comet
+    import torch
+
+    model = comet.load_from_checkpoint(config.comet_model, local_files_only=True)
+    rows = [{"src": a, "mt": b, "ref": c} for a, b, c in zip(sources, made, wanted, strict=True)]
+    gpus = int(torch.cuda.is_available())
+    return list(model.predict(rows, batch_size=config.rows_per_batch, gpus=gpus, progress_bar=False).scores)
+
+
+def _identifier() -> Any:
+    from py3langid.langid import MODEL_FILE, LanguageIdentifier
+
+    return LanguageIdentifier.from_model_file(MODEL_FILE)

@@ -1,0 +1,60 @@
+"""Where a result comes from: command, commit, versions, hardware and date stand beside every number that is kept."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+_LIBRARIES = ("tagllm", "torch", "transformers", "deepspeed", "datasets", "tokenizers", "safetensors", "rdkit")
+
+
+def origin() -> dict[str, Any]:
+    """`command` as it was typed, `commit`, `hardware`, `versions` and `date` (UTC)."""
+    name, *words = sys.argv
+    command = shlex.join(["tagllm" if name.endswith(("tagllm", "__main__.py")) else Path(name).name, *words])
+    date = time.strftime("%Y-%m-%d %H:%M", time.gmtime())
+    return {
+        "command": command, "commit": commit(), "hardware": hardware(), "versions": versions(), "date": date,
+    }  # fmt: skip
+
+
+def commit() -> str:
+    """Of the checkout that this package lies in, with a plus behind it where files differ; empty outside of one."""
+    root = Path(__file__).parents[1]
+    if not (root / ".git").exists():
+        return ""
+    command = ["git", "-C", str(root), "describe", "--always", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    except OSError:  # no git
+        return ""
+
+
+def hardware() -> str:
+    """The GPU, or else the CPU with its cores and the threads that are used of them."""
+    import torch
+
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").is_file():
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
+    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+
+
+def versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "machine": platform.machine()}
+    for name in _LIBRARIES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = "absent"
+    return found

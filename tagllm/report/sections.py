@@ -1,0 +1,186 @@
+"""What the report says about each folder, before it is HTML, Markdown or JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+from tagllm.report.collect import HIGHER_IS_BETTER, Composed, Interval, Metrics, Run, Swept, metrics_of
+from tagllm.report.figures import changes, dots, learning_curves, predicted_against_true, tag_similarity
+from tagllm.report.paper import published_of
+
+TEXTS = 3
+"""Generated texts that are shown of a prompt."""
+
+
+class Cell(NamedTuple):
+    value: float | None
+    interval: Interval | None = None
+    best: bool = False
+
+    def __str__(self) -> str:
+        if self.value is None:
+            return ""
+        shown = f"{self.value:.4g}"
+        return shown if self.interval is None else f"{shown} ({self.interval[0]:.3g}–{self.interval[1]:.3g})"
+
+
+class Table(NamedTuple):
+    title: str
+    corner: str
+    columns: list[str]
+    rows: dict[str, list[Cell]]
+
+
+class Section(NamedTuple):
+    title: str
+    notes: list[str]
+    tables: list[Table]
+    figures: list[str]
+    """SVG."""
+    texts: list[dict[str, str]]
+    details: dict[str, str]
+    """Long text by headline, folded away."""
+    document: dict[str, Any]
+    """All numbers, for the JSON."""
+
+
+def sections_of(found: Run | Composed | Swept) -> list[Section]:
+    if isinstance(found, Run):
+        return [_of_run(found)]
+    if isinstance(found, Composed):
+        return [_of_composed(found), *map(_of_run, found.cases)]
+    return [_of_sweep(found), *([_of_run(found.example)] if found.example else [])]
+
+
+def _of_run(run: Run) -> Section:
+    results = run.results
+    tables = [_table("", "method", run.methods, run.intervals)]
+    if paper := published_of([*results["learned"], run.name]):
+        tables.append(_table(f"The paper, on its own rows (LLaMA-7B; {paper.about})", "method", paper.rows, {}))
+    if "sources" in results and len(results["sources"]) > 1:
+        sources = {name: source["metrics"] for name, source in results["sources"].items()}
+        intervals = {name: source["intervals"] for name, source in results["sources"].items()}
+        tables.append(_table("By source", "source", sources, intervals))
+    ablations = results.get("ablations", {})
+    if ablations:
+        tables.append(_table("With other rows in the place of a tag's, nothing trained anew", "change", ablations, {}))
+    tags = list(run.library.tags.values()) if run.library else []
+    figures = [
+        learning_curves(run), predicted_against_true(run), _changes(ablations), tag_similarity(tags) if tags else "",
+    ]  # fmt: skip
+    return Section(
+        run.name, _notes(run), tables, [figure for figure in figures if figure], _texts(run),
+        {"config": run.config, "where it comes from": _origin(results)}, results,
+    )  # fmt: skip
+
+
+def _of_composed(composed: Composed) -> Section:
+    """Cases down, prompts across, in the metric that they are known by."""
+    name = _headline(composed.cases[0].methods)
+    prompts = list(dict.fromkeys(prompt for case in composed.cases for prompt in case.methods))
+    rows = {}
+    for case in composed.cases:
+        known = {prompt: metrics[name] for prompt, metrics in case.methods.items() if name in metrics}
+        best = _best(name, list(known.values()))
+        rows[case.name] = [
+            Cell(known.get(prompt), case.intervals.get(prompt, {}).get(name), known.get(prompt) == best)
+            for prompt in prompts
+        ]
+    notes = [f"{name} of every prompt on the same rows; the other metrics are below."]
+    return Section(composed.name, notes, [Table("", "case", prompts, rows)], [], [], {}, {"run": composed.name})
+
+
+def _of_sweep(sweep: Swept) -> Section:
+    """Means and intervals over the seeds; baselines of the first run beside them."""
+    combinations = sweep.document["combinations"]
+    rows = {_label(one["shown"]): one["metrics"] for one in combinations if one["runs"]}
+    means = {label: {name: mean for name, (mean, _) in metrics.items()} for label, metrics in rows.items()}
+    spread = {
+        label: {name: (mean - half, mean + half) for name, (mean, half) in metrics.items() if half is not None}
+        for label, metrics in rows.items()
+    }
+    runs = ", ".join(f"{_label(one['shown'])}: {one['runs']}" for one in combinations)
+    notes = [f"Mean over the seeds, 95 % interval (Student's t). Runs: {runs}.", _line(sweep.document)]
+    for one in combinations:
+        if one["tried"]:
+            tried = ", ".join(f"{value}: {loss:.4g}" for value, loss in one["tried"].items())
+            notes.append(f"{_label(one['shown'])}: loss on validation by {sweep.document['tuned']}: {tried}.")
+    tables, figures = [], []
+    if means:
+        others = sweep.example.methods if sweep.example else {}
+        others = {name: metrics for name, metrics in others.items() if sweep.example and name != sweep.example.first}
+        tables = [_table("", "run", means | others, spread)]
+        name = _headline(means)
+        if len(means) > 1 and name:
+            figures = [dots(name, {k: (v[name], spread[k].get(name)) for k, v in means.items() if name in v})]
+    return Section(
+        sweep.name, notes, tables, figures, [], {"where it comes from": _origin(sweep.document)}, sweep.document
+    )
+
+
+def _table(
+    title: str, corner: str, rows: Mapping[str, Metrics], intervals: Mapping[str, Mapping[str, Interval]]
+) -> Table:
+    columns = metrics_of(dict(rows))
+    best = {name: _best(name, [metrics[name] for metrics in rows.values() if name in metrics]) for name in columns}
+    cells = {}
+    for method, metrics in rows.items():
+        some = intervals.get(method, {})
+        cells[method] = [Cell(metrics.get(name), some.get(name), metrics.get(name) == best[name]) for name in columns]
+    return Table(title, corner, columns, cells)
+
+
+def _best(metric: str, values: Sequence[float]) -> float:
+    return max(values) if metric in HIGHER_IS_BETTER else min(values)
+
+
+def _headline(rows: Mapping[str, Metrics]) -> str:
+    """The metric that a table is known by."""
+    there = metrics_of(dict(rows))
+    return next(
+        (name for name in ("mse", "chrf++", "cross_entropy", "output_nats") if name in there), there[0] if there else ""
+    )
+
+
+def _changes(ablations: Mapping[str, Metrics]) -> str:
+    name = _headline(ablations)
+    return changes(name, {k: metrics[name] for k, metrics in ablations.items() if name in metrics}) if name else ""
+
+
+def _texts(run: Run) -> list[dict[str, str]]:
+    """A few answers of each prompt, the same rows of all of them."""
+    shown: dict[str, list[dict[str, str]]] = {}
+    for answer in run.answers:
+        shown.setdefault(answer["source"], []).append(answer)
+    return [answer for answers in shown.values() for answer in answers[:TEXTS]]
+
+
+def _notes(run: Run) -> list[str]:
+    results = run.results
+    learned = ", ".join(f"<{tag}>" for tag in results["learned"])
+    notes = [f"{results['rows']} {results['split']} rows; {results['backbone']['name']}; {learned}. {_line(results)}"]
+    if note := results.get("note"):
+        notes.append(str(note))
+    if "command" in (training := results.get("training", {})):
+        notes.append(
+            f"Trained in {training['seconds']:.0f} s by `{training['command']}` at commit {training['commit']}."
+        )
+    return notes
+
+
+def _line(document: Mapping[str, Any]) -> str:
+    digest = f", config {document['config_digest'][:12]}" if "config_digest" in document else ""
+    return (
+        f"`{document['command']}`, commit {document['commit']}, {document['hardware']}, {document['date']}, "
+        f"tagllm {document['versions']['tagllm']}{digest}."
+    )
+
+
+def _origin(document: Mapping[str, Any]) -> str:
+    lines = [f"{name}: {document[name]}" for name in ("command", "commit", "hardware", "date")]
+    return "\n".join([*lines, *(f"{name} {version}" for name, version in document["versions"].items())])
+
+
+def _label(shown: Mapping[str, Any]) -> str:
+    return ", ".join(str(value) if key == "variant" else f"{key}={value}" for key, value in shown.items()) or "tag"

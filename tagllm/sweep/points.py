@@ -1,0 +1,197 @@
+"""The runs of a sweep: a config for every variant, every combination of some values and several seeds, each at the
+value of a tuned key that is best on validation."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from tagllm.config_file import load_config
+from tagllm.errors import UserError
+from tagllm.train.run_folder import best_valid_loss
+
+
+class Point(NamedTuple):
+    """One run of a sweep."""
+
+    shown: dict[str, Any]
+    """What tells it from the others: the name of its variant, the values of the grid and of the tuned key."""
+    values: dict[str, Any]
+    """What it sets."""
+    seed: int
+    folder: Path
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / "results.json").is_file()
+
+    def overrides(self) -> list[str]:
+        chosen = [f"{key}={json.dumps(value)}" for key, value in self.values.items()]
+        return [*chosen, f"seed={self.seed}", f"output={self.folder}"]
+
+
+class Combination(NamedTuple):
+    """What all its seeds have in common: `shown` and `values` as in a `Point`, without the tuned key."""
+
+    shown: dict[str, Any]
+    values: dict[str, Any]
+
+
+class Sweep(NamedTuple):
+    """The runs in order: first seed 0 at every value of the tuned key (the trials), then the other seeds at the value
+    that was best. Without a tuned key, all seeds of each combination."""
+
+    path: Path
+    overrides: Sequence[str]
+    output: Path
+    combinations: Sequence[Combination]
+    seeds: int
+    tuned: tuple[str, list[Any]] | None
+
+    @classmethod
+    def of(
+        cls, path: Path, overrides: Sequence[str], grid: Sequence[str], seeds: int, variants: Path | None = None,
+        tune: str | None = None,
+    ) -> Sweep:  # fmt: skip
+        """Every config is checked before the first one starts.
+
+        Args:
+            grid: `key=value,value,...` each; a value is YAML, so a list stands in brackets.
+            variants: a YAML file of names, each with the keys and values that it sets.
+            tune: `key=value,value,...` as well, of which each combination takes the best on validation.
+
+        Raises:
+            UserError: a grid or file that cannot be read, or a combination that is no valid config.
+        """
+        axes = [_axis(text, "--grid") for text in grid]
+        output = Path(load_config(path, list(overrides)).output)
+        combinations = []
+        for (name, own), *chosen in itertools.product(_variants(variants), *(values for _, values in axes)):
+            values = dict(zip((key for key, _ in axes), chosen, strict=True))
+            shown = {"variant": name} | values if variants else values
+            combinations.append(Combination(shown, own | values))
+        sweep = cls(path, overrides, output, combinations, seeds, _axis(tune, "--tune") if tune else None)
+        sweep._check(variants)
+        return sweep
+
+    def _check(self, variants: Path | None) -> None:
+        problems = list[str]()
+        points = self.trials() if self.tuned else self.finals()
+        for point in points:
+            try:
+                load_config(self.path, [*self.overrides, *point.overrides()])
+            except UserError as error:
+                name = point.shown.get("variant")
+                problems += [f"{name}: {problem}" if name else problem for problem in error.problems]
+        if len({point.folder for point in points}) < len(points):
+            problems.append(
+                f"--variants {variants}, --grid: two of them differ in signs only, and give one folder. Rename."
+            )
+        if problems:
+            raise UserError(*dict.fromkeys(problems))
+
+    @property
+    def num_runs(self) -> int:
+        return len(self.trials()) + len(self.combinations) * (self.seeds - bool(self.tuned))
+
+    def trials(self) -> list[Point]:
+        return [point for combination in self.combinations for point in self._trials_of(combination)]
+
+    def finals(self) -> list[Point]:
+        """All seeds of each combination.
+
+        Raises:
+            UserError: the trials that choose their value are not finished.
+        """
+        return [self.final(combination, seed) for combination in self.combinations for seed in range(self.seeds)]
+
+    def run_number(self, at: int) -> Point:
+        """The run that a process of a Slurm array takes.
+
+        Raises:
+            UserError: there is none of that number, or it waits for trials.
+        """
+        if at >= self.num_runs:
+            raise UserError(f"--only is {at}; the sweep has {self.num_runs} runs, counted from 0.")
+        trials, first = self.trials(), int(bool(self.tuned))
+        if at < len(trials):
+            return trials[at]
+        combination, seed = divmod(at - len(trials), self.seeds - first)
+        return self.final(self.combinations[combination], seed + first)
+
+    def tried(self, combination: Combination) -> dict[str, float]:
+        """The loss on validation by value of the tuned key, of the trials that are finished."""
+        if self.tuned is None:
+            return {}
+        key = self.tuned[0]
+        return {written(p.values[key]): best_valid_loss(p.folder) for p in self._trials_of(combination) if p.done}
+
+    def final(self, combination: Combination, seed: int) -> Point:
+        """
+        Raises:
+            UserError: no trial is finished, and they choose its value.
+        """
+        if self.tuned is None:
+            return self._point(combination, {}, seed)
+        key, values = self.tuned
+        tried = self.tried(combination)
+        if not tried:
+            raise UserError(
+                f"--tune {key}: no trial of {combination.shown or 'the config'} is finished; they choose its value. "
+                f"Run those first: --only 0 to {len(self.trials()) - 1}."
+            )
+        best = min(values, key=lambda value: tried.get(written(value), math.inf))
+        return self._point(combination, {key: best}, seed)
+
+    def _trials_of(self, combination: Combination) -> list[Point]:
+        if self.tuned is None:
+            return []
+        key, values = self.tuned
+        return [self._point(combination, {key: value}, 0) for value in values]
+
+    def _point(self, combination: Combination, more: dict[str, Any], seed: int) -> Point:
+        shown = combination.shown | more
+        return Point(shown, combination.values | more, seed, self.output / _name(shown, seed))
+
+
+def _axis(text: str, option: str) -> tuple[str, list[Any]]:
+    key, equals, values = text.partition("=")
+    try:
+        parsed = yaml.safe_load(f"[{values}]") if equals and key else None
+    except yaml.YAMLError:
+        parsed = None
+    if not parsed:
+        raise UserError(f"{option} {text!r}: it must read key=value,value, as in tags.QED.length=1,5,10")
+    return key, parsed
+
+
+def _variants(file: Path | None) -> list[tuple[str, dict[str, Any]]]:
+    """Names and what they set; without a file one of no name that sets nothing."""
+    if file is None:
+        return [("", {})]
+    try:
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"--variants {file}: cannot be read: {error}") from None
+    if not isinstance(found, dict) or not found or not all(isinstance(keys, dict) for keys in found.values()):
+        raise UserError(
+            f"--variants {file}: it must give names, each with keys and values, as in "
+            "`no tag: {tags.QED.absent: true}` (or {} for the config as it is)."
+        )
+    return [(str(name), keys) for name, keys in found.items()]
+
+
+def written(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _name(shown: dict[str, Any], seed: int) -> str:
+    parts = [f"{key}={written(value)}" for key, value in shown.items()]
+    return re.sub(r"[^A-Za-z0-9=._-]+", "-", "_".join([*parts, f"seed={seed}"]))

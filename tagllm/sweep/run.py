@@ -1,0 +1,64 @@
+"""Trains and scores the runs of a sweep, side by side, in processes of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+
+from tagllm.errors import UserError
+from tagllm.sweep.points import Point, Sweep
+
+
+def run_sweep(sweep: Sweep, jobs: int) -> None:
+    """Trains and scores what is not finished. A trial that fails is no candidate, as long as another one is.
+
+    Raises:
+        UserError: what failed, a line for each run.
+    """
+    problems = run_all(sweep, sweep.trials(), jobs)
+    for combination in sweep.combinations if problems else ():
+        if not sweep.tried(combination):
+            raise UserError(*problems)
+    for problem in problems:
+        print(f"warning: {problem}", file=sys.stderr, flush=True)
+    if failed := run_all(sweep, sweep.finals(), jobs):
+        raise UserError(*failed)
+
+
+def run_all(sweep: Sweep, points: Sequence[Point], jobs: int) -> list[str]:
+    """Trains and scores what is not finished, `jobs` runs at a time, each with its share of the cores. A run that fails
+    stops no other; returned is a line for each of those."""
+    cores = max(1, (os.cpu_count() or 1) // jobs)
+    share = {"OMP_NUM_THREADS": str(cores)} if jobs > 1 else {}
+
+    def work(at: int) -> list[str]:
+        if points[at].done:
+            return []
+        print(f"run {at + 1} of {len(points)}: {points[at].folder}", flush=True)
+        try:
+            run_point(sweep, points[at], os.environ | share)
+        except UserError as error:
+            return list(error.problems)
+        return []
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return [problem for found in pool.map(work, range(len(points))) for problem in found]
+
+
+def run_point(sweep: Sweep, point: Point, environment: Mapping[str, str]) -> None:
+    """Trains and scores one run, in processes of its own.
+
+    Raises:
+        UserError: one of them failed; its last line is in the message.
+    """
+    train = ["train", str(sweep.path), *sweep.overrides, *point.overrides()]
+    for command in (train, ["eval", str(point.folder)]):
+        ended = subprocess.run(
+            [sys.executable, "-m", "tagllm", *command], stderr=subprocess.PIPE, text=True, check=False, env=environment
+        )
+        if ended.returncode:
+            last = (ended.stderr.strip().splitlines() or ["no message"])[-1]
+            raise UserError(f"{point.folder}: tagllm {command[0]} left with {ended.returncode}: {last}")

@@ -1,0 +1,80 @@
+"""What came of a sweep: mean and interval over the seeds of each combination; sweep.json and a table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.table import Table
+
+from tagllm.files import json_bytes, read_json, replace_file, write_durably
+from tagllm.origin import origin
+from tagllm.sweep.points import Sweep, written
+
+CONFIDENCE = 0.95
+
+
+class Summary(NamedTuple):
+    """Of the seeds of one combination: mean and half of the 95 % interval (Student's t; None for one seed).
+
+    `tried`: the loss on validation by value of the tuned key; `folders`: of the runs, first seed first."""
+
+    shown: dict[str, Any]
+    runs: int
+    metrics: dict[str, tuple[float, float | None]]
+    tried: dict[str, float]
+    folders: list[str]
+
+
+def summaries(sweep: Sweep) -> list[Summary]:
+    """Of the runs that are finished, by combination."""
+    made = []
+    for combination in sweep.combinations:
+        tried = sweep.tried(combination)
+        waiting = sweep.tuned is not None and not tried
+        points = [] if waiting else [sweep.final(combination, seed) for seed in range(sweep.seeds)]
+        done = [point for point in points if point.done]
+        results = [read_json(point.folder / "results.json")["metrics"] for point in done]
+        names = [name for name, value in results[0].items() if isinstance(value, int | float)] if results else []
+        metrics = {name: _interval([float(metrics[name]) for metrics in results]) for name in names}
+        shown = points[0].shown if points else combination.shown
+        folders = [str(point.folder.relative_to(sweep.output)) for point in done]
+        made.append(Summary(shown, len(done), metrics, tried, folders))
+    return made
+
+
+def write_summary(sweep: Sweep, found: Sequence[Summary]) -> None:
+    """OUTPUT/sweep.json."""
+    about = {"run": sweep.output.name, "seeds": list(range(sweep.seeds)), "tuned": sweep.tuned and sweep.tuned[0]}
+    combinations = [summary._asdict() for summary in found]
+    sweep.output.mkdir(parents=True, exist_ok=True)
+    temporary = sweep.output / ".tmp-sweep.json"
+    write_durably(temporary, json_bytes({**about, "combinations": combinations, **origin()}))
+    replace_file(temporary, sweep.output / "sweep.json")
+
+
+def table_of(found: Sequence[Summary]) -> Table:
+    """Mean and 95 % interval of each metric."""
+    names = list(dict.fromkeys(name for summary in found for name in summary.metrics))
+    keys = list(dict.fromkeys(key for summary in found for key in summary.shown))
+    table = Table(title="mean and 95 % interval over the seeds")
+    for title in (*keys, "runs", *names):
+        table.add_column(title, justify="left" if title in keys else "right")
+    for summary in found:
+        cells = ["" if name not in summary.metrics else _shown(*summary.metrics[name]) for name in names]
+        table.add_row(*(written(summary.shown.get(key, "")) for key in keys), str(summary.runs), *cells)
+    return table
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float | None]:
+    from scipy.stats import sem, t
+
+    mean = float(np.mean(values))
+    if len(values) < 2:
+        return mean, None
+    return mean, float(sem(values) * t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1))
+
+
+def _shown(mean: float, half: float | None) -> str:
+    return f"{mean:.4g}" if half is None else f"{mean:.4g} ± {half:.2g}"

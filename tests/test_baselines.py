@@ -1,0 +1,160 @@
+"""PEFT baselines: on the run's own rows, rates chosen on validation, resumable, beside the run's own results."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tagllm.baselines.adapt import Adapted
+from tagllm.baselines.methods import METHODS
+from tagllm.baselines.prompts import Row, pad
+from tagllm.baselines.task import Task, open_task
+from tagllm.baselines.train import Clock, refit, see, step, values
+from tagllm.config import BackboneConfig
+from tests.test_cli import Run, config, fails, folder, run
+
+pytest.importorskip("peft")
+__all__ = ["folder", "run"]  # fixtures
+DOMAIN = {"SMILES": {"kind": "domain", "length": 3}}
+W = {"W": {"kind": "function", "length": 2, "head": {"type": "regression", "reads": "both"}}}
+QUICK = ("--lr", "1e-3,1e-2", "--budget-s", "0.5")
+
+
+@pytest.fixture
+def finished(folder: Path, run: Run) -> Path:
+    """A run of a domain tag and a function tag with a head."""
+    template = "The molecule <SMILES> {smiles} weighs <W>"
+    file = config(folder, "for_baselines", tags=DOMAIN | W, data__template=template)
+    assert run("train", file).exit_code == 0
+    return folder / "runs" / "for_baselines"
+
+
+def document(finished: Path, method: str) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((finished / "baselines" / f"{method}.json").read_text())
+    return found
+
+
+def test_every_method_stands_beside_the_tag(finished: Path, run: Run) -> None:
+    assert run("eval", finished).exit_code == 0
+    told = run("baseline", finished, *QUICK, "--seeds", 2)
+    assert told.exit_code == 0, told.output
+    results = json.loads((finished / "results.json").read_text())
+    for method in METHODS.values():
+        found = document(finished, method.key)
+        losses = {rate: entry["valid_loss"] for rate, entry in found["tuning"].items()}
+        assert set(losses) == {"0.001", "0.01"} and found["lr"] == float(min(losses, key=losses.__getitem__))
+        finals = list(found["final"].values())
+        assert len(finals) == 2 and all(one["test_rows"] == results["rows"] for one in finals)
+        mean = sum(one["metrics"]["mse"] for one in finals) / 2
+        assert found["metrics"]["mse"] == pytest.approx(mean)
+        assert results["baselines"][method.name] == found["metrics"]
+
+
+def test_what_is_done_is_not_done_again_and_other_settings_are_refused(finished: Path, run: Run) -> None:
+    first = run("baseline", finished, *QUICK, "--method", "lora")
+    assert first.exit_code == 0, first.output
+    then = document(finished, "lora")
+    assert run("baseline", finished, *QUICK, "--method", "lora").exit_code == 0
+    now = document(finished, "lora")
+    assert now["tuning"] == then["tuning"] and now["final"] == then["final"]
+    other = run("baseline", finished, "--lr", "1e-3", "--budget-s", "9", "--method", "lora")
+    fails(other, "lora.json", "budget_s 0.5 and not 9")
+
+
+def test_mistakes(finished: Path, run: Run, folder: Path) -> None:
+    fails(run("baseline", finished, "--method", "lorra"), "--method", "lorra", "Did you mean lora?")
+    fails(run("baseline", finished, "--lr", "fast"), "--lr", "fast", "1e-3,3e-3")
+    fails(run("baseline", folder / "nowhere"), "nowhere")
+    domain = config(folder, "domain_only", tags=DOMAIN, data__template="<SMILES> {smiles}", data__target=[])
+    assert run("train", domain).exit_code == 0
+    fails(run("baseline", folder / "runs" / "domain_only"), "SMILES", "has a head", "type: regression")
+
+
+@pytest.fixture
+def task(finished: Path) -> Task:
+    return open_task(finished)
+
+
+def test_rows_are_those_of_the_run_without_its_tags(task: Task) -> None:
+    row = task.rows("train", METHODS["lora"])[0]
+    text = task.backbone.tokenizer.decode(row.ids)
+    assert text.startswith("The molecule") and text.rstrip().endswith("weighs") and "SMILES" not in text
+    named = task.rows("train", METHODS["lora_text"])[0]
+    assert "The molecule SMILES" in task.backbone.tokenizer.decode(named.ids)
+    assert row.pooled.sum() == named.pooled.sum() > 0 and (row.target == named.target).all()
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "lora"])
+def test_a_step_learns_the_adapter_and_the_head_and_nothing_else(task: Task, method: str) -> None:
+    model = Adapted(task.backbone.model, METHODS[method], task.head, 3, seed=0)
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    before = model.learned()
+    optimizer = torch.optim.AdamW(model.groups(1e-2, 1e-2))
+    rows = task.rows("train", METHODS[method])
+    for _ in range(2):  # the head starts at zero, so the first step moves nothing else
+        assert step(model, optimizer, [rows[:4], rows[4:8]], clip=None)
+    after = model.learned()
+    assert all(not torch.equal(before[name], after[name]) for name in before), "something that learns stood still"
+    assert all(torch.equal(p, dict(model.named_parameters())[name]) for name, p in frozen.items())
+
+
+def test_padding_changes_no_answer(task: Task) -> None:
+    model = Adapted(task.backbone.model, METHODS["prompt_tuning"], task.head, 3, seed=0)
+    rows = sorted(task.rows("train", METHODS["prompt_tuning"]), key=lambda row: len(row.ids))
+    short, long = rows[0], rows[-1]
+    assert len(short.ids) < len(long.ids)
+    alone, beside = model(pad([short])), model(pad([short, long]))
+    assert torch.allclose(alone.last_BD[0], beside.last_BD[0], atol=1e-5)
+    assert torch.allclose(alone.mean_BD[0], beside.mean_BD[0], atol=1e-5)
+
+
+def test_the_closed_form_head_is_kept_only_if_better_on_validation(task: Task) -> None:
+    method = METHODS["lora"]
+    model = Adapted(task.backbone.model, method, task.head, 0, seed=0)
+    valid = see(model, task.rows("valid", method), 8)
+    before = float(((values(model, valid) - _standardised(task, valid.targets_nK)) ** 2).mean())
+    kept, loss = refit(model, task, method, valid)
+    assert (loss < before) == kept and loss <= before
+
+
+def _standardised(task: Task, targets_nK: torch.Tensor) -> torch.Tensor:
+    return (targets_nK - task.head.mean_K) / task.head.std_K
+
+
+def test_the_clock_stops_at_the_budget() -> None:
+    clock = Clock(10.0, 1000)
+    while len(clock.seconds) < clock.total():
+        clock.seconds.append(0.5)
+    assert sum(clock.seconds) == pytest.approx(10, abs=0.5)
+    clock = Clock(1e9, 7)
+    while len(clock.seconds) < clock.total():
+        clock.seconds.append(0.5)
+    assert len(clock.seconds) == 7
+
+
+def test_the_backbone_is_as_transformers_makes_it(folder: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    from tagllm.baselines.plain import load_plain, twin
+
+    plain = load_plain(BackboneConfig(model=str(folder / "backbone"), dtype="fp32"), torch.device("cpu"))
+    ids = torch.arange(12).reshape(1, -1)
+    other = AutoModelForCausalLM.from_pretrained(folder / "backbone", dtype=torch.float32, attn_implementation="sdpa")
+    with torch.no_grad():
+        assert torch.equal(plain.model(ids).logits, other.eval()(ids).logits)
+    mine = twin(plain.model)
+    shared = {p.data_ptr() for p in plain.model.parameters()}
+    assert all(p.data_ptr() in shared and not p.requires_grad for p in mine.parameters())
+
+
+def test_row_padding_is_right_and_zero() -> None:
+    import numpy as np
+
+    short, long = (Row(np.arange(1, n + 1), np.ones(n, bool), np.zeros(1, np.float32)) for n in (2, 4))
+    batch = pad([short, long])
+    assert batch.ids_BS.tolist() == [[1, 2, 0, 0], [1, 2, 3, 4]] and batch.last_B.tolist() == [1, 3]
+    assert batch.pooled_BS.sum(1).tolist() == [2, 4]

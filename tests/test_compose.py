@@ -1,0 +1,125 @@
+"""Prompts over libraries of tags, scored on the same rows: tags, controls, worked examples, heads."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tagllm.compose import ComposeConfig, Composer
+from tagllm.config_file import load_as
+from tests.test_cli import Run, config, fails, folder, run
+
+__all__ = ["folder", "run"]  # fixtures
+W = {"kind": "function", "length": 2, "head": {"type": "regression"}}
+
+
+@pytest.fixture
+def libraries(folder: Path, run: Run) -> list[str]:
+    """<FR> and <T>, which writes names, and <W>, which answers with a number."""
+    tags = {"FR": {"length": 2}, "T": {"kind": "function", "length": 2}}
+    text = config(folder, "text", tags=tags, data__template="{smiles} <T> <FR> {output}", data__target=[])
+    number = config(folder, "number", tags={"W": W, "SMILES": {"length": 2}}, data__template="<SMILES> {smiles} <W>")
+    if not (folder / "runs/number/library").is_dir():
+        assert run("train", text, "data.sources[0].output=name").exit_code == 0
+        assert run("train", number).exit_code == 0
+    return [str(folder / "runs/text/library"), str(folder / "runs/number/library")]
+
+
+def composed(folder: Path, libraries: list[str], prompts: dict[str, Any], name: str = "case", **case: Any) -> Path:
+    source = {"path": str(folder / "rows.csv"), "output": "name", "target": "weight"}
+    values = {
+        "output": str(folder / "composed"), "backbone": {"model": str(folder / "backbone"), "dtype": "fp32"},
+        "libraries": libraries, "evaluation": {"generated_rows": 3, "max_new_tokens": 4},
+        "cases": {name: {"source": source, "prompts": prompts, **case}},
+    }  # fmt: skip
+    file = folder / "compose.yaml"
+    file.write_text(yaml.safe_dump(values, sort_keys=False))
+    return file
+
+
+def results_of(folder: Path, name: str) -> tuple[dict[str, Any], list[dict[str, str]]]:
+    of = folder / "composed" / name
+    lines = (of / "generated.jsonl").read_text().splitlines()
+    return json.loads((of / "results.json").read_text()), [json.loads(line) for line in lines]
+
+
+def test_controls_are_asked_of_the_same_rows(folder: Path, run: Run, libraries: list[str]) -> None:
+    prompts = {
+        "tags": "{smiles} <T> <FR> {output}", "no tags": "{smiles}\nName: {output}", "copy": {"copies": "smiles"},
+        "examples": {"template": "{smiles} <T> {output}", "shots": 2},
+    }  # fmt: skip
+    told = run("compose", composed(folder, libraries, prompts, "same", language="fr"))
+    assert told.exit_code == 0, told.output
+    results, answers = results_of(folder, "same")
+    assert results["prompt"] == "tags" and set(results["controls"]) == {"no tags", "copy", "examples"}
+    assert {"bleu", "chrf++", "exact", "in_language"} <= set(results["metrics"])
+    asked = {name: [line["reference"] for line in answers if line["source"] == name] for name in prompts}
+    assert len(asked["tags"]) == 3 and all(references == asked["tags"] for references in asked.values())
+    assert all(line["generated"] == line["prompt"] for line in answers if line["source"] == "copy")
+    worked = next(line["prompt"] for line in answers if line["source"] == "examples")
+    assert worked.count("\n\n") == 2 and "x" in worked.split("\n\n")[0]
+
+
+def test_worked_examples_are_training_rows_as_they_stand_in_the_prompt(folder: Path, libraries: list[str]) -> None:
+    file = composed(folder, libraries, {"tags": {"template": "a {smiles} <T> <FR> {output}", "shots": 2}})
+    composer = Composer.open(load_as(ComposeConfig, file))
+    worked = composer._worked("case", "\\{ {smiles} <T> <FR> {output}", 2)
+    first, second, rest = worked.split("\n\n")
+    assert not rest and first != second
+    train = composer._built("case", "{smiles} <T> <FR> {output}", "train").examples("train")[0]
+    rows = train.columns(["smiles", "name"], 1)
+    assert first == f"\\{{ {rows['smiles'][0]}<T><FR> {rows['name'][0]}"
+
+
+def test_a_head_answers_in_other_prompts_than_it_was_trained_in(folder: Path, run: Run, libraries: list[str]) -> None:
+    prompts = {"tags": "<SMILES> {smiles} <W>", "other domain": "<FR> {smiles} <W>", "no domain": "{smiles} <W>"}
+    assert run("compose", composed(folder, libraries, prompts, "heads")).exit_code == 0
+    results, answers = results_of(folder, "heads")
+    assert not answers and results["learned"] == ["W"]
+    tags = folder / "runs/number"
+    assert run("eval", tags).exit_code == 0
+    of_eval = json.loads((tags / "results.json").read_text())["metrics"]["mse"]
+    assert results["metrics"]["mse"] == pytest.approx(of_eval, rel=1e-4)  # summed in another order
+    found = {name: metrics["mse"] for name, metrics in results["controls"].items()}
+    assert len({results["metrics"]["mse"], *found.values()}) == 3
+
+
+def test_a_head_beside_numbers_that_the_model_writes(folder: Path, run: Run, libraries: list[str]) -> None:
+    """In-context prompting: digits of worked examples, on the rows that the head answers."""
+    prompts = {"tags": "<SMILES> {smiles} <W>", "in text": {"template": "{smiles} weighs {output}", "shots": 2}}
+    file = composed(folder, libraries, prompts, "digits")
+    assert run("compose", file, "cases.digits.source.output=weight", "evaluation.generated_rows=60").exit_code == 0
+    results, answers = results_of(folder, "digits")
+    assert {"mse", "mae"} <= set(results["controls"]["in text"]) and len(answers) == results["rows"]
+    fails(run("compose", file, "cases.digits.source.output=weight"), "different numbers of rows (tags ", "in text 3)")
+
+
+def test_what_was_scored_is_not_scored_again(folder: Path, run: Run, libraries: list[str]) -> None:
+    file = composed(folder, libraries, {"tags": "{smiles} <T> <FR> {output}"}, "once")
+    assert run("compose", file).exit_code == 0
+    then = results_of(folder, "once")[0]
+    assert run("compose", file).exit_code == 0
+    assert results_of(folder, "once")[0] == then
+    assert run("compose", file, "evaluation.max_new_tokens=3").exit_code == 0
+    assert results_of(folder, "once")[0]["config_digest"] != then["config_digest"]
+
+
+@pytest.mark.parametrize(
+    ("prompts", "words"),
+    [
+        ({"tags": "{smiles} <Q> {output}"}, ("cases.case.prompts.tags.template", '"Q" is no tag')),
+        ({"tags": "{smiles} <W> {output}"}, ("either {output} or one tag with a head", "tags with a head here: W")),
+        ({"tags": "{smiles} <T>"}, ("either {output} or one tag with a head",)),
+        ({"tags": {"template": "{smiles} <W>", "shots": 1}}, ("shots is 1", "Set it to 0")),
+        ({"tags": {"copies": "smiles"}}, ("cases.case.prompts", "give it a template")),
+        ({"tags": {"template": "{smiles}", "copies": "smiles"}}, ("exactly one of template and copies",)),
+        ({"tags": {"templat": "{smiles}"}}, ("templat is no key", "Did you mean template?")),
+        ({"tags": "{smile} <T> {output}"}, ("there is no column 'smile'",)),
+    ],
+)
+def test_mistakes(folder: Path, run: Run, libraries: list[str], prompts: Any, words: tuple[str, ...]) -> None:
+    fails(run("compose", composed(folder, libraries, prompts)), *words)

@@ -1,0 +1,69 @@
+"""Heads learn on standardised features; what is saved reads hidden states as they are."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tagllm.config import HeadConfig
+from tagllm.model.tagged import HeadModule
+from tagllm.tags import Head, TagLibrary
+from tests import tiny
+from tests.test_cli import Run, config, folder, run
+
+__all__ = ["folder", "run"]  # fixtures
+
+
+def head_of(seed: int, outputs: int) -> HeadModule:
+    random = torch.Generator().manual_seed(seed)
+    blank = Head.new(HeadConfig(reads="both", outputs=outputs), tiny.HIDDEN)
+    weight_KF = torch.randn(blank.weight_KF.shape, generator=random)
+    return HeadModule(Head(blank.spec, weight_KF, torch.randn(outputs, generator=random), blank.mean_K, blank.std_K))
+
+
+@given(st.integers(0, 1000), st.integers(1, 3))
+def test_another_scale_gives_the_same_answers(seed: int, outputs: int) -> None:
+    head = head_of(seed, outputs)
+    last_nD, mean_nD = (torch.randn(2, 9, tiny.HIDDEN) * torch.rand(tiny.HIDDEN) + 3 * torch.randn(tiny.HIDDEN)) * 10
+    before, raw = head(last_nD, mean_nD).detach(), head.folded(head.weight_KF.data, head.bias_K.data)
+    head.set_scale_of(mean_nD)
+    head.weight_KF.data, head.bias_K.data = head.unfolded(*raw)
+    torch.testing.assert_close(head(last_nD, mean_nD).detach(), before, rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(head.folded(head.weight_KF.data, head.bias_K.data)[0], raw[0], rtol=1e-4, atol=1e-5)
+
+
+def test_a_mean_that_never_differs_does_no_harm() -> None:
+    head = head_of(0, 1)
+    last_nD, mean_nD = torch.randn(2, 9, tiny.HIDDEN)
+    mean_nD[:, 3] = 7.0
+    head.set_scale_of(mean_nD)
+    assert head(last_nD, mean_nD).isfinite().all()
+
+
+def test_what_is_saved_reads_means_as_they_are(run: Run, folder: Path) -> None:
+    """Eval knows nothing of the scale that training used, and scores what training scored."""
+    tags = {"W": {"kind": "function", "length": 2, "head": {"reads": "both", "refit": False}}}
+    file = config(folder, "scaled", tags=tags, optim__head_lr=0.1, optim__steps=6)
+    assert run("train", file).exit_code == 0
+    assert run("eval", folder / "runs/scaled", "--split", "valid").exit_code == 0
+    logged = [json.loads(line) for line in (folder / "runs/scaled/metrics.jsonl").read_text().splitlines()]
+    results = json.loads((folder / "runs/scaled/results.json").read_text())
+    assert results["metrics"]["mse"] == pytest.approx(min(line.get("valid/mse", 9e9) for line in logged), rel=1e-4)
+
+
+def test_a_loaded_head_goes_on_from_what_it_knew(run: Run, folder: Path) -> None:
+    tags = {"W": {"kind": "function", "length": 2, "head": {"reads": "both"}}}
+    assert run("train", config(folder, "knows", tags=tags)).exit_code == 0
+    before = TagLibrary.load(folder / "runs/knows/library").tags["W"].head
+    more = {"W": {"load": "runs/knows/library", "learn": True}}
+    file = config(folder, "goes-on", tags=more, optim__tag_lr=1e-12, optim__head_lr=1e-12)
+    assert run("train", file).exit_code == 0
+    after = TagLibrary.load(folder / "runs/goes-on/last").tags["W"].head
+    assert before is not None and after is not None
+    torch.testing.assert_close(after.weight_KF, before.weight_KF, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(after.bias_K, before.bias_K, rtol=1e-2, atol=1e-3)

@@ -1,0 +1,299 @@
+"""Named data sets: every recipe on small files of the schema it is published in, and what `prepare` promises."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from typer.testing import CliRunner
+
+from tagllm.cli import app
+from tagllm.config import SourceConfig
+from tagllm.data import prepare as preparing
+from tagllm.data.prepare import Prepared, prepare
+from tagllm.data.recipes import RECIPES, libreoffice, recipe_of
+from tagllm.data.recipes.hub import FLORES, LANGUAGES
+from tagllm.data.sources import load_rows
+from tagllm.errors import UserError
+from tagllm.files import DamagedFile
+
+RUNNER = CliRunner()
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+PROTEIN = "MKTAYIAKQRQISFVKSHFSRQLEERLGLIEVQ"
+
+
+def rows_of(data: Prepared) -> list[tuple[str | None, dict[str, Any]]]:
+    return [(split, row) for split, file in data.files.items() for row in pq.read_table(file).to_pylist()]
+
+
+def gzipped(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(gzip.compress(text.encode()))
+
+
+def davis(folder: Path) -> Path:
+    lines = [
+        f"{drug},C{'C' * drug}O,K{target},{PROTEIN},{5 + drug / 10},{drug % 5}"
+        for drug in range(10)
+        for target in (1, 2)
+    ]
+    gzipped(folder / "davis.train.csv.gz", "drug_id,smiles,target_id,sequence,pKd,fold\n" + "\n".join(lines) + "\n")
+    return folder
+
+
+def oneil(folder: Path) -> Path:
+    for split, pair in (("train", "A,CC,B,CO"), ("valid", "A,CC,C,CN"), ("test", "C,CN,B,CO")):
+        text = "drug_1,smiles_1,drug_2,smiles_2,cell_line,synergy_loewe\n" + f"{pair},A2058,-3.5\n{pair},HT29,7\n"
+        gzipped(folder / f"oneil.{split}.csv.gz", text)
+    return folder
+
+
+def proteins(folder: Path) -> Path:
+    entries = {"good": PROTEIN, "again": PROTEIN, "short": "MKT", "odd": PROTEIN + "X", "low": PROTEIN[::-1].lower()}
+    gzipped(folder / "DB.fasta.gz", "".join(f">{name} x\n{sequence}\n" for name, sequence in entries.items()))
+    return folder
+
+
+def help_tables(folder: Path) -> Path:
+    for split in ("train", "valid", "test"):
+        line = "\t".join(f"the {split} sentence in {language}" for language in libreoffice.LANGUAGES)
+        gzipped(folder / f"libreoffice_help.{split}.tsv.gz", "\t".join(libreoffice.LANGUAGES) + f"\n{line}\n")
+    return folder
+
+
+def help_pages(folder: Path) -> Path:
+    for language in libreoffice.LANGUAGES:
+        page = folder / ("en-US" if language == "en" else language) / "text" / "shared" / "a.html"
+        page.parent.mkdir(parents=True)
+        only_english = '<p id="par_2" class="paragraph">Only English people can read this one.</p>' * (language == "en")
+        page.write_text(
+            f'<html><body><p id="par_1" >Opens   the <b>page</b><span hidden="true"> on a Mac</span> of '
+            f'{language}.</p><p>no id</p>{only_english}<p id="par_3">short</p></body></html>'
+        )  # fmt: skip
+    return folder
+
+
+def patents(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    for stem, year in (("train_val", 2015), ("test", 2020)):
+        text = f"Drug_ID,Drug,Target_ID,Target,Y,Year\n1,CCO,T,{PROTEIN},4.5,{year}\n1,CCO,T,{PROTEIN},4.6,{year}\n"
+        (folder / f"{stem}.csv").write_text(text)
+    return folder
+
+
+def drugcomb(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    for stem, drugs in (("train_val", "a,CC,b,CO"), ("test", "b,CO,c,CN")):
+        head = "Drug1_ID,Drug1,Drug2_ID,Drug2,Cell_Line_ID,CellLine,Y\n"
+        (folder / f"{stem}.csv").write_text(head + f'{drugs},HT29,"[0.1, 0.2]",12.5\n')
+    return folder
+
+
+def hub_copy(folder: Path, configs: dict[str, dict[str, list[dict[str, Any]]]]) -> Path:
+    """A repository as the hub keeps it: parquet files, and configs named in its card."""
+    card = ["---", "configs:"]
+    for config, splits in configs.items():
+        card += [f"- config_name: {config}", "  data_files:"]
+        for split, rows in splits.items():
+            (folder / config).mkdir(parents=True, exist_ok=True)
+            pq.write_table(pa.Table.from_pylist(rows), folder / config / f"{split}-00000-of-00001.parquet")
+            card += [f"  - split: {split}", f"    path: {config}/{split}-*"]
+    (folder / "README.md").write_text("\n".join([*card, "---", ""]))
+    return folder
+
+
+def opus(folder: Path) -> Path:
+    def pairs(*texts: str) -> list[dict[str, Any]]:
+        return [{"translation": {"en": text, "fr": f"{text} en français"}} for text in texts]
+
+    return hub_copy(
+        folder, {"en-fr": {"test": pairs("a"), "validation": pairs("b"), "train": pairs("a", "c", "b", " ")}}
+    )
+
+
+def flores(folder: Path) -> Path:
+    def rows(code: str) -> list[dict[str, Any]]:
+        return [{"id": n, "text": f"sentence {n} in {code}"} for n in (1, 2)]
+
+    return hub_copy(folder, {code: {"dev": rows(code), "devtest": rows(code)} for code in FLORES.values()})
+
+
+def affinities(folder: Path) -> Path:
+    row = {"seq": PROTEIN, "smiles": "OCC", "smiles_can": "CCO", "affinity_uM": 1.0, "neg_log10_affinity_M": 6.0}
+    return hub_copy(folder, {"default": {"train": [row]}})
+
+
+SMALL: dict[str, tuple[Callable[[Path], Path], dict[str, int]]] = {
+    "davis": (davis, {"train": 16, "test": 4}),
+    "oneil": (oneil, {"train": 2, "valid": 2, "test": 2}),
+    "mmseqs-proteins": (proteins, {"all": 2}),
+    "peptides": (proteins, {"all": 3}),
+    "libreoffice-help": (help_tables, {"train": 1, "valid": 1, "test": 1}),
+    "bindingdb-patent": (patents, {"train": 1, "test": 1}),
+    "drugcomb-css": (drugcomb, {"train": 1, "test": 1}),
+    "opus100-en-fr": (opus, {"test": 1, "valid": 1, "train": 1}),
+    "flores": (flores, {"valid": 2, "test": 2}),
+    "binding-affinity": (affinities, {"all": 1}),
+}
+
+
+def prepared(name: str, tmp_path: Path) -> Prepared:
+    if name == "mmseqs-proteins":
+        pytest.importorskip("peptides")
+    return prepare(recipe_of(name), SMALL[name][0](tmp_path / "origin"), tmp_path / "cache")
+
+
+def test_every_recipe_is_tested() -> None:
+    """The packaged ones on their packages, in test_recipes.py; OPUS-100's seven are one function."""
+    packaged = {recipe.name for recipe in RECIPES.values() if recipe.source.startswith("package ")}
+    opus_pairs = {f"opus100-en-{language}" for language in LANGUAGES}
+    assert {*SMALL, *packaged, *opus_pairs} == set(RECIPES)
+    assert all(recipe.licence and recipe.source for recipe in RECIPES.values())
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_rows_of_the_published_schema(name: str, tmp_path: Path) -> None:
+    data = prepared(name, tmp_path)
+    assert data.about["rows"] == SMALL[name][1]
+    recipe = RECIPES[name]
+    for _, row in rows_of(data):
+        assert {column: type(value) for column, value in row.items()} == recipe.columns
+    keys = [row["key"] for _, row in rows_of(data)]
+    if name != "oneil":
+        assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_a_config_reads_what_was_prepared(name: str, tmp_path: Path) -> None:
+    data = prepared(name, tmp_path)
+    source = SourceConfig.model_validate({"recipe": name, "template": "{key}"})
+    rows = load_rows(source, tmp_path / "cache")
+    assert rows.columns == list(RECIPES[name].columns)
+    assert len(rows.table) == sum(data.about["rows"].values())
+    assert set(rows.given_splits) == {split for split in data.files if split}
+
+
+def test_values_are_those_of_the_files(tmp_path: Path) -> None:
+    split, row = rows_of(prepared("davis", tmp_path / "davis"))[0]
+    assert (split, row["smiles"], row["affinity"], row["drug"]) == ("train", "CO", 5.0, "0")
+    assert {
+        row["drug"]
+        for split, row in rows_of(prepare(recipe_of("davis"), tmp_path / "davis/origin", tmp_path))
+        if split == "test"
+    } == {"4", "9"}
+    (_, pair), *_ = rows_of(prepared("oneil", tmp_path / "oneil"))
+    assert (pair["cell_line"], pair["synergy"]) == ("A2058", -3.5)
+    kept = rows_of(prepared("mmseqs-proteins", tmp_path / "mmseqs"))
+    assert [row["id"] for _, row in kept] == ["good", "low"]
+    assert 3 < kept[0][1]["isoelectric_point"] < 12
+
+
+def test_help_pages_are_aligned_by_paragraph(tmp_path: Path) -> None:
+    data = prepare(recipe_of("libreoffice-help"), help_pages(tmp_path / "help"), tmp_path / "cache")
+    ((split, row),) = rows_of(data)
+    assert split is None
+    assert row["en"] == "Opens the page of en." and row["el"] == "Opens the page of el."
+
+
+def test_a_language_that_is_not_there_is_named(tmp_path: Path) -> None:
+    import shutil
+
+    folder = help_pages(tmp_path / "help")
+    shutil.rmtree(folder / "el")
+    with pytest.raises(UserError, match="has no el; all eight .* apt install libreoffice-help-el"):
+        prepare(recipe_of("libreoffice-help"), folder, tmp_path / "cache")
+
+
+def test_held_out_pairs_of_opus_are_not_trained_on(tmp_path: Path) -> None:
+    by_split = {split: row["en"] for split, row in rows_of(prepared("opus100-en-fr", tmp_path))}
+    assert by_split == {"test": "a", "valid": "b", "train": "c"}
+
+
+def test_preparing_again_does_nothing_and_other_files_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    origin = davis(tmp_path / "origin")
+    first = prepare(recipe_of("davis"), origin, tmp_path / "cache")
+    written = first.files["train"].stat().st_mtime_ns
+    assert prepare(recipe_of("davis"), origin, tmp_path / "cache").files["train"].stat().st_mtime_ns == written
+    gzipped(origin / "davis.train.csv.gz", "drug_id,smiles,target_id,sequence,pKd,fold\n1,C,2,MK,5,4\n1,C,3,MK,6,0\n")
+    assert prepare(recipe_of("davis"), origin, tmp_path / "cache").about["rows"] == {"train": 1, "test": 1}
+
+
+def test_another_version_of_a_package_is_read_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pydta")
+    recipe = recipe_of("pydta-proteins")
+    monkeypatch.setattr(preparing.metadata, "version", lambda _: "1")
+    assert preparing.prepared(recipe, tmp_path).about["made_from"]["package"] == "pydta 1"
+    monkeypatch.setattr(preparing.metadata, "version", lambda _: "2")
+    assert preparing.prepared(recipe, tmp_path).about["made_from"]["package"] == "pydta 2"
+
+
+def test_what_is_not_prepared_says_the_command(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="recipe davis: it is not prepared.*tagllm prepare davis --from PATH"):
+        load_rows(SourceConfig.model_validate({"recipe": "davis", "template": "{smiles}"}), tmp_path)
+
+
+def test_damage_is_found(tmp_path: Path) -> None:
+    data = prepared("davis", tmp_path)
+    data.files["test"].write_bytes(data.files["test"].read_bytes()[:-1] + b"x")
+    with pytest.raises(DamagedFile, match="test.parquet: cannot be used: its sha256 is"):
+        preparing.prepared(recipe_of("davis"), tmp_path / "cache")
+
+
+def test_files_of_another_form_are_told(tmp_path: Path) -> None:
+    gzipped(tmp_path / "davis.train.csv.gz", "drug,smiles\n1,CC\n")
+    with pytest.raises(UserError, match="recipe davis: .* is not of the form that is read: KeyError"):
+        prepare(recipe_of("davis"), tmp_path, tmp_path / "cache")
+    assert not list((tmp_path / "cache" / "recipes").iterdir()), "nothing is left behind"
+
+
+def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
+    (tmp_path / "train_val.pkl").write_bytes(b"not even a pickle")
+    with pytest.raises(UserError, match="is a pickle, which may run any code .*to_csv"):
+        prepare(recipe_of("drugcomb-css"), tmp_path, tmp_path / "cache")
+
+
+def test_the_command_lists_and_prepares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TAGLLM_CACHE", str(tmp_path / "cache"))
+    origin = davis(tmp_path / "origin")
+    shown = RUNNER.invoke(app, ["prepare", "davis", "--from", str(origin)])
+    assert shown.exit_code == 0, shown.stderr
+    about = json.loads((tmp_path / "cache/recipes/davis/recipe.json").read_text())
+    assert "licence  as published with DeepDTA" in shown.stdout and "train 16, test 4" in shown.stdout
+    assert about["sha256"]["train.parquet"] in shown.stdout
+    listed = RUNNER.invoke(app, ["prepare"])
+    assert all(name in listed.stdout for name in RECIPES)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["davis"], "Run: tagllm prepare davis --from PATH"),
+        (["davis", "--from", "nowhere"], "--from nowhere: there is no such file or folder"),
+        (["davies"], "'davies' is no named data set"),
+    ],
+)
+def test_mistakes(arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TAGLLM_CACHE", str(tmp_path))
+    result = RUNNER.invoke(app, ["prepare", *arguments])
+    assert result.exit_code == 2
+    assert message in result.stderr
+
+
+@pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real data in ../shared/data")
+@pytest.mark.parametrize(
+    ("name", "folder", "rows"),
+    [
+        ("davis", "affinity", 25_046),
+        ("oneil", "synergy", 17_259 + 834 + 2_721),
+        ("libreoffice-help", "translation", 9_279 + 369 + 533),
+    ],
+)
+def test_the_real_files(name: str, folder: str, rows: int, tmp_path: Path) -> None:
+    data = prepare(recipe_of(name), SHARED / folder, tmp_path)
+    assert sum(data.about["rows"].values()) == rows

@@ -1,0 +1,140 @@
+"""Metrics of generated text, and the generation itself on a tiny random model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from transformers import AutoTokenizer
+
+from tagllm.config import EvaluationConfig
+from tagllm.evaluate import generate as generating
+from tagllm.evaluate.answers import language_of
+from tagllm.evaluate.generate import generate, line_ends
+from tagllm.evaluate.text import (
+    all_numbers,
+    known_languages,
+    language_scores,
+    number_in,
+    number_scores,
+    problems_of,
+    text_scores,
+)
+from tagllm.template import parse_template
+from tests import tiny
+from tests.test_cli import Run, config, fails, folder, run
+
+__all__ = ["folder", "run"]  # fixtures
+FRENCH = ["Le menu d'aide permet de contrôler le système.", "Ouvrez la fenêtre principale de l'application."]
+ENGLISH = ["The help menu lets you control the system.", "Open the main window of the application."]
+
+
+def test_perfect_and_hopeless_translations() -> None:
+    best = text_scores(FRENCH, FRENCH, ENGLISH, EvaluationConfig())
+    assert best.metrics == pytest.approx({"bleu": 100, "chrf++": 100, "exact": 1})
+    worst = text_scores(["", ""], FRENCH, ENGLISH, EvaluationConfig())
+    assert max(worst.metrics.values()) == 0
+    for name, (low, high) in best.intervals.items():
+        assert low <= best.metrics[name] + 1e-9 and best.metrics[name] <= high + 1e-9
+
+
+def test_language_is_told_apart_from_quality() -> None:
+    """A fluent answer in the wrong language is no answer; nothing is in no language."""
+    assert {"en", "fr", "ru", "de", "it", "el", "es", "pt"} <= set(known_languages())
+    share = language_scores([*FRENCH, *ENGLISH], "fr", {"en", "fr"}).metrics["in_language"]
+    assert share == 0.5
+    assert language_scores(["", FRENCH[0]], "fr", set()).metrics["in_language"] == 0.5
+
+
+def test_the_wanted_language_is_that_of_the_tag_before_the_answer() -> None:
+    kinds = {"EN": "domain", "FR": "domain", "SMILES": "domain", "Translate": "function"}
+    for text, language in (
+        ("<EN> {en} <Translate> <FR> {output}", "fr"),
+        ("<FR> {fr} <Translate> {output}", ""),
+        ("{fr} <Translate> <SMILES> {output}", ""),
+    ):
+        assert language_of(parse_template(text, kinds), kinds) == language
+
+
+def test_numbers_in_text() -> None:
+    assert [number_in(text) for text in ("0.53", " -1e3 units", "about 2", "", "7th", "1e999")] == [
+        0.53, -1000.0, None, None, None, None,
+    ]  # fmt: skip
+    assert all_numbers(["0.5", "-3"]) and not all_numbers(["0.5", "x"]) and not all_numbers([])
+    found = number_scores(["0.5", "no idea", "1.5"], [0.5, 1.0, 1.5], fallback=1.0)
+    assert found.metrics["mse"] == 0 and found.metrics["unparsable"] == pytest.approx(1 / 3)
+
+
+def test_models_that_are_not_there_are_told_before_anything_is_generated() -> None:
+    (problem,) = problems_of(EvaluationConfig(spbleu_model="no.model"), "evaluation")[:1]
+    assert "evaluation.spbleu_model is 'no.model'; there is no such file, and nothing is downloaded" in problem
+    assert problems_of(EvaluationConfig(), "evaluation") == []
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[np.ndarray]:
+    random = np.random.default_rng(0)
+    of = tiny.layout()
+    ids = [random.integers(4, tiny.VOCABULARY, size) for size in (3, 9, 5, 9, 1, 14, 2)]
+    return [np.concatenate([some, list(of.ids("F"))]).astype(np.int32) for some in ids]
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_answers_do_not_depend_on_the_batch(prompts: list[np.ndarray], tmp_path: Path, beams: int) -> None:
+    model = tiny.model(tiny.layout())
+    tokenizer = AutoTokenizer.from_pretrained(tiny.save_backbone(tmp_path))
+    together = generate(model, tokenizer, prompts, 12, beams, rows_per_batch=3)
+    assert together == [generate(model, tokenizer, [prompt], 12, beams)[0] for prompt in prompts]
+    assert len(set(together)) > 1
+
+
+def test_an_answer_ends_with_its_line(
+    prompts: list[np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny.model(tiny.layout())
+    tokenizer = AutoTokenizer.from_pretrained(tiny.save_backbone(tmp_path))
+    assert [tokenizer.decode([i]) for i in line_ends(tokenizer)] == ["\n"]
+    whole = generate(model, tokenizer, prompts, 24)
+    letter = max("".join(whole), key="".join(whole).count)
+    ends = tokenizer(letter, add_special_tokens=False).input_ids
+    monkeypatch.setattr(generating, "line_ends", lambda _: tuple(ends))
+    for text, cut in zip(whole, generate(model, tokenizer, prompts, 24), strict=True):
+        assert text.startswith(cut.rstrip(letter)) and letter not in cut[:-1]
+
+
+def test_eval_of_a_run_with_text_keeps_every_answer(run: Run, folder: Path) -> None:
+    tags = {"FR": {"length": 2}, "T": {"kind": "function", "length": 2}}
+    file = config(folder, "answers", tags=tags, data__template="{smiles} <T> <FR> {output}", data__target=[])
+    settings = ["data.sources[0].output=name", "evaluation.generated_rows=3", "evaluation.max_new_tokens=4"]
+    assert run("train", file, *settings).exit_code == 0
+    assert run("eval", folder / "runs/answers").exit_code == 0
+    results = json.loads((folder / "runs/answers/results.json").read_text())
+    lines = [json.loads(line) for line in (folder / "runs/answers/generated.jsonl").read_text().splitlines()]
+    assert len(lines) == results["metrics"]["generated_rows"] == 3
+    assert all(line["reference"].startswith("x") and line["prompt"] for line in lines)
+    assert {"bleu", "chrf++", "exact", "in_language"} <= set(
+        results["sources"]["{smiles} <T> <FR> {output}"]["metrics"]
+    )
+    assert "spBLEU" in results["note"]
+    fails(run("eval", folder / "runs/answers", "evaluation.spbleu_model=none.model"), "no such file")
+
+
+def test_digits_are_scored_as_numbers(run: Run, folder: Path) -> None:
+    file = config(
+        folder,
+        "digits",
+        tags={"T": {"kind": "function", "length": 2}},
+        data__template="{smiles} <T> {output}",
+        data__target=[],
+    )
+    settings = [
+        "data.sources[0].output=weight",
+        "data.sources[0].fields.output.decimals=1",
+        "evaluation.max_new_tokens=4",
+    ]
+    assert run("train", file, *settings).exit_code == 0
+    assert run("eval", folder / "runs/digits").exit_code == 0
+    metrics = json.loads((folder / "runs/digits/results.json").read_text())["metrics"]
+    assert {"mse", "spearman", "unparsable"} <= set(metrics) and "bleu" not in metrics
