@@ -46,7 +46,8 @@ class HeadConfig(Section):
     reads: Literal["last", "mean", "both"] = "last"
     """The hidden state of the tag's last row, the mean over the domain spans before it, or both side by side."""
     refit: bool = True
-    """Fit in closed form at each evaluation and at the end; kept only if better on validation (regression only)."""
+    """Fit in closed form at each evaluation and at the end, and keep that unless the trained head is better on
+    validation by more than chance (regression only)."""
 
     @model_validator(mode="before")
     @classmethod

@@ -7,7 +7,7 @@ import pytest
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 
-from tagllm.evaluate.ridge import PENALTIES, Floats, fit_ridge
+from tagllm.evaluate.ridge import PENALTIES, Floats, clearly_better, fit_ridge
 
 WEIGHT_KF = np.array([[1.0, -2.0, 0.0, 0.5], [0.0, 0.3, 4.0, -1.0]])
 
@@ -74,3 +74,15 @@ def test_few_rows_and_many_features(rows: int) -> None:
 def test_same_rows_same_fit() -> None:
     first, second = fit_ridge(*law(100, 1.0)), fit_ridge(*law(100, 1.0))
     np.testing.assert_array_equal(first.weight_KF, second.weight_KF)
+
+
+def test_luck_in_few_rows_is_not_better() -> None:
+    random = np.random.default_rng(0)
+    error_n = random.exponential(1.0, 32).astype(np.float32)
+    other_n = random.exponential(1.0, 32).astype(np.float32)
+    assert not clearly_better(error_n, error_n)
+    assert not (clearly_better(error_n, other_n) and clearly_better(other_n, error_n))
+    noise_n = random.normal(0, 0.1, 32)
+    slightly_n = (error_n + noise_n - noise_n.mean() + 0.005).astype(np.float32)
+    assert not clearly_better(error_n, slightly_n)
+    assert clearly_better(error_n, error_n + 0.01) and not clearly_better(error_n + 0.01, error_n)

@@ -20,9 +20,9 @@ from tagllm.baselines.adapt import Adapted
 from tagllm.baselines.methods import Method
 from tagllm.baselines.prompts import Row, pad
 from tagllm.baselines.task import Task
-from tagllm.evaluate.ridge import fit_ridge
+from tagllm.evaluate.ridge import clearly_better, fit_ridge
 from tagllm.model.loss import value_losses
-from tagllm.train.gradient_free import FIT_ROWS, SCALE_ROWS
+from tagllm.train.gradient_free import FIT_ROWS, SCALE_ROWS, SOME_ROWS
 from tagllm.train.rows import StepRows
 from tagllm.train.schedule import lr_factor, total_steps
 
@@ -47,7 +47,7 @@ class Seen(NamedTuple):
 
 
 class Trained(NamedTuple):
-    """`valid_loss`: squared error of standardised targets, of the best state, its head refitted where that is better.
+    """`valid_loss`: squared error of standardised targets, of the best state, its head refitted.
     `seconds` of all steps; validation and refit come on top."""
 
     valid_loss: float
@@ -78,7 +78,7 @@ class Clock:
 
 
 def train(model: Adapted, task: Task, method: Method, rate: float, budget_s: float, seed: int) -> Trained:
-    """Leaves `model` in the best state on validation: four times and at the end it is looked at."""
+    """Leaves `model` in the state that is best on validation with its head refitted: four times it is looked at."""
     config, untagged = task.config, task.untagged(method)
     valid, optim = task.rows("valid", method), config.optim
     rows = StepRows(config.model_copy(update={"seed": seed}), task.data.splits["train"], 0, 1)
@@ -97,9 +97,11 @@ def train(model: Adapted, task: Task, method: Method, rate: float, budget_s: flo
         done, total = at + 1, clock.total()
         if done >= total or done * EVALUATIONS >= (evaluated + 1) * total:
             evaluated = done * EVALUATIONS // total
-            loss = loss_of(model, see(model, valid, config.evaluation.rows_per_batch))
+            learned = model.learned()
+            _, loss = refit(model, task, method, see(model, valid, config.evaluation.rows_per_batch), SOME_ROWS)
+            model.overwrite(learned)
             if loss < best_loss:
-                best_loss, best_step, best = loss, done, model.learned()
+                best_loss, best_step, best = loss, done, learned
     model.overwrite(best)
     refitted, loss = refit(model, task, method, see(model, valid, config.evaluation.rows_per_batch))
     steps = len(clock.seconds)
@@ -147,10 +149,10 @@ def values(model: Adapted, seen: Seen) -> Tensor:
     return answer_nK.cpu()
 
 
-def loss_of(model: Adapted, seen: Seen) -> float:
-    """Infinite where it is not a number, so that it is never the best."""
-    loss = float(((values(model, seen) - _standardised(model, seen)) ** 2).mean())
-    return loss if math.isfinite(loss) else math.inf
+def errors(model: Adapted, seen: Seen) -> Floats:
+    """Squared error (n) of each row, standardised."""
+    errors_n: Floats = ((values(model, seen) - _standardised(model, seen)) ** 2).mean(dim=1).numpy()
+    return np.nan_to_num(errors_n, nan=np.inf, posinf=np.inf)
 
 
 def scale_head(model: Adapted, task: Task, method: Method) -> None:
@@ -160,20 +162,22 @@ def scale_head(model: Adapted, task: Task, method: Method) -> None:
         model.head.set_scale_of(see(model, rows, task.config.evaluation.rows_per_batch).mean_nD)
 
 
-def refit(model: Adapted, task: Task, method: Method, valid: Seen) -> tuple[bool, float]:
-    """Fits the head in closed form on training rows and keeps it if better on validation, as the run does. Returns
-    whether it was kept, and the loss on validation."""
-    before = loss_of(model, valid)
+def refit(
+    model: Adapted, task: Task, method: Method, valid: Seen, limit: int = FIT_ROWS
+) -> tuple[bool, float]:  # fmt: skip
+    """Fits the head in closed form on `limit` training rows and keeps it unless the trained one is clearly better on
+    validation, as the run does. Returns whether it was kept, and the loss on validation."""
+    before = errors(model, valid)
     if not model.head.spec.refit:
-        return False, before
-    train = see(model, task.rows("train", method, FIT_ROWS), task.config.evaluation.rows_per_batch)
+        return False, float(before.mean())
+    train = see(model, task.rows("train", method, limit), task.config.evaluation.rows_per_batch)
     kept = model.learned()
     model.overwrite(_fitted(model, train))
-    after = loss_of(model, valid)
-    if after < before:
-        return True, after
+    after = errors(model, valid)
+    if not clearly_better(before, after):
+        return True, float(after.mean())
     model.overwrite(kept)
-    return False, before
+    return False, float(before.mean())
 
 
 def _fitted(model: Adapted, seen: Seen) -> dict[str, Tensor]:

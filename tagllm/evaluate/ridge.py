@@ -11,6 +11,16 @@ Floats = NDArray[np.float32]
 PENALTIES = np.logspace(-1, 5, 13)
 
 
+def clearly_better(error_n: Floats, than_n: Floats) -> bool:
+    """Whether errors of rows are lower than others of the same rows by more than one standard error of their mean.
+
+    A choice by the mean alone is by luck where rows are few: of 32 validation rows a head of two steps was .09 better
+    than the fit of its state, and half as good on others.
+    """
+    gain_n = (than_n - error_n).astype(np.float64)
+    return bool(gain_n.mean() > gain_n.std() / np.sqrt(len(gain_n)))
+
+
 class RidgeFit(NamedTuple):
     """`values = features @ weight_KF.T + bias_K`."""
 

@@ -21,10 +21,11 @@ def learning_curves(run: Run) -> str:
     if not run.log:
         return ""
     figure, axes = _figure()
-    for name, style in (("train/loss", "0.6"), ("valid/loss", "C1")):
+    for name, style in (("train/loss", "0.6"), ("valid/loss", "C1"), ("valid/loss_refitted", "C0")):
         steps, values = run.curve(name)
         if steps:
-            axes.plot(steps, values, color=style, linewidth=1.2, marker="o" if name == "valid/loss" else "", label=name)
+            marker = "" if name == "train/loss" else "o"
+            axes.plot(steps, values, color=style, linewidth=1.2, marker=marker, label=name)
     axes.set(xlabel="step", ylabel="loss", title="learning curve")
     axes.legend()
     return _svg(figure)

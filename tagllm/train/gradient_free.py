@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -10,8 +11,8 @@ from tagllm.data.batch import Batch
 from tagllm.data.collate import Collator
 from tagllm.evaluate.baselines import Probe
 from tagllm.evaluate.metrics import value_metrics
-from tagllm.evaluate.passes import Pass, all_draws, run_over
-from tagllm.evaluate.ridge import fit_ridge
+from tagllm.evaluate.passes import Floats, Pass, all_draws, run_over
+from tagllm.evaluate.ridge import clearly_better, fit_ridge
 from tagllm.model.tagged import HeadModule, Output
 from tagllm.train.build import Built
 from tagllm.train.engine import Engine
@@ -33,12 +34,16 @@ class GradientFree:
         self.built, self.engine, self.ranks, self.stop = built, engine, ranks, stop
         self.collate = built.collator()
 
-    def validate(self) -> dict[str, float]:
-        """Loss and metrics on the validation split; empty without such rows."""
-        if not any(map(len, self.built.examples("valid"))):
-            return {}
-        result = self._pass("valid")
-        scalars = {"valid/loss": result.loss(self.built.stage.weights)}
+    def held_out(self) -> Pass | None:
+        """The validation split through the model as it is; None without such rows."""
+        return self._pass("valid") if any(map(len, self.built.examples("valid"))) else None
+
+    def loss(self, result: Pass) -> float:
+        return result.loss(self.built.stage.weights)
+
+    def scalars(self, result: Pass) -> dict[str, float]:
+        """Loss and metrics of the validation split."""
+        scalars = {"valid/loss": self.loss(result)}
         for name, total, n in zip(("span", "output"), result.sums, result.counts, strict=False):
             scalars |= {f"valid/{name}_nats": total / n} if n else {}
         classes = any(head.classes for head in self.built.layout.heads.values())
@@ -56,9 +61,10 @@ class GradientFree:
             head.set_scale_of(torch.from_numpy(mean_nD))
             self.engine.overwrite(dict(zip(keys, head.unfolded(*raw), strict=True)))
 
-    def refit_heads(self, loss: float, limit: int = FIT_ROWS) -> dict[str, float]:
-        """Closed-form fit on `limit` training rows, kept only if better on validation than `loss`, that of the state as
-        it is. Returns validation losses; after a signal the state is as it was."""
+    def refit_heads(self, held_out: Pass, limit: int = FIT_ROWS) -> dict[str, float]:
+        """Closed-form fit on `limit` training rows, kept unless the trained head is clearly better on `held_out`, the
+        validation split with the state as it is. Returns the losses there, before and after each
+        fit and of what was kept; after a signal the state is as it was."""
         report: dict[str, float] = {}
         kept = self.engine.learned()
         try:
@@ -67,16 +73,16 @@ class GradientFree:
                     continue
                 before = self.engine.learned()
                 self.engine.overwrite(self._fitted(name, head, limit))
-                after = self.validate()["valid/loss"]
-                report |= {f"refit/{name}_before": loss, f"refit/{name}_after": after}
-                if after < loss:
-                    loss = after
-                else:
+                fitted = self._pass("valid")
+                report |= {f"refit/{name}_before": self.loss(held_out), f"refit/{name}_after": self.loss(fitted)}
+                if clearly_better(_errors(held_out, head), _errors(fitted, head)):
                     self.engine.overwrite(before)
+                else:
+                    held_out = fitted
         except StopAsked:
             self.engine.overwrite(kept)
             raise
-        return report
+        return report | {"valid/loss_refitted": self.loss(held_out)}
 
     def probe(self) -> Probe | None:
         """Features for the ridge baselines of eval, cheap while prefixes are remembered; None without such a head."""
@@ -116,6 +122,15 @@ class GradientFree:
         with self.engine.evaluating():
             draws = all_draws(sources, limit)
             return run_over(self._forward, sources, draws, collate or self.collate, self.ranks, size, features)
+
+
+def _errors(result: Pass, head: HeadModule) -> Floats:
+    """Squared error (n) of each row as `head` sees targets, standardised. Rows of other heads are the same before and
+    after its fit, so that they change no comparison."""
+    width = head.spec.outputs
+    error_nK = (result.values_nK[:, :width] - result.targets_nK[:, :width]) / head.std_K.cpu().numpy()
+    errors_n: Floats = np.nan_to_num(error_nK**2, posinf=np.inf).sum(axis=1)
+    return errors_n
 
 
 def _keys(name: str) -> tuple[str, str]:

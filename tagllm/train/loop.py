@@ -155,17 +155,17 @@ class Trainer:
         """Scores the validation split and keeps the state that is best there with its heads in closed form: what the
         tags are worth shows then, long before a head that takes small steps follows them. Training goes on, and the
         state is kept, with the heads as they are; the end refits them."""
-        scalars, learned = self.gradient_free.validate(), self.engine.learned()
-        if scalars:
-            refitted = self.gradient_free.refit_heads(scalars["valid/loss"], SOME_ROWS)
-            losses = [scalars["valid/loss"], *refitted.values()]
-            self.engine.overwrite(learned)
-            scalars |= refitted
+        held_out, learned = self.gradient_free.held_out(), self.engine.learned()
         self.progress = self.progress._replace(evaluated=self.at)
-        self.monitor.log(self.at, scalars | row_norms(self.built.layout, learned))
-        if not scalars:
+        norms = row_norms(self.built.layout, learned)
+        if held_out is None:
+            self.monitor.log(self.at, norms)
             return
-        self._note_best(min(losses), learned)
+        refitted = self.gradient_free.refit_heads(held_out, SOME_ROWS)
+        self.engine.overwrite(learned)
+        scalars = self.gradient_free.scalars(held_out) | refitted
+        self.monitor.log(self.at, scalars | norms)
+        self._note_best(refitted["valid/loss_refitted"], learned)
         shown = "  ".join(f"{name.removeprefix('valid/')} {value:.4f}" for name, value in scalars.items())
         mark = "  *" if self.progress.best_step == self.at else ""
         self.monitor.say(f"step {self.at}/{self.total}  held out: {shown}{mark}")
@@ -187,8 +187,8 @@ class Trainer:
         if self.best:
             self.engine.overwrite(self.best)
         try:
-            loss = self.gradient_free.validate().get("valid/loss")
-            scalars = {} if loss is None else self.gradient_free.refit_heads(loss)
+            held_out = self.gradient_free.held_out()
+            scalars = {} if held_out is None else self.gradient_free.refit_heads(held_out)
             result, probe = self.engine.learned(), self.gradient_free.probe()
         except StopAsked:
             self.engine.overwrite(last)

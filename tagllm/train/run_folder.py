@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import re
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,6 @@ from tagllm.errors import UserError
 from tagllm.files import json_bytes, read_json, replace_file, write_durably
 from tagllm.origin import origin
 from tagllm.tags import TagLibrary
-
-_REFITTED = re.compile("refit/.*_after")
 
 
 class RunFolder:
@@ -118,13 +115,13 @@ def training_seconds(run: Path) -> float:
 
 
 def best_valid_loss(run: Path) -> float:
-    """The lowest loss on validation that training logged, that of a refitted head included.
+    """The lowest loss on validation that training logged, heads refitted.
 
     Raises:
         UserError: it has none, since there are no such rows.
     """
     lines = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    found = [v for line in lines for name, v in line.items() if name == "valid/loss" or _REFITTED.fullmatch(name)]
+    found = [line["valid/loss_refitted"] for line in lines if "valid/loss_refitted" in line]
     if not found:
         raise UserError(f"{run}: has no rows for validation, by which values are chosen. Give its sources some.")
     return float(min(found))
