@@ -31,7 +31,7 @@ echo "$ranks ranks, $gpus GPU(s)"
 runs=$($python - "${configs[*]}" "$@" <<'PY'
 import sys
 
-from tagllm.config import load_config
+from tagllm.config_file import load_config
 from tagllm.errors import UserError
 
 try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +128,13 @@ def test_every_experiment_has_its_configs() -> None:
     assert {stem.partition("_")[2] for stem in stems} == set(names[1].split())
     for found in re.findall(r"domains=\(([\w ]+)\)", script):
         assert all((ROOT / "configs" / "offline" / f"{stem}.yaml").is_file() for stem in found.split())
+
+
+@pytest.mark.skipif(not (ROOT / ".venv" / "installed").exists(), reason="needs the .venv that the quickstart uses")
+def test_the_quickstart_tells_a_mistake_before_it_trains(tmp_path: Path) -> None:
+    """Its own Python lines too are of this version."""
+    command = ["bash", "launch/quickstart.sh", "optim.stpes=3", f"output={tmp_path / 'run'}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 2, done.stderr
+    assert "optim.stpes is no key" in done.stderr and "Did you mean steps?" in done.stderr
+    assert not (tmp_path / "run").exists()
