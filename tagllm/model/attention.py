@@ -27,6 +27,8 @@ from tagllm.model.parts_function import Groups, KeySet, Live, attend_parts
 from tagllm.model.rotation import Rotation, turned_back
 
 NAME = "tagllm_parts"
+PADDED_UP_TO = 4
+"""Times the rows of a batch: products over padded groups of rows beat a product per group."""
 
 
 class Part(NamedTuple):
@@ -56,11 +58,27 @@ class Part(NamedTuple):
         return self._replace(piece_B=tuple(pieces[b] for b in rows), offset_B=offset_B, span_B=span_B)
 
     def groups(self) -> Groups:
+        each = [(piece, _slice_if_adjacent(rows)) for piece, rows in self._rows_of().items()]
+        return Groups(each, self.together(PADDED_UP_TO) if self.at_nT.is_cuda and each else None)
+
+    def together(self, limit: float) -> tuple[Tensor, Tensor] | None:
+        """For `Groups`; None where padded groups have more than `limit` times the rows of the batch."""
+        rows_of, piece_B = self._rows_of(), self.piece_B or ()
+        num_pieces, most = len(self.at_nT), max(map(len, rows_of.values()), default=1)
+        if num_pieces * most > limit * len(piece_B):
+            return None
+        padded = [rows + [0] * (most - len(rows)) for rows in (rows_of.get(i, []) for i in range(num_pieces))]
+        places = {b: piece * most + at for piece, rows in rows_of.items() for at, b in enumerate(rows)}
+        place_B = [places.get(b, -1) for b in range(len(piece_B))]
+        device = self.at_nT.device
+        return torch.tensor(padded, device=device), torch.tensor(place_B, device=device)
+
+    def _rows_of(self) -> dict[int, list[int]]:
         rows_of: dict[int, list[int]] = {}
         for b, piece in enumerate(self.piece_B or ()):
             if piece >= 0:
                 rows_of.setdefault(piece, []).append(b)
-        return [(piece, _slice_if_adjacent(rows)) for piece, rows in rows_of.items()]
+        return rows_of
 
     def geometry(self) -> tuple[Tensor, Tensor]:
         """Positions (-1: no key) and spans of the keys that each row has, both (B, T)."""
@@ -247,7 +265,7 @@ def _shared(this: Pass, layer: int, query_BHSE: Tensor) -> list[Shared]:
     found = []
     for part, groups in zip(this.parts, this.groups, strict=True):
         assert part.piece_B is not None, "only the live pass has parts of one piece per row"
-        for piece, rows in groups:
+        for piece, rows in groups.each:
             here = slice(part.lengths[piece])
             keys, values = part.keys[layer][piece, :, here], part.values[layer][piece, :, here]
             found.append(Shared(rows, query_BHSE[rows], keys, values))

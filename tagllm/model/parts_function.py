@@ -15,8 +15,16 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-Groups = list[tuple[int, slice | list[int]]]
-"""Which rows have which piece."""
+
+class Groups(NamedTuple):
+    """Which rows have which piece: `each` piece with its rows, for a product of its own.
+
+    On CUDA each of so many small products would cost its launches. There `together` is the same for one batched
+    product: the rows of every piece, padded to as many (n, R), and at which of these places each row is (B; -1: none).
+    """
+
+    each: list[tuple[int, slice | list[int]]]
+    together: tuple[Tensor, Tensor] | None = None
 
 
 class KeySet(NamedTuple):
@@ -141,11 +149,19 @@ def _beside(parts: list[Tensor]) -> Tensor:
 
 
 def _times(x_BGMa: Tensor, matrix_nGab: Tensor, groups: Groups) -> Tensor:
-    """Each row times the matrix of its piece: (B, G, M, b). Rows with the same piece go through one product."""
+    """Each row times the matrix of its piece, zero without one: (B, G, M, b). Rows with the same piece go through one
+    product."""
     matrix_nGab = matrix_nGab.float()
     B, G, M, a = x_BGMa.shape
+    if groups.together is not None:
+        rows_nR, place_B = groups.together
+        n, R = rows_nR.shape
+        x = x_BGMa[rows_nR.flatten()].view(n, R, G, M, a).transpose(1, 2)
+        product = (x.reshape(n, G, R * M, a) @ matrix_nGab).view(n, G, R, M, -1).transpose(1, 2)
+        found = product.reshape(n * R, G, M, -1)[place_B.clamp(min=0)]
+        return found.masked_fill_((place_B < 0)[:, None, None, None], 0.0)
     out = x_BGMa.new_zeros(B, G, M, matrix_nGab.shape[3])
-    for piece, rows in groups:
+    for piece, rows in groups.each:
         x = x_BGMa[rows].transpose(0, 1)  # (G, rows, M, a)
         out[rows] = (x.reshape(G, -1, a) @ matrix_nGab[piece]).view(G, -1, M, out.shape[3]).transpose(0, 1)
     return out
