@@ -17,6 +17,7 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 import yaml
 from safetensors.torch import load_file
 from torch import Tensor
@@ -43,8 +44,12 @@ class Run(NamedTuple):
 
     @property
     def tags(self) -> dict[str, Tensor]:
-        """The learned state of the last step."""
-        return load_file(self.path / "last" / "tags.safetensors")
+        """The learned state of the last step. A head is one map: on states as they are its bias is what is left where
+        their common offset cancels out, a small difference of large numbers."""
+        tags = load_file(self.path / "last" / "tags.safetensors")
+        for name in [name.removesuffix(".bias") for name in tags if name.endswith(".head.bias")]:
+            tags[name] = torch.cat([tags.pop(f"{name}.weight"), tags.pop(f"{name}.bias")[:, None]], dim=1)
+        return tags
 
     @property
     def state(self) -> dict[str, Tensor]:

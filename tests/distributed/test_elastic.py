@@ -29,7 +29,11 @@ def agent(workspace: Workspace, arguments: list[str], port: int, is_host: bool) 
 
 
 def test_fewer_ranks_go_on_from_the_newest_checkpoint(workspace: Workspace) -> None:
-    settings = {"optim__steps": 400, "checkpoint__every_steps": 10, "evaluation__every_steps": 1000}
+    settings = {"optim__steps": 200, "checkpoint__every_steps": 10, "evaluation__every_steps": 1000}
+    settings |= {
+        "optim__tag_lr": 1e-4,
+        "optim__head_lr": 1e-4,
+    }  # large steps blow up the rounding of a sum over two ranks
     expected = workspace.train(1, "elastic-alone", **settings)
     _, config, *overrides = workspace.arguments("elastic", engine__timeout_s=10, **settings)
     run = Run(workspace.folder / "elastic")
@@ -43,5 +47,5 @@ def test_fewer_ranks_go_on_from_the_newest_checkpoint(workspace: Workspace) -> N
         assert first.wait(timeout=150) == 0
     finally:
         kill([first, second])
-    assert [line["step"] for line in run.metrics] == list(range(1, 401))
+    assert [line["step"] for line in run.metrics] == list(range(1, 201))
     assert_same(run.tags, expected.tags, 1e-6)

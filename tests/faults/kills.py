@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 
 from tests.faults.hooks import ZERO_ONLY, Order
-from tests.faults.lab import TIMEOUT_S, Lab, ends_within
+from tests.faults.lab import Lab, keeps_going
 from tests.faults.record import Record
 
 FAULT = "1 SIGKILL of one rank or both"
@@ -34,7 +34,7 @@ def kills(lab: Lab, number: int, seed: int) -> Record:
     while record.injected < number:
         trial = lab.trial(f"kills-{seed}-{record.injected}", *orders(chooser))
         with lab.torchrun(trial) as launcher:
-            ended = ends_within([launcher], TIMEOUT_S)
+            ended = keeps_going(launcher, trial)
         if not ended:
             return record.plus(Record(FAULT, len(trial.history.faults), [], hangs=1))
         assert launcher.returncode == 0, trial.said()[-3000:]

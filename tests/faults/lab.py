@@ -23,6 +23,8 @@ from tests.faults.record import Record
 
 EVERY, STEPS = 5, 40
 TIMEOUT_S = 120
+SILENT_S = 40
+"""Longer than a start takes, and less than a rank waits for another (engine.timeout_s)."""
 
 
 class Trial(NamedTuple):
@@ -128,6 +130,19 @@ class Lab:
         return Record(
             fault, len(history.faults), found, hangs, history.lost_steps(), history.restart_seconds(), executed, STEPS
         )
+
+
+def keeps_going(process: subprocess.Popen[str], trial: Trial) -> bool:
+    """True at the end of the process; False once no rank has written to the history for `SILENT_S`, however long the
+    whole takes: the starts alone of a run with many take minutes on a slow machine."""
+    size, since = -1, time.monotonic()
+    while process.poll() is None:
+        if (now := sum(path.stat().st_size for path in trial.lab.glob("history-*.jsonl"))) != size:
+            size, since = now, time.monotonic()
+        if time.monotonic() - since > SILENT_S:
+            return False
+        time.sleep(0.02)
+    return True
 
 
 def ends_within(processes: Sequence[subprocess.Popen[str]], seconds: float) -> bool:
