@@ -45,18 +45,19 @@ class Bound(NamedTuple):
 
 
 AIM = Bound(0.9999, 0.02)
-# What holds, with room for other orders of summation (threads, kernels); the aim is met but for the head, whose error
-# depends on the rows: it scales with how far its values are off. Measured: .99991 / 1.4 %, .99986 / 1.7 % and
-# .99998 / 0.7 %; before the up map was exact in the live part a domain tag had .9998 / 2.2 %.
-BOUNDS = {
+EACH = Bound(0.9995, 0.03)
+"""Of the gradients of the prompts one by one, in every case. Measured on AMX: .9998 / 1.2 to 2.2 %, NF4 as bf16."""
+# Of the gradient of all prompts together, with room for other orders of summation (threads, kernels). The aim is met
+# but for the head, whose error depends on the rows: it scales with how far its values are off. Measured:
+# .99991 / 1.4 %, .99986 / 1.7 % and .99998 / 0.7 %; before the up map was exact in the live part a domain tag had
+# .9998 / 2.2 %. None for a quantised backbone with a head: there the gradients of the prompts nearly cancel (norm .92,
+# in bf16 8.2), and their errors, which EACH bounds, are another part of what is left on each machine (NF4: 12 % on
+# AVX-512, 23 % on AMX). The reference of a quantised backbone has the same weights in fp32.
+TOGETHER = {
     ("bf16", "domain tag"): Bound(0.9995, 0.03),
     ("bf16", "function tag with a head"): Bound(0.9995, 0.03),
     ("bf16", "function tag that writes"): AIM,
-    # against the quantised weights in fp32; what the weights themselves cost is in benchmarks/quantized.py
-    **{(how, case): Bound(0.9995, 0.03) for how in ("int8", "nf4") for case in CASES},
-    # here the gradients of the eight prompts nearly cancel (norm .92, in bf16 8.2): the same error is a larger part of
-    # what is left. Measured: .9931 / 11.8 %
-    ("nf4", "function tag with a head"): Bound(0.99, 0.15),
+    **{(how, case): Bound(0.9995, 0.03) for how in ("int8", "nf4") for case in CASES if not case.endswith("head")},
 }
 
 
@@ -80,30 +81,37 @@ def with_weights_of(reference: Built, other: Built) -> Built:
     return reference
 
 
-def tag_gradient(of: Built) -> Tensor:
-    """Of the untrained tag; its head starts at zeros, so it gets fixed random numbers."""
+def tag_gradients(of: Built) -> tuple[Tensor, Tensor]:
+    """Of the untrained tag by each prompt (prompts, rows, D) and by all together (rows, D). The head starts at zeros,
+    so it gets fixed random numbers."""
     random = torch.Generator().manual_seed(0)
     for head in of.model.heads.values():
         weight_KF = head.get_parameter("weight_KF")
         weight_KF.data = torch.randn(weight_KF.shape, generator=random) * 0.02
     examples = of.examples("train")[0]
-    rows = [examples[i] for i in range(NUM_PROMPTS)]
-    batch = of.collator()(rows)
-    total(of.model(batch).sums, count(batch), of.stage.weights).backward()
-    gradient = of.model.tags.learned_TD.grad
-    assert gradient is not None
-    return gradient
+    prompts = [examples[i] for i in range(NUM_PROMPTS)]
+
+    def gradient(rows: list[Any]) -> Tensor:
+        of.model.tags.learned_TD.grad = None
+        batch = of.collator()(rows)
+        total(of.model(batch).sums, count(batch), of.stage.weights).backward()
+        found = of.model.tags.learned_TD.grad
+        assert found is not None and found.dtype == torch.float32
+        return found
+
+    return torch.stack([gradient([prompt]) for prompt in prompts]), gradient(prompts)
 
 
-@pytest.mark.parametrize(("how", "case"), BOUNDS, ids=[f"{how} {case}" for how, case in BOUNDS])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("how", ["bf16", "int8", "nf4"])
 def test_tag_gradients(how: str, case: str, tmp_path: Path, ranks: Ranks) -> None:
     model = built(case, how, tmp_path, ranks)
-    expected = tag_gradient(with_weights_of(built(case, "fp32", tmp_path, ranks), model))
-    found = tag_gradient(model)
-    cosine = float(torch.cosine_similarity(found.flatten(), expected.flatten(), dim=0))
-    relative = tiny.relative_error(found, expected)
-    aim = "met" if cosine >= AIM.cosine and relative <= AIM.relative else "missed"
-    print(f"{how}, {case}: cosine {cosine:.6f}, relative error {relative:.2%}; the aim of {AIM} is {aim}")
-    assert found.dtype == torch.float32
-    assert cosine >= BOUNDS[how, case].cosine
-    assert relative <= BOUNDS[how, case].relative
+    expected = tag_gradients(with_weights_of(built(case, "fp32", tmp_path, ranks), model))
+    found = tag_gradients(model)
+    bounds = (EACH, TOGETHER.get((how, case)))
+    for what, ours, theirs, bound in zip(("each prompt", "all together"), found, expected, bounds, strict=True):
+        cosine = float(torch.cosine_similarity(ours.flatten(), theirs.flatten(), dim=0))
+        relative = tiny.relative_error(ours, theirs)
+        aim = "met" if cosine >= AIM.cosine and relative <= AIM.relative else "missed"
+        print(f"{how}, {case}, {what}: cosine {cosine:.6f}, relative error {relative:.2%}; the aim of {AIM} is {aim}")
+        assert bound is None or (cosine >= bound.cosine and relative <= bound.relative)
