@@ -33,7 +33,7 @@ setup(
         "rdkit>=2024.9",
         "numpy>=1.26",
         "scipy>=1.13",
-        "scikit-learn>=1.5",
+        "scikit-learn>=1.7",
         "torchmetrics>=1.6",
         "sacrebleu>=2.5",
         "py3langid>=0.4",  # which language a text is in, offline

@@ -37,13 +37,16 @@ class BackboneConfig(Section):
     """Keep only the input of each layer of the live part and compute the layer again in backward."""
 
 
+Reads = Literal["last", "mean", "both"]
+
+
 class HeadConfig(Section):
     """A linear map from hidden states to numbers or classes."""
 
     type: Literal["regression", "classification"] = "regression"
     outputs: Count = 1
     classes: list[str] | None = None
-    reads: Literal["last", "mean", "both"] = "last"
+    reads: Reads = "last"
     """The hidden state of the tag's last row, the mean over the domain spans before it, or both side by side."""
     refit: bool = True
     """Fit in closed form at each evaluation and at the end, and keep that unless the trained head is better on

@@ -10,12 +10,12 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
-from tagllm.config import HeadConfig
+from tagllm.config import HeadConfig, Reads
 from tagllm.errors import UserError, did_you_mean
 from tagllm.files import (
     DamagedFile,
@@ -31,6 +31,9 @@ from tagllm.files import (
 
 FORMAT = 1
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
+
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,11 @@ class Head:
         outputs = spec.outputs
         zeros = torch.zeros(outputs)
         return cls(spec, torch.zeros(outputs, features), zeros, zeros.clone(), torch.ones(outputs))
+
+
+def states_read(reads: Reads, last: T, mean: T) -> tuple[T, ...]:
+    """What a head with `reads` sees side by side, of the state at its position and the mean over the fields."""
+    return {"last": (last,), "mean": (mean,), "both": (last, mean)}[reads]
 
 
 @dataclass(frozen=True)

@@ -7,12 +7,15 @@ import itertools
 import numpy as np
 import pytest
 
-from tagllm.evaluate.classical import classical_baselines, kind_of
+from tagllm.evaluate.classical import Table, classical_baselines, kind_of
 from tagllm.evaluate.metrics import concordance, value_metrics
 
 MOLECULES = ["CCO", "CCN", "CCCCCC", "c1ccccc1", "c1ccccc1O", "CC(=O)O", "CC(C)C", "C1CCCCC1", "CCCl", "O=C=O"]
 RANDOM = np.random.default_rng(0)
 PROTEINS = ["".join(RANDOM.choice(list("ACDEFGHIKLMNPQRSTVWY"), 60)) for _ in range(8)]
+
+
+NOTHING = Table({"smiles": [], "sequence": []}, np.zeros((0, 1), np.float32))
 
 
 def test_kinds() -> None:
@@ -36,25 +39,43 @@ def pairs() -> tuple[dict[str, list[str]], np.ndarray]:
 def test_additive_effects_are_what_the_means_find() -> None:
     fields, targets = pairs()
     train, test = slice(0, 60), slice(60, None)
-    found = classical_baselines(
-        {k: v[train] for k, v in fields.items()}, targets[train], {k: v[test] for k, v in fields.items()}
-    )
+    known = Table({k: v[train] for k, v in fields.items()}, targets[train])
+    found = classical_baselines(known, NOTHING, {k: v[test] for k, v in fields.items()})
     r2 = {name: value_metrics(values, targets[test], classes=False)["r2"] for name, values in found.items()}
     assert set(found) == {"nearest_row", "field_means", "ridge_fingerprints", "boosting_fingerprints"}
     assert r2["field_means"] > 0.95
     assert r2["ridge_fingerprints"] > 0.9
 
 
+def test_what_is_chosen_is_chosen_on_validation_where_it_can_be() -> None:
+    """Targets of training rows are noise alone, of validation rows zero: the strongest penalty, no tree."""
+    random = np.random.default_rng(0)
+    names = [f"line {at}" for at in range(20)]
+
+    def table(rows: int, scale: float) -> Table:
+        return Table({"line": list(random.choice(names, rows))}, random.normal(0, scale, (rows, 1)).astype(np.float32))
+
+    train, valid = table(400, 1.0), table(400, 0.0)
+    spread = {
+        name: float(np.abs(values).mean())
+        for name, values in classical_baselines(train, valid, {"line": names}).items()
+    }
+    alone = classical_baselines(train, table(10, 0.0), {"line": names})
+    assert spread["ridge_fingerprints"] < float(np.abs(alone["ridge_fingerprints"]).mean())
+    assert spread["boosting_fingerprints"] < 0.2 < spread["nearest_row"]
+
+
 def test_a_row_that_was_seen_is_its_own_nearest() -> None:
     fields, targets = pairs()
-    found = classical_baselines(fields, targets, {k: v[:20] for k, v in fields.items()})
+    found = classical_baselines(Table(fields, targets), NOTHING, {k: v[:20] for k, v in fields.items()})
     assert found["nearest_row"] == pytest.approx(targets[:20])
 
 
 def test_values_that_never_recur_have_no_means() -> None:
     smiles = {"smiles": ["C" * n + "O" for n in range(1, 41)]}
     targets = np.arange(40, dtype=np.float32)[:, None]
-    found = classical_baselines(smiles, targets, {"smiles": ["C" * 41 + "O", "CO"]})
+    nothing = Table({"smiles": []}, targets[:0])
+    found = classical_baselines(Table(smiles, targets), nothing, {"smiles": ["C" * 41 + "O", "CO"]})
     assert "field_means" not in found and "nearest_row" in found
 
 

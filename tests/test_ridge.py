@@ -7,21 +7,26 @@ import pytest
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 
-from tagllm.evaluate.ridge import PENALTIES, Floats, clearly_better, fit_ridge
+from tagllm.evaluate.ridge import ENOUGH_ROWS, PENALTIES, RidgeFit, Rows, clearly_better, fit_ridge
 
 WEIGHT_KF = np.array([[1.0, -2.0, 0.0, 0.5], [0.0, 0.3, 4.0, -1.0]])
 
 
-def law(rows: int, noise: float, seed: int = 0) -> tuple[Floats, Floats]:
+def law(rows: int, noise: float, seed: int = 0) -> Rows:
     """Features of very different scale and centre, and two targets."""
     random = np.random.default_rng(seed)
     features = random.normal(size=(rows, 4)) * [1, 10, 0.1, 3] + [0, 100, -5, 1]
     targets = features @ WEIGHT_KF.T + [3, -7] + noise * random.normal(size=(rows, 2))
-    return features.astype(np.float32), targets.astype(np.float32)
+    return Rows(features.astype(np.float32), targets.astype(np.float32))
+
+
+def fit_alone(rows: Rows) -> RidgeFit:
+    """Without validation rows."""
+    return fit_ridge(rows, rows.some(np.arange(0)))
 
 
 def test_recovers_a_linear_law() -> None:
-    fit = fit_ridge(*law(2000, 0.0))
+    fit = fit_alone(law(2000, 0.0))
     assert fit.weight_KF.shape == (2, 4)
     assert fit.bias_K.shape == (2,)
     np.testing.assert_allclose(fit.weight_KF, WEIGHT_KF, rtol=1e-3, atol=3e-3)
@@ -34,7 +39,7 @@ def test_the_penalty_grows_with_noise() -> None:
     features = random.normal(size=(60, 30)).astype(np.float32)
     clean = features[:, :1] * 2
     penalties = [
-        fit_ridge(features, (clean + noise * random.normal(size=(60, 1))).astype(np.float32)).penalty
+        fit_alone(Rows(features, (clean + noise * random.normal(size=(60, 1))).astype(np.float32))).penalty
         for noise in (0.0, 2.0, 50.0)
     ]
     assert penalties == sorted(penalties)
@@ -46,7 +51,7 @@ def test_the_penalty_grows_with_noise() -> None:
 def test_equals_scikit_learn_at_the_chosen_penalty(outputs: int) -> None:
     features, targets = law(200, 5.0)
     targets = targets[:, :outputs]
-    fit = fit_ridge(features, targets)
+    fit = fit_alone(Rows(features, targets))
     scaler = StandardScaler().fit(features)
     plain = Ridge(fit.penalty).fit(scaler.transform(features), targets)
     expected = plain.predict(scaler.transform(features)).reshape(-1, outputs)
@@ -57,22 +62,46 @@ def test_a_constant_feature_gets_no_say() -> None:
     """A hidden unit that never moved in training must not blow up predictions when it moves later."""
     features, targets = law(300, 0.1)
     features[:, 2] = 1234.1
-    fit = fit_ridge(features, targets)
+    fit = fit_alone(Rows(features, targets))
     moved = features.copy()
     moved[:, 2] += 1
     assert np.abs(fit.predict(moved) - fit.predict(features)).max() < 1e-2
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")  # scikit-learn: no R2 of a fold of one row
 @pytest.mark.parametrize("rows", [2, 3, 7])
 def test_few_rows_and_many_features(rows: int) -> None:
     random = np.random.default_rng(0)
-    fit = fit_ridge(random.normal(size=(rows, 50)).astype(np.float32), np.ones((rows, 1), np.float32))
+    fit = fit_alone(Rows(random.normal(size=(rows, 50)).astype(np.float32), np.ones((rows, 1), np.float32)))
     np.testing.assert_allclose(fit.predict(random.normal(size=(4, 50)).astype(np.float32)), 1, atol=1e-5)
 
 
+def pairs(groups: int, seed: int) -> Rows:
+    """Thirty rows a group, almost alike; most of a row's target is of its group alone and says nothing about others."""
+    random = np.random.default_rng(seed)
+    of_group = random.normal(size=(groups, 60))
+    features = np.repeat(of_group, 30, axis=0) + random.normal(0, 0.05, size=(groups * 30, 60))
+    chance = np.repeat(random.normal(size=(groups, 1)), 30, axis=0)
+    return Rows(features.astype(np.float32), (0.3 * features[:, :1] + chance).astype(np.float32))
+
+
+def test_related_rows_ask_for_a_stronger_penalty_than_their_folds_do() -> None:
+    train, valid, test = pairs(40, 0), pairs(40, 1), pairs(40, 2)
+    by_folds, by_validation = fit_alone(train), fit_ridge(train, valid)
+    assert by_validation.penalty > by_folds.penalty
+    error = [
+        float(((fit.predict(test.features_nF) - test.targets_nK) ** 2).mean()) for fit in (by_folds, by_validation)
+    ]
+    assert error[1] < 0.8 * error[0]
+
+
+def test_too_few_validation_rows_choose_nothing() -> None:
+    train, valid = pairs(40, 0), pairs(40, 1)
+    few = fit_ridge(train, valid.some(np.arange(ENOUGH_ROWS - 1)))
+    assert few.penalty == fit_alone(train).penalty != fit_ridge(train, valid).penalty
+
+
 def test_same_rows_same_fit() -> None:
-    first, second = fit_ridge(*law(100, 1.0)), fit_ridge(*law(100, 1.0))
+    first, second = fit_alone(law(100, 1.0)), fit_alone(law(100, 1.0))
     np.testing.assert_array_equal(first.weight_KF, second.weight_KF)
 
 

@@ -20,8 +20,10 @@ from tagllm.baselines.adapt import Adapted
 from tagllm.baselines.methods import Method
 from tagllm.baselines.prompts import Row, pad
 from tagllm.baselines.task import Task
-from tagllm.evaluate.ridge import clearly_better, fit_ridge
+from tagllm.evaluate.ridge import Rows, clearly_better, fit_ridge
 from tagllm.model.loss import value_losses
+from tagllm.model.tagged import HeadModule
+from tagllm.tags import states_read
 from tagllm.train.gradient_free import FIT_ROWS, SCALE_ROWS, SOME_ROWS
 from tagllm.train.rows import StepRows
 from tagllm.train.schedule import lr_factor, total_steps
@@ -41,9 +43,10 @@ class Seen(NamedTuple):
     mean_nD: Tensor
     targets_nK: Tensor
 
-    def features(self, reads: str) -> Tensor:
-        """What a head with `reads` sees (n, F)."""
-        return torch.cat({"last": self[:1], "mean": self[1:2], "both": self[:2]}[reads], dim=1)
+    def rows(self, head: HeadModule) -> Rows:
+        """What this head is fitted on, with standardised targets."""
+        features_nF = torch.cat(states_read(head.spec.reads, self.last_nD, self.mean_nD), dim=1)
+        return Rows(features_nF.numpy(), _standardised(head, self).numpy())
 
 
 class Trained(NamedTuple):
@@ -151,7 +154,7 @@ def values(model: Adapted, seen: Seen) -> Tensor:
 
 def errors(model: Adapted, seen: Seen) -> Floats:
     """Squared error (n) of each row, standardised."""
-    errors_n: Floats = ((values(model, seen) - _standardised(model, seen)) ** 2).mean(dim=1).numpy()
+    errors_n: Floats = ((values(model, seen) - _standardised(model.head, seen)) ** 2).mean(dim=1).numpy()
     return np.nan_to_num(errors_n, nan=np.inf, posinf=np.inf)
 
 
@@ -172,7 +175,7 @@ def refit(
         return False, float(before.mean())
     train = see(model, task.rows("train", method, limit), task.config.evaluation.rows_per_batch)
     kept = model.learned()
-    model.overwrite(_fitted(model, train))
+    model.overwrite(_fitted(model.head, train, valid))
     after = errors(model, valid)
     if not clearly_better(before, after):
         return True, float(after.mean())
@@ -180,14 +183,13 @@ def refit(
     return False, float(before.mean())
 
 
-def _fitted(model: Adapted, seen: Seen) -> dict[str, Tensor]:
-    fit = fit_ridge(seen.features(model.head.spec.reads).numpy(), _standardised(model, seen).numpy())
-    weight_KF, bias_K = model.head.unfolded(torch.from_numpy(fit.weight_KF), torch.from_numpy(fit.bias_K))
+def _fitted(head: HeadModule, train: Seen, valid: Seen) -> dict[str, Tensor]:
+    fit = fit_ridge(train.rows(head), valid.rows(head))
+    weight_KF, bias_K = head.unfolded(torch.from_numpy(fit.weight_KF), torch.from_numpy(fit.bias_K))
     return {"head.weight_KF": weight_KF, "head.bias_K": bias_K}
 
 
-def _standardised(model: Adapted, seen: Seen) -> Tensor:
-    head = model.head
+def _standardised(head: HeadModule, seen: Seen) -> Tensor:
     return (seen.targets_nK - head.mean_K.cpu()) / head.std_K.cpu()
 
 

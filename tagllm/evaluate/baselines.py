@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
 
+from tagllm.config import Reads
 from tagllm.data.encode import TagLayout
 from tagllm.evaluate.passes import Floats, Pass
-from tagllm.evaluate.ridge import fit_ridge
+from tagllm.evaluate.ridge import Rows, fit_ridge
 from tagllm.files import load_tensors, replace_file, save_tensors
+from tagllm.tags import states_read
 
 
 class Probe(NamedTuple):
@@ -30,6 +32,14 @@ class Probe(NamedTuple):
         last_nD = result.last_nD if absent else result.prefix_last_nD
         return cls(last_nD[known], result.mean_nD[known], result.targets_nK[known])
 
+    def rows(self, reads: Reads) -> Rows:
+        """What a ridge on these states is fitted on."""
+        return Rows(np.concatenate(states_read(reads, self.last_nD, self.mean_nD), axis=1), self.targets_nK)
+
+    def none(self) -> Probe:
+        """The same of no row."""
+        return Probe(*(column[:0] for column in self))
+
     def save(self, path: Path) -> None:
         temporary = path.with_name(f".tmp-{path.name}")
         save_tensors(temporary, {name: torch.from_numpy(value) for name, value in self._asdict().items()})
@@ -40,17 +50,13 @@ class Probe(NamedTuple):
         return cls(**{name: tensor.numpy() for name, tensor in load_tensors(path).items()})
 
 
-def value_baselines(train: Probe, held_out: Probe) -> dict[str, Floats]:
+def value_baselines(train: Probe, valid: Probe, held_out: Probe) -> dict[str, Floats]:
     """What predict-the-mean answers to the held-out rows (n, K), and ridge on the hidden state right before the
-    function tag (`ridge_last`), averaged over the fields (`ridge_mean`), or both side by side; penalties by 5-fold
-    cross-validation on the training rows."""
+    function tag (`ridge_last`), averaged over the fields (`ridge_mean`), or both side by side; penalties are chosen
+    on the validation rows."""
     mean_1K = train.targets_nK.mean(axis=0, keepdims=True)
     found = {"predict_mean": np.repeat(mean_1K, len(held_out.targets_nK), axis=0)}
-    probes = {
-        "ridge_last": (train.last_nD, held_out.last_nD),
-        "ridge_mean": (train.mean_nD, held_out.mean_nD),
-        "ridge_both": (np.hstack(train[:2]), np.hstack(held_out[:2])),
-    }
-    for name, (seen, unseen) in probes.items():
-        found[name] = fit_ridge(seen, train.targets_nK).predict(unseen)
+    for reads in get_args(Reads):
+        fit = fit_ridge(train.rows(reads), valid.rows(reads))
+        found[f"ridge_{reads}"] = fit.predict(held_out.rows(reads).features_nF)
     return found

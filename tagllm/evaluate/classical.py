@@ -12,7 +12,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
+from tagllm.evaluate.ridge import ENOUGH_ROWS, Floats, Rows
+
 Fields = Mapping[str, Sequence[str]]
 Kind = Literal["molecule", "sequence", "category"]
 BITS, RADIUS, LETTERS = 1024, 2, 3
@@ -21,31 +22,51 @@ PENALTIES = (0.1, 1.0, 10.0, 100.0, 1000.0)
 MANY, RESIDUES = 50, frozenset("ACDEFGHIKLMNPQRSTVWY")
 """So many distinct words of these letters are peptides rather than names."""
 HELD_BACK = 0.2
-"""Of the training rows, to choose a penalty by."""
+"""Of the training rows, to choose a penalty by where validation has too few."""
+
+
+class Table(NamedTuple):
+    """Labelled rows of one source."""
+
+    fields: Fields
+    targets_nK: Floats
 
 
 class Field(NamedTuple):
-    """One column of training and held-out rows together."""
+    """One column of training, validation and held-out rows together."""
 
     kind: Kind
     bits_UF: Any
     """Sparse 0/1; one column per value for a category."""
     train_n: NDArray[np.intp]
+    valid_n: NDArray[np.intp]
     held_out_n: NDArray[np.intp]
     """Which distinct value stands in each row."""
 
 
-def classical_baselines(train: Fields, targets_nK: Floats, held_out: Fields) -> dict[str, Floats]:
-    """What each baseline answers to the held-out rows (n, K). `field_means` (an additive effect per value of each
-    field) is left out where values hardly recur."""
-    fields = [_field(train[name], held_out[name]) for name in train]
-    predictions = {"nearest_row": targets_nK[_nearest(fields)]}
-    if any(len(np.unique(f.train_n)) < len(f.train_n) / 2 for f in fields):
-        recurring = [f for f in fields if len(np.unique(f.train_n)) < len(f.train_n) / 2]
-        predictions["field_means"] = _ridge(*_columns(recurring, categories=True), targets_nK)
-    seen_nF, unseen_nF = _columns(fields)
-    predictions["ridge_fingerprints"] = _ridge(seen_nF, unseen_nF, targets_nK)
-    predictions["boosting_fingerprints"] = _boosting(seen_nF, unseen_nF, targets_nK)
+class Problem(NamedTuple):
+    """Rows to fit, to choose by, and to answer."""
+
+    train: Rows
+    valid: Rows
+    held_out_nF: Any
+
+    @property
+    def can_choose(self) -> bool:
+        return len(self.valid.targets_nK) >= ENOUGH_ROWS
+
+
+def classical_baselines(train: Table, valid: Table, held_out: Fields) -> dict[str, Floats]:
+    """What each baseline answers to the held-out rows (n, K); what it has to choose it chooses on the validation rows.
+    `field_means` (an additive effect per value of each field) is left out where values hardly recur."""
+    fields = [_field(train.fields[name], valid.fields[name], held_out[name]) for name in train.fields]
+    targets = train.targets_nK, valid.targets_nK
+    predictions = {"nearest_row": train.targets_nK[_nearest(fields)]}
+    if recurring := [f for f in fields if len(np.unique(f.train_n)) < len(f.train_n) / 2]:
+        predictions["field_means"] = _ridge(_problem(recurring, *targets, categories=True))
+    problem = _problem(fields, *targets)
+    predictions["ridge_fingerprints"] = _ridge(problem)
+    predictions["boosting_fingerprints"] = _boosting(problem)
     return {name: values.astype(np.float32) for name, values in predictions.items()}
 
 
@@ -65,10 +86,10 @@ def kind_of(values: Sequence[str]) -> Kind:
     return "sequence" if len(some) >= MANY and peptides > 0.9 * len(some) else "category"
 
 
-def _field(train: Sequence[str], held_out: Sequence[str]) -> Field:
-    distinct, at = np.unique(np.array([*train, *held_out], dtype=object).astype(str), return_inverse=True)
+def _field(train: Sequence[str], valid: Sequence[str], held_out: Sequence[str]) -> Field:
+    distinct, at = np.unique(np.array([*train, *valid, *held_out], dtype=object).astype(str), return_inverse=True)
     kind = kind_of(list(distinct))
-    return Field(kind, _bits(list(distinct), kind), at[: len(train)], at[len(train) :])
+    return Field(kind, _bits(list(distinct), kind), *np.split(at, [len(train), len(train) + len(valid)]))
 
 
 def _bits(values: Sequence[str], kind: Kind) -> Any:
@@ -95,14 +116,20 @@ def _bits(values: Sequence[str], kind: Kind) -> Any:
     )
 
 
-def _columns(fields: Sequence[Field], categories: bool = False) -> tuple[Any, Any]:
-    """Features of training and of held-out rows; `categories` takes each value as it is."""
+def _problem(fields: Sequence[Field], train_nK: Floats, valid_nK: Floats, categories: bool = False) -> Problem:
+    """Sparse features of all rows; `categories` takes each value as it is."""
     from scipy.sparse import hstack, identity
 
     blocks = [identity(f.bits_UF.shape[0], np.float32, format="csr") if categories else f.bits_UF for f in fields]
-    train = hstack([block[f.train_n] for block, f in zip(blocks, fields, strict=True)], format="csr")
-    held_out = hstack([block[f.held_out_n] for block, f in zip(blocks, fields, strict=True)], format="csr")
-    return train, held_out
+
+    def columns(rows: Sequence[NDArray[np.intp]]) -> Any:
+        return hstack([block[rows_n] for block, rows_n in zip(blocks, rows, strict=True)], format="csr")
+
+    return Problem(
+        Rows(columns([f.train_n for f in fields]), train_nK),
+        Rows(columns([f.valid_n for f in fields]), valid_nK),
+        columns([f.held_out_n for f in fields]),
+    )
 
 
 def _nearest(fields: Sequence[Field]) -> NDArray[np.intp]:
@@ -127,31 +154,33 @@ def _tanimoto(bits_UF: Any, wanted: NDArray[np.intp]) -> dict[int, Floats]:
     return found
 
 
-def _ridge(seen_nF: Any, unseen_nF: Any, targets_nK: Floats) -> Floats:
-    """The penalty is chosen on a fifth of the training rows."""
+def _ridge(problem: Problem) -> Floats:
+    """Where validation has too few rows, the penalty is chosen on a fifth of the training rows."""
     from sklearn.linear_model import Ridge
     from sklearn.model_selection import train_test_split
 
-    part = train_test_split(np.arange(len(targets_nK)), test_size=HELD_BACK, random_state=0)
+    def answer(rows: Rows, penalty: float, wanted_nF: Any) -> Floats:
+        fit = Ridge(alpha=penalty, solver="sparse_cg").fit(rows.features_nF, rows.targets_nK)
+        values_nK: Floats = fit.predict(wanted_nF).reshape(-1, rows.targets_nK.shape[1])
+        return values_nK
 
-    def error(penalty: float) -> float:
-        fit = Ridge(alpha=penalty, solver="sparse_cg").fit(seen_nF[part[0]], targets_nK[part[0]])
-        return float(
-            np.mean((fit.predict(seen_nF[part[1]]).reshape(-1, targets_nK.shape[1]) - targets_nK[part[1]]) ** 2)
-        )
-
-    best = min(PENALTIES, key=error)
-    predicted: Floats = Ridge(alpha=best, solver="sparse_cg").fit(seen_nF, targets_nK).predict(unseen_nF)
-    return predicted.reshape(-1, targets_nK.shape[1])
+    fit, choose = problem.train, problem.valid
+    if not problem.can_choose:
+        part = train_test_split(np.arange(len(fit.targets_nK)), test_size=HELD_BACK, random_state=0)
+        fit, choose = (problem.train.some(rows) for rows in part)
+    best = min(PENALTIES, key=lambda p: float(np.mean((answer(fit, p, choose.features_nF) - choose.targets_nK) ** 2)))
+    return answer(problem.train, best, problem.held_out_nF)
 
 
-def _boosting(seen_nF: Any, unseen_nF: Any, targets_nK: Floats) -> Floats:
-    """Histogram-based gradient boosting, stopped early on a tenth of the training rows."""
+def _boosting(problem: Problem) -> Floats:
+    """Histogram-based gradient boosting, stopped early on validation, or on a tenth of the training rows."""
     from sklearn.ensemble import HistGradientBoostingRegressor
 
-    seen, unseen = seen_nF.toarray(), unseen_nF.toarray()
+    (seen_nF, targets_nK), (chosen_nF, chosen_nK), unseen_nF = problem
+    seen, chosen, unseen = (features.toarray() for features in (seen_nF, chosen_nF, unseen_nF))
     columns = []
-    for target_n in targets_nK.T:
+    for at, target_n in enumerate(targets_nK.T):
         model = HistGradientBoostingRegressor(max_iter=300, early_stopping=True, random_state=0)
-        columns.append(model.fit(seen, target_n).predict(unseen))
+        stopped_by = {"X_val": chosen, "y_val": chosen_nK[:, at]} if problem.can_choose else {}
+        columns.append(model.fit(seen, target_n, **stopped_by).predict(unseen))
     return np.stack(columns, axis=1)

@@ -16,7 +16,7 @@ from tagllm.errors import UserError
 from tagllm.evaluate.ablate import ablations
 from tagllm.evaluate.answers import text_results
 from tagllm.evaluate.baselines import Probe, value_baselines
-from tagllm.evaluate.classical import classical_baselines
+from tagllm.evaluate.classical import Table, classical_baselines
 from tagllm.evaluate.metrics import intervals, value_metrics
 from tagllm.evaluate.passes import Floats
 from tagllm.evaluate.scoring import Evaluation, nats, score_pass, with_tags
@@ -101,6 +101,13 @@ def _training_probe(evaluation: Evaluation, kept: Path | None) -> Probe:
     return Probe.of(seen, evaluation.built.layout)
 
 
+def _validation_probe(evaluation: Evaluation) -> Probe | None:
+    built, ranks, _ = evaluation
+    if not any(map(len, built.examples("valid"))):
+        return None
+    return Probe.of(score_pass(built, ranks, "valid", None, probing=True), built.layout)
+
+
 def _score_values(evaluation: Evaluation, run: Path, probe: Path | None, results: dict[str, Any]) -> None:
     built, ranks, split = evaluation
     classes = any(head.classes for head in built.layout.heads.values())
@@ -110,15 +117,16 @@ def _score_values(evaluation: Evaluation, run: Path, probe: Path | None, results
     pairs = {"values_nK": torch.from_numpy(held_out.values_nK), "targets_nK": torch.from_numpy(held_out.targets_nK)}
     ranks.on_rank_zero(lambda: save_tensors(run / "held_out.safetensors", pairs))
     if not classes:
-        train = _training_probe(evaluation, probe)
+        train, test = _training_probe(evaluation, probe), Probe.of(held_out, built.layout)
         results["probe_rows"] = len(train.targets_nK)
-        results |= ranks.on_rank_zero(lambda: _baselines(built, split, train, Probe.of(held_out, built.layout)))
+        valid = test if split == "valid" else _validation_probe(evaluation) or train.none()
+        results |= ranks.on_rank_zero(
+            lambda: _baselines(value_baselines(train, valid, test) | _classical(built, split), test.targets_nK)
+        )
 
 
-def _baselines(built: Built, split: Split, train: Probe, held_out: Probe) -> dict[str, Any]:
+def _baselines(answers: dict[str, Floats], targets_nK: Floats) -> dict[str, Any]:
     """Metrics and intervals of what needs no training but a fit."""
-    answers = value_baselines(train, held_out) | _classical(built, split)
-    targets_nK = held_out.targets_nK
     return {
         "baselines": {name: value_metrics(values, targets_nK, classes=False) for name, values in answers.items()},
         "baseline_intervals": {name: intervals(values, targets_nK, classes=False) for name, values in answers.items()},
@@ -130,9 +138,10 @@ def _classical(built: Built, split: Split) -> dict[str, Floats]:
     labelled = [at for at, examples in enumerate(built.examples("train")) if len(examples.targets())]
     if len(labelled) != 1:
         return {}
-    train, held_out = built.examples("train")[labelled[0]], built.examples(split)[labelled[0]]
+    train, valid, held_out = (built.examples(name)[labelled[0]] for name in ("train", "valid", split))
     names = built.stage.templates[labelled[0]].fields
-    return classical_baselines(train.fields(names), train.targets(), held_out.fields(names))
+    known = Table(train.fields(names), train.targets()), Table(valid.fields(names), valid.targets())
+    return classical_baselines(*known, held_out.fields(names))
 
 
 def _score_tokens(evaluation: Evaluation, results: dict[str, Any], controls: Sequence[Path]) -> None:

@@ -11,13 +11,16 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from tagllm.config import Reads
 from tagllm.data.batch import Batch, Counts, count, in_chunks
 from tagllm.data.collate import Collator, no_batch
 from tagllm.data.dataset import Examples
 from tagllm.data.encode import Example
 from tagllm.data.sampler import Draw
+from tagllm.evaluate.ridge import Rows
 from tagllm.model.loss import Weights
 from tagllm.model.tagged import Output
+from tagllm.tags import states_read
 from tagllm.train.ranks import Ranks, SharedError
 
 Floats = NDArray[np.float32]
@@ -39,13 +42,9 @@ class Pass(NamedTuple):
         """The weighted loss, each term over its count."""
         return sum(w * s / c for w, s, c in zip(weights, self.sums, self.counts, strict=True) if c)
 
-    def features(self, reads: str) -> Floats:
-        """What a head with `reads` sees (n, F)."""
-        return {
-            "last": self.last_nD,
-            "mean": self.mean_nD,
-            "both": np.concatenate([self.last_nD, self.mean_nD], axis=1),
-        }[reads]
+    def rows(self, reads: Reads) -> Rows:
+        """What a head with `reads` is fitted on."""
+        return Rows(np.concatenate(states_read(reads, self.last_nD, self.mean_nD), axis=1), self.targets_nK)
 
 
 def all_draws(sources: Sequence[Examples], limit: int | None = None) -> list[Draw]:

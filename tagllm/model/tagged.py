@@ -19,7 +19,7 @@ from tagllm.model.head import FrozenHead
 from tagllm.model.loss import Sums, value_losses
 from tagllm.model.prefix import Piece, Prefix, PrefixMemory, cut_into_pieces, part_of
 from tagllm.model.rotation import Rotation
-from tagllm.tags import Head, Tag
+from tagllm.tags import Head, Tag, states_read
 from tagllm.template import OUTPUT, SPAN
 
 SMALLEST_SCALE = 1e-4
@@ -62,7 +62,7 @@ class HeadModule(nn.Module):
         self.register_buffer("scale_F", torch.ones_like(head.weight_KF[0]))
 
     def forward(self, last_BD: Tensor, mean_BD: Tensor) -> Tensor:
-        features_BF = {"last": last_BD, "mean": mean_BD, "both": torch.cat([last_BD, mean_BD], dim=1)}[self.spec.reads]
+        features_BF = torch.cat(states_read(self.spec.reads, last_BD, mean_BD), dim=1)
         return ((features_BF - self.center_F) / self.scale_F) @ self.weight_KF.T + self.bias_K
 
     def folded(self, weight_KF: Tensor, bias_K: Tensor) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from tagllm.config import Split
@@ -12,7 +13,7 @@ from tagllm.data.collate import Collator
 from tagllm.evaluate.baselines import Probe
 from tagllm.evaluate.metrics import value_metrics
 from tagllm.evaluate.passes import Floats, Pass, all_draws, run_over
-from tagllm.evaluate.ridge import clearly_better, fit_ridge
+from tagllm.evaluate.ridge import Rows, clearly_better, fit_ridge
 from tagllm.model.tagged import HeadModule, Output
 from tagllm.train.build import Built
 from tagllm.train.engine import Engine
@@ -35,8 +36,8 @@ class GradientFree:
         self.collate = built.collator()
 
     def held_out(self) -> Pass | None:
-        """The validation split through the model as it is; None without such rows."""
-        return self._pass("valid") if any(map(len, self.built.examples("valid"))) else None
+        """The validation split through the model as it is, with what heads read; None without such rows."""
+        return self._pass("valid", features=True) if any(map(len, self.built.examples("valid"))) else None
 
     def loss(self, result: Pass) -> float:
         return result.loss(self.built.stage.weights)
@@ -66,13 +67,13 @@ class GradientFree:
         validation split with the state as it is. Returns the losses there, before and after each
         fit and of what was kept; after a signal the state is as it was."""
         report: dict[str, float] = {}
-        kept = self.engine.learned()
+        kept, valid = self.engine.learned(), held_out
         try:
             for name, head in self._learned_heads().items():
                 if not head.spec.refit:
                     continue
                 before = self.engine.learned()
-                self.engine.overwrite(self._fitted(name, head, limit))
+                self.engine.overwrite(self._fitted(name, head, limit, valid))
                 fitted = self._pass("valid")
                 report |= {f"refit/{name}_before": self.loss(held_out), f"refit/{name}_after": self.loss(fitted)}
                 if clearly_better(_errors(held_out, head), _errors(fitted, head)):
@@ -102,14 +103,16 @@ class GradientFree:
         heads = {name: head for name, head in self.built.model.heads.items() if name in self.built.layout.learned}
         return {n: h for n, h in heads.items() if isinstance(h, HeadModule) and (classes or not h.spec.classes)}
 
-    def _fitted(self, name: str, head: HeadModule, limit: int) -> dict[str, Tensor]:
-        """On standardised targets, since the head undoes the standardisation."""
-        result = self._pass("train", features=True, limit=limit, tag=name)
-        width = head.spec.outputs
-        targets = (result.targets_nK[:, :width] - head.mean_K.cpu().numpy()) / head.std_K.cpu().numpy()
-        fit = fit_ridge(result.features(head.spec.reads), targets)
+    def _fitted(self, name: str, head: HeadModule, limit: int, valid: Pass) -> dict[str, Tensor]:
+        train = self._pass("train", features=True, limit=limit, tag=name)
+        fit = fit_ridge(_rows(train, head), _rows(valid, head).some(self._with_tag("valid", name)))
         own = head.unfolded(torch.from_numpy(fit.weight_KF), torch.from_numpy(fit.bias_K))
         return dict(zip(_keys(name), own, strict=True))
+
+    def _with_tag(self, split: Split, tag: str) -> NDArray[np.bool_]:
+        """Which rows of a pass over the whole split stand in a prompt with this tag."""
+        pairs = zip(self.built.examples(split), self.built.stage.templates, strict=True)
+        return np.concatenate([np.full(len(examples), tag in template.tags) for examples, template in pairs])
 
     def _pass(
         self, split: Split, features: bool = False, limit: int | None = None, tag: str | None = None,
@@ -122,6 +125,13 @@ class GradientFree:
         with self.engine.evaluating():
             draws = all_draws(sources, limit)
             return run_over(self._forward, sources, draws, collate or self.collate, self.ranks, size, features)
+
+
+def _rows(result: Pass, head: HeadModule) -> Rows:
+    """With standardised targets, since the head undoes the standardisation."""
+    features_nF, targets_nK = result.rows(head.spec.reads)
+    mean_K, std_K = head.mean_K.cpu().numpy(), head.std_K.cpu().numpy()
+    return Rows(features_nF, (targets_nK[:, : head.spec.outputs] - mean_K) / std_K)
 
 
 def _errors(result: Pass, head: HeadModule) -> Floats:
