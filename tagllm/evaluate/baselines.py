@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple, get_args
 
@@ -35,6 +36,10 @@ class Probe(NamedTuple):
     def rows(self, reads: Reads) -> Rows:
         """What a ridge on these states is fitted on."""
         return Rows(np.concatenate(states_read(reads, self.last_nD, self.mean_nD), axis=1), self.targets_nK)
+
+    @classmethod
+    def together(cls, probes: Sequence[Probe]) -> Probe:
+        return cls(*(np.concatenate(column) for column in zip(*probes, strict=True)))
 
     def none(self) -> Probe:
         """The same of no row."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -62,9 +64,16 @@ class GradientFree:
             head.set_scale_of(torch.from_numpy(mean_nD))
             self.engine.overwrite(dict(zip(keys, head.unfolded(*raw), strict=True)))
 
-    def refit_heads(self, held_out: Pass, limit: int = FIT_ROWS) -> dict[str, float]:
-        """Closed-form fit on `limit` training rows, kept unless the trained head is clearly better on `held_out`, the
-        validation split with the state as it is. Returns the losses there, before and after each
+    def seen_by_heads(self, limit: int = SOME_ROWS, probing: bool = False) -> dict[str, Pass]:
+        """What each head to be refitted reads of up to `limit` training rows. `probing` serves ridge baselines too: of
+        every learned head, with the state before the function tag."""
+        collate = self.collate.probing() if probing else self.collate
+        names = [name for name, head in self._learned_heads().items() if probing or head.spec.refit]
+        return {name: self._pass("train", features=True, limit=limit, tag=name, collate=collate) for name in names}
+
+    def refit_heads(self, held_out: Pass, seen: Mapping[str, Pass]) -> dict[str, float]:
+        """Closed-form fits on training rows as `seen_by_heads`, each kept unless the trained head is clearly better on
+        `held_out`, the validation split with the state as it is. Returns the losses there, before and after each
         fit and of what was kept; after a signal the state is as it was."""
         report: dict[str, float] = {}
         kept, valid = self.engine.learned(), held_out
@@ -73,7 +82,7 @@ class GradientFree:
                 if not head.spec.refit:
                     continue
                 before = self.engine.learned()
-                self.engine.overwrite(self._fitted(name, head, limit, valid))
+                self.engine.overwrite(self._fitted(name, head, seen[name], valid))
                 fitted = self._pass("valid")
                 report |= {f"refit/{name}_before": self.loss(held_out), f"refit/{name}_after": self.loss(fitted)}
                 if clearly_better(_errors(held_out, head), _errors(fitted, head)):
@@ -85,13 +94,9 @@ class GradientFree:
             raise
         return report | {"valid/loss_refitted": self.loss(held_out)}
 
-    def probe(self) -> Probe | None:
-        """Features for the ridge baselines of eval, cheap while prefixes are remembered; None without such a head."""
-        if not self._learned_heads():
-            return None
-        return Probe.of(
-            self._pass("train", features=True, limit=FIT_ROWS, collate=self.collate.probing()), self.built.layout
-        )
+    def probe(self, seen: Mapping[str, Pass]) -> Probe | None:
+        """Features for the ridge baselines of eval, of passes that were `probing`; None without such a head."""
+        return Probe.together([Probe.of(one, self.built.layout) for one in seen.values()]) if seen else None
 
     def _forward(self, batch: Batch) -> Output:
         if self.ranks.sum([float(self.stop.requested)])[0]:
@@ -103,8 +108,7 @@ class GradientFree:
         heads = {name: head for name, head in self.built.model.heads.items() if name in self.built.layout.learned}
         return {n: h for n, h in heads.items() if isinstance(h, HeadModule) and (classes or not h.spec.classes)}
 
-    def _fitted(self, name: str, head: HeadModule, limit: int, valid: Pass) -> dict[str, Tensor]:
-        train = self._pass("train", features=True, limit=limit, tag=name)
+    def _fitted(self, name: str, head: HeadModule, train: Pass, valid: Pass) -> dict[str, Tensor]:
         fit = fit_ridge(_rows(train, head), _rows(valid, head).some(self._with_tag("valid", name)))
         own = head.unfolded(torch.from_numpy(fit.weight_KF), torch.from_numpy(fit.bias_K))
         return dict(zip(_keys(name), own, strict=True))

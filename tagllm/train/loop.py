@@ -17,7 +17,7 @@ from tagllm.train import checkpoint
 from tagllm.train.build import Built, build
 from tagllm.train.contact import in_contact
 from tagllm.train.engine import Engine, sharding
-from tagllm.train.gradient_free import SOME_ROWS, GradientFree
+from tagllm.train.gradient_free import FIT_ROWS, GradientFree
 from tagllm.train.monitor import Monitor, peak_memory_gib, row_norms
 from tagllm.train.placement import placed
 from tagllm.train.ranks import Ranks, SharedError
@@ -161,7 +161,7 @@ class Trainer:
         if held_out is None:
             self.monitor.log(self.at, norms)
             return
-        refitted = self.gradient_free.refit_heads(held_out, SOME_ROWS)
+        refitted = self.gradient_free.refit_heads(held_out, self.gradient_free.seen_by_heads())
         self.engine.overwrite(learned)
         scalars = self.gradient_free.scalars(held_out) | refitted
         self.monitor.log(self.at, scalars | norms)
@@ -187,9 +187,9 @@ class Trainer:
         if self.best:
             self.engine.overwrite(self.best)
         try:
-            held_out = self.gradient_free.held_out()
-            scalars = {} if held_out is None else self.gradient_free.refit_heads(held_out)
-            result, probe = self.engine.learned(), self.gradient_free.probe()
+            held_out, seen = self.gradient_free.held_out(), self.gradient_free.seen_by_heads(FIT_ROWS, probing=True)
+            scalars = {} if held_out is None else self.gradient_free.refit_heads(held_out, seen)
+            result, probe = self.engine.learned(), self.gradient_free.probe(seen)
         except StopAsked:
             self.engine.overwrite(last)
             raise
