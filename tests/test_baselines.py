@@ -122,7 +122,7 @@ def test_the_closed_form_head_is_kept_unless_the_trained_one_is_clearly_better(t
     after_n = ((values(model, valid) - expected) ** 2).mean(dim=1)
     assert loss == pytest.approx(float(after_n.mean()))
     assert kept, f"{before_n.mean()} of a head that knows nothing, {after_n.mean()} of the fit"
-    known = torch.cat([valid.features(task.head.spec.reads), torch.ones(len(expected), 1)], dim=1)
+    known = torch.cat([torch.from_numpy(valid.rows(model.head).features_nF), torch.ones(len(expected), 1)], dim=1)
     answer = torch.linalg.lstsq(known, expected, driver="gelsd").solution.T
     weight_KF, bias_K = model.head.unfolded(answer[:, :-1], answer[:, -1])
     model.overwrite(model.learned() | {"head.weight_KF": weight_KF, "head.bias_K": bias_K})

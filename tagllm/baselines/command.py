@@ -15,7 +15,7 @@ from tagllm.baselines.adapt import ALPHA, RANK, Adapted, require_peft
 from tagllm.baselines.methods import METHODS, Method
 from tagllm.baselines.record import FOLDER, Record, update_results
 from tagllm.baselines.task import Task, open_task
-from tagllm.baselines.train import Trained, see, train, values
+from tagllm.baselines.train import LOOKS, Trained, see, train, values
 from tagllm.errors import UserError, did_you_mean
 from tagllm.evaluate.metrics import intervals, value_metrics
 from tagllm.files import RunLock
@@ -94,7 +94,8 @@ def _compare(task: Task, method: Method, request: Request) -> None:
     for rate in rates:
         entry = record.entry("tuning", str(rate))
         if entry is None:
-            _, trained = _train(task, method, virtual, rate, budget_s * request.tune_share, task.config.seed)
+            seconds = budget_s * request.tune_share
+            _, trained = _train(task, method, virtual, rate, seconds, task.config.seed, looks=1)
             entry = trained._asdict()
             record.add("tuning", str(rate), entry)
         losses[rate] = entry["valid_loss"]
@@ -137,10 +138,10 @@ def _final(task: Task, method: Method, request: Request, record: Record, rate: f
 
 
 def _train(
-    task: Task, method: Method, virtual: int, rate: float, budget_s: float, seed: int
+    task: Task, method: Method, virtual: int, rate: float, budget_s: float, seed: int, looks: int = LOOKS
 ) -> tuple[Adapted, Trained]:
     model = Adapted(task.backbone.model, method, task.head, virtual, seed)
-    return model, train(model, task, method, rate, budget_s, seed)
+    return model, train(model, task, method, rate, budget_s, seed, looks)
 
 
 def _pace(entry: dict[str, Any]) -> str:

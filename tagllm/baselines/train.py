@@ -33,7 +33,8 @@ MOST_EPOCHS = 4
 """Times those of the run: more would only overfit what time is left over."""
 WARM_UP, MEASURED = 1, 3
 """Steps that are not timed, and after how many more the length of the run is known."""
-EVALUATIONS = 4
+LOOKS = 4
+"""At the validation split, the end among them; each costs a pass over the training rows too."""
 
 
 class Seen(NamedTuple):
@@ -80,8 +81,10 @@ class Clock:
         return min(self.most_steps, at + int(left / (sum(timed) / len(timed))))
 
 
-def train(model: Adapted, task: Task, method: Method, rate: float, budget_s: float, seed: int) -> Trained:
-    """Leaves `model` in the state that is best on validation with its head refitted: four times it is looked at."""
+def train(
+    model: Adapted, task: Task, method: Method, rate: float, budget_s: float, seed: int, looks: int = LOOKS
+) -> Trained:
+    """Leaves `model` in the state that is best on validation with its head refitted; so many `looks` are taken."""
     config, untagged = task.config, task.untagged(method)
     valid, optim = task.rows("valid", method), config.optim
     rows = StepRows(config.model_copy(update={"seed": seed}), task.data.splits["train"], 0, 1)
@@ -98,16 +101,20 @@ def train(model: Adapted, task: Task, method: Method, rate: float, budget_s: flo
         skipped += not step(model, optimizer, batches, optim.clip)
         clock.seconds.append(time.perf_counter() - began)
         done, total = at + 1, clock.total()
-        if done >= total or done * EVALUATIONS >= (evaluated + 1) * total:
-            evaluated = done * EVALUATIONS // total
+        if done < total and done * looks >= (evaluated + 1) * total:
+            evaluated = done * looks // total
             learned = model.learned()
             _, loss = refit(model, task, method, see(model, valid, config.evaluation.rows_per_batch), SOME_ROWS)
             model.overwrite(learned)
             if loss < best_loss:
                 best_loss, best_step, best = loss, done, learned
-    model.overwrite(best)
-    refitted, loss = refit(model, task, method, see(model, valid, config.evaluation.rows_per_batch))
     steps = len(clock.seconds)
+    refitted, loss = refit(model, task, method, see(model, valid, config.evaluation.rows_per_batch))
+    if best_loss < loss:
+        model.overwrite(best)
+        refitted, loss = refit(model, task, method, see(model, valid, config.evaluation.rows_per_batch))
+    else:
+        best_step = steps
     learns = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return Trained(loss, best_step, refitted, steps, steps * optim.rows_per_step, skipped, sum(clock.seconds), learns)
 
