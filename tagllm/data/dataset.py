@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import uuid
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -97,7 +98,9 @@ class Prompts(NamedTuple):
         return digest_of([FORMAT, layout, tokenizer_digest(self.tokenizer), self.max_tokens])
 
 
+@lru_cache(maxsize=8)
 def tokenizer_digest(tokenizer: Any) -> str:
+    """Computed once for each tokenizer: every checkpoint names it, and writing its vocabulary out takes 0.1 s."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return digest_of(backend.to_str() if backend else sorted(tokenizer.get_vocab().items()))
 
