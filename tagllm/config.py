@@ -38,6 +38,7 @@ class BackboneConfig(Section):
 
 
 Reads = Literal["last", "mean", "both"]
+Kernels = Literal["linear", "rbf"]
 
 
 class HeadConfig(Section):
@@ -48,6 +49,11 @@ class HeadConfig(Section):
     classes: list[str] | None = None
     reads: Reads = "last"
     """The hidden state of the tag's last row, the mean over the domain spans before it, or both side by side."""
+    kernel: Kernels = "linear"
+    """`rbf`: closed-form fits may take a Gaussian kernel of what the head reads, where that answers validation better.
+    Tags still learn through the linear head."""
+    landmarks: Count = 2048
+    """Training rows that the kernel is seen from; the library holds what they read."""
     refit: bool = True
     """Fit in closed form at each evaluation and at the end, and keep that unless the trained head is better on
     validation by more than chance (regression only)."""

@@ -1,6 +1,6 @@
-"""Tags, heads and the library they are kept in: names <-> rows, initial values, saving, loading, adding.
+"""Tags and the library they are kept in: names <-> rows, initial values, saving, loading, adding.
 
-Shapes: p rows of a tag, D hidden size, K outputs of a head, F features a head reads (D, or 2 D for `both`).
+Shapes: p rows of a tag, D hidden size.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from tagllm.config import HeadConfig, Reads
+from tagllm.config import HeadConfig
 from tagllm.errors import UserError, did_you_mean
 from tagllm.files import (
     DamagedFile,
@@ -28,35 +28,10 @@ from tagllm.files import (
     sha256_file,
     write_durably,
 )
+from tagllm.head import Head, Kernel, num_features
 
 FORMAT = 1
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
-
-
-T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Head:
-    """A linear map from hidden states to standardised targets; `mean` and `std` undo the standardisation."""
-
-    spec: HeadConfig
-    weight_KF: Tensor
-    bias_K: Tensor
-    mean_K: Tensor
-    std_K: Tensor
-
-    @classmethod
-    def new(cls, spec: HeadConfig, hidden_size: int) -> Head:
-        features = hidden_size * (2 if spec.reads == "both" else 1)
-        outputs = spec.outputs
-        zeros = torch.zeros(outputs)
-        return cls(spec, torch.zeros(outputs, features), zeros, zeros.clone(), torch.ones(outputs))
-
-
-def states_read(reads: Reads, last: T, mean: T) -> tuple[T, ...]:
-    """What a head with `reads` sees side by side, of the state at its position and the mean over the fields."""
-    return {"last": (last,), "mean": (mean,), "both": (last, mean)}[reads]
 
 
 @dataclass(frozen=True)
@@ -124,8 +99,8 @@ class TagLibrary:
         for tag in self.tags.values():
             tensors[f"{tag.name}.rows"] = tag.rows_PD.float().contiguous()
             if tag.head is not None:
-                for part in ("weight_KF", "bias_K", "mean_K", "std_K"):
-                    tensors[f"{tag.name}.head.{part[:-2].rstrip('_')}"] = getattr(tag.head, part).float().contiguous()
+                for part, tensor in tag.head.tensors().items():
+                    tensors[f"{tag.name}.head.{part}"] = tensor.float().contiguous()
         save_tensors(temporary / "tags.safetensors", tensors)
         document = {
             "format": FORMAT,
@@ -237,14 +212,22 @@ def _rebuild(
     head = None
     if described["head"] is not None:
         spec = HeadConfig(**described["head"])
-        features = backbone.hidden_size * (2 if spec.reads == "both" else 1)
-        outputs = spec.outputs
+        features, outputs = num_features(spec, backbone.hidden_size), spec.outputs
+        kernel = None
+        if (landmarks := tensors.get(f"{name}.head.landmarks")) is not None:
+            num = len(landmarks)
+            kernel = Kernel(
+                tensor("head.landmarks", num, features),
+                tensor("head.width", features),
+                tensor("head.kernel_weight", outputs, num),
+            )
         head = Head(
             spec,
             tensor("head.weight", outputs, features),
             tensor("head.bias", outputs),
             tensor("head.mean", outputs),
             tensor("head.std", outputs),
+            kernel,
         )
     return Tag(name, described["kind"], rows, head, dict(described["about"]))
 

@@ -13,7 +13,7 @@ from tagllm.baselines.adapt import Adapted
 from tagllm.baselines.methods import METHODS
 from tagllm.baselines.prompts import Row, pad
 from tagllm.baselines.task import Task, open_task
-from tagllm.baselines.train import Clock, refit, see, step, values
+from tagllm.baselines.train import Clock, errors, refit, see, step
 from tagllm.config import BackboneConfig
 from tests.test_cli import Run, config, fails, folder, run
 
@@ -116,22 +116,17 @@ def test_the_closed_form_head_is_kept_unless_the_trained_one_is_clearly_better(t
     method = METHODS["lora"]
     model = Adapted(task.backbone.model, method, task.head, 0, seed=0)
     valid = see(model, task.rows("valid", method), 8)
-    expected = _standardised(task, valid.targets_nK)
-    before_n = ((values(model, valid) - expected) ** 2).mean(dim=1)
-    kept, loss = refit(model, task, method, valid)
-    after_n = ((values(model, valid) - expected) ** 2).mean(dim=1)
-    assert loss == pytest.approx(float(after_n.mean()))
-    assert kept, f"{before_n.mean()} of a head that knows nothing, {after_n.mean()} of the fit"
-    known = torch.cat([torch.from_numpy(valid.rows(model.head).features_nF), torch.ones(len(expected), 1)], dim=1)
+    expected = (valid.targets_nK - task.head.mean_K) / task.head.std_K
+    before_n = errors(model.head.as_head(), valid)
+    head, kept, loss = refit(model, task, method, valid)
+    assert loss == pytest.approx(float(errors(head, valid).mean()))
+    assert kept, f"{before_n.mean()} of a head that knows nothing, {loss} of the fit"
+    known = torch.cat([torch.from_numpy(valid.rows(head.spec).features_nF), torch.ones(len(expected), 1)], dim=1)
     answer = torch.linalg.lstsq(known, expected, driver="gelsd").solution.T
     weight_KF, bias_K = model.head.unfolded(answer[:, :-1], answer[:, -1])
     model.overwrite(model.learned() | {"head.weight_KF": weight_KF, "head.bias_K": bias_K})
-    kept, loss = refit(model, task, method, valid)
+    _, kept, loss = refit(model, task, method, valid)
     assert not kept and loss < 0.01, "it knew every answer of the validation split"
-
-
-def _standardised(task: Task, targets_nK: torch.Tensor) -> torch.Tensor:
-    return (targets_nK - task.head.mean_K) / task.head.std_K
 
 
 def test_the_clock_stops_at_the_budget() -> None:

@@ -19,9 +19,10 @@ from tagllm.compose import CaseConfig, ComposeConfig, PromptConfig, check
 from tagllm.config import RunConfig
 from tagllm.config_file import load_as, load_config
 from tagllm.errors import UserError
+from tagllm.head import Head
 from tagllm.stage import read_stage
 from tagllm.sweep.points import Sweep
-from tagllm.tags import BackboneIdentity, Head, Tag, TagLibrary
+from tagllm.tags import BackboneIdentity, Tag, TagLibrary
 
 ROOT = Path(__file__).parents[1]
 VARIANTS = sorted((ROOT / "configs" / "variants").glob("*.yaml"))

@@ -12,7 +12,7 @@ import torch
 from tagllm.config import RunConfig
 from tagllm.config_file import parse_config
 from tagllm.model.backbone import weights_digest
-from tagllm.model.tagged import HeadModule
+from tagllm.model.value_head import HeadModule
 from tagllm.stage import read_stage
 from tagllm.tags import TagLibrary
 from tagllm.train.build import Built, build

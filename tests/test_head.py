@@ -11,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tagllm.config import HeadConfig
-from tagllm.model.tagged import HeadModule
-from tagllm.tags import Head, TagLibrary
+from tagllm.head import Head
+from tagllm.model.value_head import HeadModule
+from tagllm.tags import TagLibrary
 from tests import tiny
 from tests.test_cli import Run, config, folder, run
 

@@ -14,11 +14,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tagllm.config import HeadConfig
 from tagllm.data.collate import Collator
 from tagllm.data.encode import Example, TagLayout
+from tagllm.head import Head
 from tagllm.model.attention import plain_attention
 from tagllm.model.frozen import make_frozen_aware
 from tagllm.model.loss import Weights
 from tagllm.model.tagged import TaggedModel
-from tagllm.tags import Head, Tag
+from tagllm.tags import Tag
 from tagllm.template import OUTPUT, SPAN, TAG, TEXT
 from tests import tiny
 from tests.test_prefix import drawn_mask

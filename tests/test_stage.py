@@ -11,9 +11,10 @@ import torch
 from tagllm.config import HeadConfig, RunConfig
 from tagllm.config_file import parse_config
 from tagllm.errors import UserError
+from tagllm.head import Head
 from tagllm.model.loss import Weights
 from tagllm.stage import check_world, read_stage
-from tagllm.tags import BackboneIdentity, Head, Tag, TagLibrary
+from tagllm.tags import BackboneIdentity, Tag, TagLibrary
 from tagllm.template import OUTPUT, SPAN
 
 FUNCTION = {"kind": "function"}

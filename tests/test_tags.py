@@ -13,7 +13,8 @@ from tagllm import files
 from tagllm.config import HeadConfig
 from tagllm.errors import UserError
 from tagllm.files import DamagedFile
-from tagllm.tags import BackboneIdentity, Head, Tag, TagLibrary, initial_rows
+from tagllm.head import Head
+from tagllm.tags import BackboneIdentity, Tag, TagLibrary, initial_rows
 
 D = 16
 BACKBONE = BackboneIdentity("models/one", "llama", D, 96, "a1b2" * 16)

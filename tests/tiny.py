@@ -24,11 +24,12 @@ from tagllm.config import HeadConfig
 from tagllm.data.batch import Batch, count
 from tagllm.data.collate import Collator
 from tagllm.data.encode import Example, TagLayout
+from tagllm.head import Head
 from tagllm.model.frozen import make_frozen_aware
 from tagllm.model.loss import Weights, total
 from tagllm.model.prefix import PrefixMemory
 from tagllm.model.tagged import Output, TaggedModel
-from tagllm.tags import Head, Tag
+from tagllm.tags import Tag
 from tagllm.template import OUTPUT, SPAN, TAG, TEXT
 
 VOCABULARY, HIDDEN = 96, 32

@@ -16,8 +16,8 @@ from tagllm.baselines.methods import Method
 from tagllm.baselines.plain import twin
 from tagllm.baselines.prompts import Padded
 from tagllm.errors import UserError
-from tagllm.model.tagged import HeadModule
-from tagllm.tags import Head
+from tagllm.head import Head
+from tagllm.model.value_head import HeadModule
 
 RANK, ALPHA = 8, 16
 

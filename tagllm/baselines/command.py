@@ -15,10 +15,12 @@ from tagllm.baselines.adapt import ALPHA, RANK, Adapted, require_peft
 from tagllm.baselines.methods import METHODS, Method
 from tagllm.baselines.record import FOLDER, Record, update_results
 from tagllm.baselines.task import Task, open_task
-from tagllm.baselines.train import LOOKS, Trained, see, train, values
+from tagllm.baselines.train import LOOKS, Trained, see, train
 from tagllm.errors import UserError, did_you_mean
+from tagllm.evaluate.closed_form import answers_of
 from tagllm.evaluate.metrics import intervals, value_metrics
 from tagllm.files import RunLock
+from tagllm.head import Head
 from tagllm.origin import origin
 from tagllm.train.monitor import peak_memory_gib
 from tagllm.train.run_folder import read_config
@@ -95,7 +97,7 @@ def _compare(task: Task, method: Method, request: Request) -> None:
         entry = record.entry("tuning", str(rate))
         if entry is None:
             seconds = budget_s * request.tune_share
-            _, trained = _train(task, method, virtual, rate, seconds, task.config.seed, looks=1)
+            _, trained, _ = _train(task, method, virtual, rate, seconds, task.config.seed, looks=1)
             entry = trained._asdict()
             record.add("tuning", str(rate), entry)
         losses[rate] = entry["valid_loss"]
@@ -124,10 +126,9 @@ def _final(task: Task, method: Method, request: Request, record: Record, rate: f
     if entry is None:
         settings = record.document["settings"]
         virtual = settings.get("virtual", 0)
-        model, trained = _train(task, method, virtual, rate, settings["budget_s"], seed)
-        test = see(model, task.rows("test", method), task.config.evaluation.rows_per_batch)
-        answer_nK = model.head.unstandardise(values(model, test).to(model.head.mean_K.device)).cpu().numpy()
-        targets_nK = test.targets_nK.numpy()
+        model, trained, head = _train(task, method, virtual, rate, settings["budget_s"], seed)
+        test = see(model, task.rows("test", method), task.config.evaluation.rows_per_batch).rows(head.spec)
+        answer_nK, targets_nK = answers_of(head, test.features_nF), test.targets_nK
         entry = trained._asdict() | {
             "metrics": value_metrics(answer_nK, targets_nK, classes=False),
             "intervals": intervals(answer_nK, targets_nK, classes=False),
@@ -139,9 +140,9 @@ def _final(task: Task, method: Method, request: Request, record: Record, rate: f
 
 def _train(
     task: Task, method: Method, virtual: int, rate: float, budget_s: float, seed: int, looks: int = LOOKS
-) -> tuple[Adapted, Trained]:
+) -> tuple[Adapted, Trained, Head]:
     model = Adapted(task.backbone.model, method, task.head, virtual, seed)
-    return model, train(model, task, method, rate, budget_s, seed, looks)
+    return model, *train(model, task, method, rate, budget_s, seed, looks)
 
 
 def _pace(entry: dict[str, Any]) -> str:

@@ -16,9 +16,10 @@ from tagllm.data.encode import TagLayout
 from tagllm.errors import UserError
 from tagllm.evaluate.held_out import require_same_rows
 from tagllm.evaluate.passes import all_draws
+from tagllm.head import Head
 from tagllm.model.backbone import Backbone
 from tagllm.stage import Stage, stage_of_run
-from tagllm.tags import Head, TagLibrary
+from tagllm.tags import TagLibrary
 from tagllm.train.build import prepare_on_all
 from tagllm.train.ranks import Ranks
 from tagllm.train.run_folder import RunFolder, read_config, training_seconds

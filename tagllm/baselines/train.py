@@ -20,10 +20,11 @@ from tagllm.baselines.adapt import Adapted
 from tagllm.baselines.methods import Method
 from tagllm.baselines.prompts import Row, pad
 from tagllm.baselines.task import Task
-from tagllm.evaluate.ridge import Rows, clearly_better, fit_ridge
+from tagllm.config import HeadConfig
+from tagllm.evaluate.closed_form import answers_of, fit_head
+from tagllm.evaluate.ridge import Rows, clearly_better
+from tagllm.head import Head, states_read
 from tagllm.model.loss import value_losses
-from tagllm.model.tagged import HeadModule
-from tagllm.tags import states_read
 from tagllm.train.gradient_free import FIT_ROWS, SCALE_ROWS, SOME_ROWS
 from tagllm.train.rows import StepRows
 from tagllm.train.schedule import lr_factor, total_steps
@@ -44,10 +45,10 @@ class Seen(NamedTuple):
     mean_nD: Tensor
     targets_nK: Tensor
 
-    def rows(self, head: HeadModule) -> Rows:
-        """What this head is fitted on, with standardised targets."""
-        features_nF = torch.cat(states_read(head.spec.reads, self.last_nD, self.mean_nD), dim=1)
-        return Rows(features_nF.numpy(), _standardised(head, self).numpy())
+    def rows(self, spec: HeadConfig) -> Rows:
+        """What a head is fitted on."""
+        features_nF = torch.cat(states_read(spec.reads, self.last_nD, self.mean_nD), dim=1)
+        return Rows(features_nF.numpy(), self.targets_nK.numpy())
 
 
 class Trained(NamedTuple):
@@ -83,8 +84,9 @@ class Clock:
 
 def train(
     model: Adapted, task: Task, method: Method, rate: float, budget_s: float, seed: int, looks: int = LOOKS
-) -> Trained:
-    """Leaves `model` in the state that is best on validation with its head refitted; so many `looks` are taken."""
+) -> tuple[Trained, Head]:
+    """Leaves `model` in the state that is best on validation with its head refitted, which comes with it; so many
+    `looks` are taken."""
     config, untagged = task.config, task.untagged(method)
     valid, optim = task.rows("valid", method), config.optim
     rows = StepRows(config.model_copy(update={"seed": seed}), task.data.splits["train"], 0, 1)
@@ -103,20 +105,19 @@ def train(
         done, total = at + 1, clock.total()
         if done < total and done * looks >= (evaluated + 1) * total:
             evaluated = done * looks // total
-            learned = model.learned()
-            _, loss = refit(model, task, method, see(model, valid, config.evaluation.rows_per_batch), SOME_ROWS)
-            model.overwrite(learned)
+            _, _, loss = refit(model, task, method, see(model, valid, config.evaluation.rows_per_batch), SOME_ROWS)
             if loss < best_loss:
-                best_loss, best_step, best = loss, done, learned
+                best_loss, best_step, best = loss, done, model.learned()
     steps = len(clock.seconds)
-    refitted, loss = refit(model, task, method, see(model, valid, config.evaluation.rows_per_batch))
+    head, refitted, loss = refit(model, task, method, see(model, valid, config.evaluation.rows_per_batch))
     if best_loss < loss:
         model.overwrite(best)
-        refitted, loss = refit(model, task, method, see(model, valid, config.evaluation.rows_per_batch))
+        head, refitted, loss = refit(model, task, method, see(model, valid, config.evaluation.rows_per_batch))
     else:
         best_step = steps
     learns = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    return Trained(loss, best_step, refitted, steps, steps * optim.rows_per_step, skipped, sum(clock.seconds), learns)
+    rows_seen, seconds = steps * optim.rows_per_step, sum(clock.seconds)
+    return Trained(loss, best_step, refitted, steps, rows_seen, skipped, seconds, learns), head
 
 
 def step(
@@ -151,18 +152,12 @@ def see(model: Adapted, rows: Sequence[Row], rows_per_batch: int) -> Seen:
     return Seen(*(torch.cat(column)[back] for column in zip(*parts, strict=True)))
 
 
-@torch.no_grad()
-def values(model: Adapted, seen: Seen) -> Tensor:
-    """What the head answers (n, K), standardised, on the CPU."""
-    device = model.head.bias_K.device
-    answer_nK: Tensor = model.head(seen.last_nD.to(device), seen.mean_nD.to(device))
-    return answer_nK.cpu()
-
-
-def errors(model: Adapted, seen: Seen) -> Floats:
+def errors(head: Head, seen: Seen) -> Floats:
     """Squared error (n) of each row, standardised."""
-    errors_n: Floats = ((values(model, seen) - _standardised(model.head, seen)) ** 2).mean(dim=1).numpy()
-    return np.nan_to_num(errors_n, nan=np.inf, posinf=np.inf)
+    features_nF, targets_nK = seen.rows(head.spec)
+    error_nK = (answers_of(head, features_nF) - targets_nK) / head.std_K.numpy()
+    errors_n: Floats = np.nan_to_num((error_nK**2).mean(axis=1), nan=np.inf, posinf=np.inf)
+    return errors_n
 
 
 def scale_head(model: Adapted, task: Task, method: Method) -> None:
@@ -172,32 +167,20 @@ def scale_head(model: Adapted, task: Task, method: Method) -> None:
         model.head.set_scale_of(see(model, rows, task.config.evaluation.rows_per_batch).mean_nD)
 
 
-def refit(
-    model: Adapted, task: Task, method: Method, valid: Seen, limit: int = FIT_ROWS
-) -> tuple[bool, float]:  # fmt: skip
-    """Fits the head in closed form on `limit` training rows and keeps it unless the trained one is clearly better on
-    validation, as the run does. Returns whether it was kept, and the loss on validation."""
-    before = errors(model, valid)
-    if not model.head.spec.refit:
-        return False, float(before.mean())
+def refit(model: Adapted, task: Task, method: Method, valid: Seen, limit: int = FIT_ROWS) -> tuple[Head, bool, float]:
+    """The head as it is to be used: fitted in closed form on `limit` training rows, unless the trained one is clearly
+    better on validation, as the run does. Whether it is the fit, and the loss on validation. The model stays as it is.
+    """
+    trained = model.head.as_head()
+    before = errors(trained, valid)
+    if not trained.spec.refit:
+        return trained, False, float(before.mean())
     train = see(model, task.rows("train", method, limit), task.config.evaluation.rows_per_batch)
-    kept = model.learned()
-    model.overwrite(_fitted(model.head, train, valid))
-    after = errors(model, valid)
-    if not clearly_better(before, after):
-        return True, float(after.mean())
-    model.overwrite(kept)
-    return False, float(before.mean())
-
-
-def _fitted(head: HeadModule, train: Seen, valid: Seen) -> dict[str, Tensor]:
-    fit = fit_ridge(train.rows(head), valid.rows(head))
-    weight_KF, bias_K = head.unfolded(torch.from_numpy(fit.weight_KF), torch.from_numpy(fit.bias_K))
-    return {"head.weight_KF": weight_KF, "head.bias_K": bias_K}
-
-
-def _standardised(head: HeadModule, seen: Seen) -> Tensor:
-    return (seen.targets_nK - head.mean_K.cpu()) / head.std_K.cpu()
+    fit = fit_head(task.head, train.rows(trained.spec), valid.rows(trained.spec))
+    after = errors(fit, valid)
+    if clearly_better(before, after):
+        return trained, False, float(before.mean())
+    return fit, True, float(after.mean())
 
 
 def _moved(batch: Any, model: Adapted) -> Any:

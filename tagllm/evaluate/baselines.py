@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, get_args
 
 import numpy as np
 import torch
 
-from tagllm.config import Reads
+from tagllm.config import HeadConfig, Kernels, Reads
 from tagllm.data.encode import TagLayout
+from tagllm.evaluate.closed_form import answers_of, fit_head
 from tagllm.evaluate.passes import Floats, Pass
-from tagllm.evaluate.ridge import Rows, fit_ridge
+from tagllm.evaluate.ridge import Rows
 from tagllm.files import load_tensors, replace_file, save_tensors
-from tagllm.tags import states_read
+from tagllm.head import Head, states_read
 
 
 class Probe(NamedTuple):
@@ -55,13 +57,22 @@ class Probe(NamedTuple):
         return cls(**{name: tensor.numpy() for name, tensor in load_tensors(path).items()})
 
 
-def value_baselines(train: Probe, valid: Probe, held_out: Probe) -> dict[str, Floats]:
+def value_baselines(train: Probe, valid: Probe, held_out: Probe, head: HeadConfig) -> dict[str, Floats]:
     """What predict-the-mean answers to the held-out rows (n, K), and ridge on the hidden state right before the
-    function tag (`ridge_last`), averaged over the fields (`ridge_mean`), or both side by side; penalties are chosen
-    on the validation rows."""
+    function tag (`ridge_last`), averaged over the fields (`ridge_mean`), or both side by side; where the head of the
+    run may have a kernel, so may they (`kernel_last`, ...). What has to be chosen is chosen on the validation rows."""
     mean_1K = train.targets_nK.mean(axis=0, keepdims=True)
     found = {"predict_mean": np.repeat(mean_1K, len(held_out.targets_nK), axis=0)}
-    for reads in get_args(Reads):
-        fit = fit_ridge(train.rows(reads), valid.rows(reads))
-        found[f"ridge_{reads}"] = fit.predict(held_out.rows(reads).features_nF)
+    kernels: list[tuple[str, Kernels]] = [("ridge", "linear"), ("kernel", "rbf")]
+    for name, kernel in kernels[: 1 + (head.kernel == "rbf")]:
+        for reads in get_args(Reads):
+            spec = HeadConfig(outputs=mean_1K.shape[1], reads=reads, kernel=kernel, landmarks=head.landmarks)
+            probe = fit_head(_blank(spec, train), train.rows(reads), valid.rows(reads))
+            found[f"{name}_{reads}"] = answers_of(probe, held_out.rows(reads).features_nF)
     return found
+
+
+def _blank(spec: HeadConfig, train: Probe) -> Head:
+    mean_K, std_K = train.targets_nK.mean(axis=0), train.targets_nK.std(axis=0)
+    head = Head.new(spec, train.mean_nD.shape[1])
+    return replace(head, mean_K=torch.from_numpy(mean_K), std_K=torch.from_numpy(std_K).clamp(min=1e-12))

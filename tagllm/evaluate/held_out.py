@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -120,9 +121,9 @@ def _score_values(evaluation: Evaluation, run: Path, probe: Path | None, results
         train, test = _training_probe(evaluation, probe), Probe.of(held_out, built.layout)
         results["probe_rows"] = len(train.targets_nK)
         valid = test if split == "valid" else _validation_probe(evaluation) or train.none()
-        results |= ranks.on_rank_zero(
-            lambda: _baselines(value_baselines(train, valid, test) | _classical(built, split), test.targets_nK)
-        )
+        spec = max(built.layout.heads.values(), key=lambda head: head.kernel)  # "rbf" comes behind "linear"
+        probes = partial(value_baselines, train, valid, test, spec)
+        results |= ranks.on_rank_zero(lambda: _baselines(probes() | _classical(built, split), test.targets_nK))
 
 
 def _baselines(answers: dict[str, Floats], targets_nK: Floats) -> dict[str, Any]:

@@ -11,16 +11,17 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tagllm.config import Reads
+from tagllm.config import HeadConfig
 from tagllm.data.batch import Batch, Counts, count, in_chunks
 from tagllm.data.collate import Collator, no_batch
 from tagllm.data.dataset import Examples
 from tagllm.data.encode import Example
 from tagllm.data.sampler import Draw
+from tagllm.evaluate.closed_form import answers_of
 from tagllm.evaluate.ridge import Rows
+from tagllm.head import Head, states_read
 from tagllm.model.loss import Weights
 from tagllm.model.tagged import Output
-from tagllm.tags import states_read
 from tagllm.train.ranks import Ranks, SharedError
 
 Floats = NDArray[np.float32]
@@ -42,9 +43,26 @@ class Pass(NamedTuple):
         """The weighted loss, each term over its count."""
         return sum(w * s / c for w, s, c in zip(weights, self.sums, self.counts, strict=True) if c)
 
-    def rows(self, reads: Reads) -> Rows:
-        """What a head with `reads` is fitted on."""
-        return Rows(np.concatenate(states_read(reads, self.last_nD, self.mean_nD), axis=1), self.targets_nK)
+    def rows(self, spec: HeadConfig) -> Rows:
+        """What a head is fitted on."""
+        features_nF = np.concatenate(states_read(spec.reads, self.last_nD, self.mean_nD), axis=1)
+        return Rows(features_nF, self.targets_nK[:, : spec.outputs])
+
+    def errors(self, head: Head) -> Floats:
+        """Squared error (n) of each row as a regression head sees targets, standardised; 0 where it has none."""
+        width = head.spec.outputs
+        error_nK = (self.values_nK[:, :width] - self.targets_nK[:, :width]) / head.std_K.numpy()
+        errors_n: Floats = np.nan_to_num(error_nK**2, posinf=np.inf).sum(axis=1)
+        return errors_n
+
+    def answered_by(self, head: Head, mine_n: NDArray[np.bool_]) -> Pass:
+        """The same with some rows answered by another head, from what was kept of features."""
+        values_nK = self.values_nK.copy()
+        values_nK[mine_n, : head.spec.outputs] = answers_of(head, self.rows(head.spec).features_nF[mine_n])
+        answered = self._replace(values_nK=values_nK)
+        span, output, value = self.sums
+        more = float((answered.errors(head) - self.errors(head))[mine_n].sum(dtype=np.float64))
+        return answered._replace(sums=(span, output, value + more))
 
 
 def all_draws(sources: Sequence[Examples], limit: int | None = None) -> list[Draw]:

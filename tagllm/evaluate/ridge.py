@@ -45,20 +45,23 @@ class RidgeFit(NamedTuple):
     weight_KF: Floats
     bias_K: Floats
     penalty: float
+    error: float
+    """Mean squared error by which the penalty was chosen."""
 
     def predict(self, features_nF: Floats) -> Floats:
         values: Floats = features_nF @ self.weight_KF.T + self.bias_K
         return values
 
 
-def fit_ridge(train: Rows, valid: Rows) -> RidgeFit:
+def fit_ridge(train: Rows, valid: Rows, one_scale: bool = False) -> RidgeFit:
     """Fits on standardised features (folded back into the weights), with the penalty that is best on `valid`; where
-    these are fewer than ENOUGH_ROWS, with the best of 5-fold cross-validation on `train`.
+    these are fewer than ENOUGH_ROWS, with the best of 5-fold cross-validation on `train`. `one_scale` keeps features
+    as large as they are beside each other.
 
     Validation rows first, since folds of rows are easier than what is asked where rows are related: pairs of drugs
     that stand in several folds ask for a penalty far too weak for pairs never seen.
     """
-    weight_PFK, bias_PK = _every_penalty(train)
+    weight_PFK, bias_PK = _every_penalty(train, one_scale)
     if len(valid.targets_nK) >= ENOUGH_ROWS:
         error_P = _errors(weight_PFK, bias_PK, valid)
     else:
@@ -66,10 +69,12 @@ def fit_ridge(train: Rows, valid: Rows) -> RidgeFit:
 
         folds = KFold(min(5, len(train.targets_nK)), shuffle=True, random_state=0).split(train.features_nF)
         error_P = np.mean(
-            [_errors(*_every_penalty(train.some(seen)), train.some(unseen)) for seen, unseen in folds], axis=0
+            [_errors(*_every_penalty(train.some(seen), one_scale), train.some(unseen)) for seen, unseen in folds],
+            axis=0,
         )
     best = int(np.argmin(error_P))
-    return RidgeFit(weight_PFK[best].T.astype(np.float32), bias_PK[best].astype(np.float32), float(PENALTIES[best]))
+    weight_KF, bias_K = weight_PFK[best].T.astype(np.float32), bias_PK[best].astype(np.float32)
+    return RidgeFit(weight_KF, bias_K, float(PENALTIES[best]), float(error_P[best]))
 
 
 def _errors(weight_PFK: Doubles, bias_PK: Doubles, held_out: Rows) -> Doubles:
@@ -79,10 +84,12 @@ def _errors(weight_PFK: Doubles, bias_PK: Doubles, held_out: Rows) -> Doubles:
     return error_P
 
 
-def _every_penalty(rows: Rows) -> tuple[Doubles, Doubles]:
+def _every_penalty(rows: Rows, one_scale: bool) -> tuple[Doubles, Doubles]:
     """Weights (P, F, K) and biases (P, K) for every penalty, of one eigendecomposition."""
     features_nF, targets_nK = (column.astype(np.float64) for column in rows)
     center_F, scale_F, mean_K = features_nF.mean(axis=0), features_nF.std(axis=0) + 1e-8, targets_nK.mean(axis=0)
+    if one_scale:
+        scale_F = np.full_like(scale_F, np.sqrt((scale_F**2).mean()))
     standard_nF = (features_nF - center_F) / scale_F
     size_F, basis_FF = np.linalg.eigh(standard_nF.T @ standard_nF)
     onto_FK = basis_FF.T @ (standard_nF.T @ (targets_nK - mean_K))

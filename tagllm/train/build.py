@@ -13,13 +13,14 @@ from tagllm.data.collate import Collator
 from tagllm.data.dataset import Data, Examples, Prompts, prepare, tokenizer_digest
 from tagllm.data.encode import Example, TagLayout
 from tagllm.errors import UserError
+from tagllm.head import Head
 from tagllm.model.backbone import Backbone, fastest_dtype, load_backbone, resolve
 from tagllm.model.loading import Place
 from tagllm.model.prefix import PrefixMemory
 from tagllm.model.smollm2 import cache_folder
 from tagllm.model.tagged import TaggedModel
 from tagllm.stage import Stage
-from tagllm.tags import Head, Tag, initial_rows
+from tagllm.tags import Tag, initial_rows
 from tagllm.template import Template
 from tagllm.train.ranks import Ranks
 

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from tagllm.config import Split
 from tagllm.data.batch import Batch
 from tagllm.data.collate import Collator
 from tagllm.evaluate.baselines import Probe
+from tagllm.evaluate.closed_form import fit_head
 from tagllm.evaluate.metrics import value_metrics
-from tagllm.evaluate.passes import Floats, Pass, all_draws, run_over
-from tagllm.evaluate.ridge import Rows, clearly_better, fit_ridge
-from tagllm.model.tagged import HeadModule, Output
+from tagllm.evaluate.passes import Pass, all_draws, run_over
+from tagllm.evaluate.ridge import clearly_better
+from tagllm.head import Head
+from tagllm.model.tagged import Output
+from tagllm.model.value_head import HeadModule
 from tagllm.train.build import Built
 from tagllm.train.engine import Engine
 from tagllm.train.ranks import Ranks
@@ -71,28 +74,22 @@ class GradientFree:
         names = [name for name, head in self._learned_heads().items() if probing or head.spec.refit]
         return {name: self._pass("train", features=True, limit=limit, tag=name, collate=collate) for name in names}
 
-    def refit_heads(self, held_out: Pass, seen: Mapping[str, Pass]) -> dict[str, float]:
-        """Closed-form fits on training rows as `seen_by_heads`, each kept unless the trained head is clearly better on
-        `held_out`, the validation split with the state as it is. Returns the losses there, before and after each
-        fit and of what was kept; after a signal the state is as it was."""
-        report: dict[str, float] = {}
-        kept, valid = self.engine.learned(), held_out
-        try:
-            for name, head in self._learned_heads().items():
-                if not head.spec.refit:
-                    continue
-                before = self.engine.learned()
-                self.engine.overwrite(self._fitted(name, head, seen[name], valid))
-                fitted = self._pass("valid")
-                report |= {f"refit/{name}_before": self.loss(held_out), f"refit/{name}_after": self.loss(fitted)}
-                if clearly_better(_errors(held_out, head), _errors(fitted, head)):
-                    self.engine.overwrite(before)
-                else:
-                    held_out = fitted
-        except StopAsked:
-            self.engine.overwrite(kept)
-            raise
-        return report | {"valid/loss_refitted": self.loss(held_out)}
+    def refit_heads(self, held_out: Pass, seen: Mapping[str, Pass]) -> tuple[dict[str, Head], dict[str, float]]:
+        """Closed-form fits on training rows as `seen_by_heads`; those that are kept, since the trained head is not
+        clearly better on `held_out`, the validation split with the state as it is. And the losses there, before and
+        after each fit and of what was kept. The model stays as it is."""
+        heads, report = dict[str, Head](), dict[str, float]()
+        for name, module in self._learned_heads().items():
+            if not module.spec.refit:
+                continue
+            mine_n, blank = self._with_tag("valid", name), self._blank(name)
+            train, valid = seen[name].rows(module.spec), held_out.rows(module.spec).some(mine_n)
+            fit = self.ranks.on_rank_zero(partial(fit_head, blank, train, valid))
+            fitted = held_out.answered_by(fit, mine_n)
+            report |= {f"refit/{name}_before": self.loss(held_out), f"refit/{name}_after": self.loss(fitted)}
+            if not clearly_better(held_out.errors(fit), fitted.errors(fit)):
+                heads[name], held_out = fit, fitted
+        return heads, report | {"valid/loss_refitted": self.loss(held_out)}
 
     def probe(self, seen: Mapping[str, Pass]) -> Probe | None:
         """Features for the ridge baselines of eval, of passes that were `probing`; None without such a head."""
@@ -108,10 +105,10 @@ class GradientFree:
         heads = {name: head for name, head in self.built.model.heads.items() if name in self.built.layout.learned}
         return {n: h for n, h in heads.items() if isinstance(h, HeadModule) and (classes or not h.spec.classes)}
 
-    def _fitted(self, name: str, head: HeadModule, train: Pass, valid: Pass) -> dict[str, Tensor]:
-        fit = fit_ridge(_rows(train, head), _rows(valid, head).some(self._with_tag("valid", name)))
-        own = head.unfolded(torch.from_numpy(fit.weight_KF), torch.from_numpy(fit.bias_K))
-        return dict(zip(_keys(name), own, strict=True))
+    def _blank(self, name: str) -> Head:
+        head = self.built.tags[name].head
+        assert head is not None
+        return head.blank()
 
     def _with_tag(self, split: Split, tag: str) -> NDArray[np.bool_]:
         """Which rows of a pass over the whole split stand in a prompt with this tag."""
@@ -129,22 +126,6 @@ class GradientFree:
         with self.engine.evaluating():
             draws = all_draws(sources, limit)
             return run_over(self._forward, sources, draws, collate or self.collate, self.ranks, size, features)
-
-
-def _rows(result: Pass, head: HeadModule) -> Rows:
-    """With standardised targets, since the head undoes the standardisation."""
-    features_nF, targets_nK = result.rows(head.spec.reads)
-    mean_K, std_K = head.mean_K.cpu().numpy(), head.std_K.cpu().numpy()
-    return Rows(features_nF, (targets_nK[:, : head.spec.outputs] - mean_K) / std_K)
-
-
-def _errors(result: Pass, head: HeadModule) -> Floats:
-    """Squared error (n) of each row as `head` sees targets, standardised. Rows of other heads are the same before and
-    after its fit, so that they change no comparison."""
-    width = head.spec.outputs
-    error_nK = (result.values_nK[:, :width] - result.targets_nK[:, :width]) / head.std_K.cpu().numpy()
-    errors_n: Floats = np.nan_to_num(error_nK**2, posinf=np.inf).sum(axis=1)
-    return errors_n
 
 
 def _keys(name: str) -> tuple[str, str]:

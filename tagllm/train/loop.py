@@ -161,8 +161,7 @@ class Trainer:
         if held_out is None:
             self.monitor.log(self.at, norms)
             return
-        refitted = self.gradient_free.refit_heads(held_out, self.gradient_free.seen_by_heads())
-        self.engine.overwrite(learned)
+        _, refitted = self.gradient_free.refit_heads(held_out, self.gradient_free.seen_by_heads())
         scalars = self.gradient_free.scalars(held_out) | refitted
         self.monitor.log(self.at, scalars | norms)
         self._note_best(refitted["valid/loss_refitted"], learned)
@@ -188,7 +187,7 @@ class Trainer:
             self.engine.overwrite(self.best)
         try:
             held_out, seen = self.gradient_free.held_out(), self.gradient_free.seen_by_heads(FIT_ROWS, probing=True)
-            scalars = {} if held_out is None else self.gradient_free.refit_heads(held_out, seen)
+            heads, scalars = self.gradient_free.refit_heads(held_out, seen) if held_out else ({}, {})
             result, probe = self.engine.learned(), self.gradient_free.probe(seen)
         except StopAsked:
             self.engine.overwrite(last)
@@ -202,8 +201,8 @@ class Trainer:
             try:
                 if probe is not None:
                     probe.save(self.run.probe)
-                library_of(self.built, last, about).save(self.run.last)
-                library_of(self.built, result, about).save(self.run.library)
+                library_of(self.built, last, {}, about).save(self.run.last)
+                library_of(self.built, result, heads, about).save(self.run.library)
             except OSError as error:
                 raise UserError(
                     f"{self.run.library}: cannot be written: {error}. Make room there and start the same command again."

@@ -3,35 +3,42 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from tagllm.head import Head
 from tagllm.model.backbone import DTYPES
-from tagllm.model.tagged import HeadModule
-from tagllm.tags import Head, Tag, TagLibrary
+from tagllm.model.value_head import HeadModule
+from tagllm.tags import Tag, TagLibrary
 from tagllm.train.build import Built
 
 
-def library_of(built: Built, learned: dict[str, Tensor], about: dict[str, Any]) -> TagLibrary:
-    """All tags of the run: learned ones with the values of `Engine.learned`, loaded ones bit for bit."""
+def library_of(
+    built: Built, learned: dict[str, Tensor], heads: Mapping[str, Head], about: dict[str, Any]
+) -> TagLibrary:
+    """All tags of the run: learned ones with the values of `Engine.learned` or one of the `heads` that were fitted,
+    loaded ones bit for bit."""
     library, layout = TagLibrary(built.backbone.identity), built.layout
     rows = layout.by_learned_tag(learned.get("tags.learned_TD"))
     for name, tag in built.tags.items():
         if name in layout.learned:
             now = rows.get(name, tag.rows_PD)
-            tag = Tag(name, tag.kind, now, _head(built, tag, learned), _history(built, name) | about)  # noqa: PLW2901
+            head = heads.get(name) or _trained_head(built, tag, learned)
+            tag = Tag(name, tag.kind, now, head, _history(built, name) | about)  # noqa: PLW2901
         library = library.add(tag)
     return library
 
 
-def _head(built: Built, tag: Tag, learned: dict[str, Tensor]) -> Head | None:
+def _trained_head(built: Built, tag: Tag, learned: dict[str, Tensor]) -> Head | None:
     if tag.head is None:
         return None
     module = built.model.heads[tag.name]
     assert isinstance(module, HeadModule)
     weight_KF, bias_K = module.folded(*(learned[f"heads.{tag.name}.{part}"] for part in ("weight_KF", "bias_K")))
-    return Head(tag.head.spec, weight_KF, bias_K, tag.head.mean_K, tag.head.std_K)
+    return replace(tag.head, weight_KF=weight_KF, bias_K=bias_K)
 
 
 def _history(built: Built, name: str) -> dict[str, Any]:

@@ -1,0 +1,82 @@
+"""Heads in closed form: ridge on what a head reads, or where it may on a Gaussian kernel of that, whichever answers the
+validation rows better. Runs, trained baselines and probes are all fitted here.
+
+n rows, F features, K targets, M landmarks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tagllm.evaluate.ridge import Floats, RidgeFit, Rows, fit_ridge
+from tagllm.head import Head, Kernel, similarity
+
+SPREADS = (0.3, 1.0, 3.0)
+"""c of the kernel exp(-c |x - z|^2 / s), where s is what |x - z|^2 is on average."""
+JITTER = 1e-7
+"""Added to the similarities of landmarks for each of them, so that landmarks alike do no harm."""
+
+
+class Landmarks(NamedTuple):
+    """The Nystroem features of a kernel: (x, y) -> features whose products are the similarities, as seen from M rows
+    (Williams and Seeger 2001)."""
+
+    at_MF: Tensor
+    width_F: Tensor
+    root_MM: Tensor
+    """Cholesky factor of the similarities among landmarks, fp64."""
+
+    @classmethod
+    def of(cls, features_nF: Floats, number: int, spread: float) -> Landmarks:
+        """So many of these rows, drawn evenly; widths after the spread of each feature."""
+        scale_F = features_nF.std(axis=0) + 1e-8
+        width_F = torch.from_numpy(scale_F * np.sqrt(2 * len(scale_F) / spread)).float()
+        chosen = np.random.default_rng(0).choice(len(features_nF), min(number, len(features_nF)), replace=False)
+        at_MF = torch.from_numpy(features_nF[np.sort(chosen)])
+        among_MM = similarity(at_MF, at_MF, width_F).double()
+        root_MM = torch.linalg.cholesky(among_MM + JITTER * len(at_MF) * torch.eye(len(at_MF)))
+        return cls(at_MF, width_F, root_MM)
+
+    def rows(self, rows: Rows) -> Rows:
+        seen_Mn = similarity(torch.from_numpy(rows.features_nF), self.at_MF, self.width_F).T.double()
+        features_Mn = torch.linalg.solve_triangular(self.root_MM, seen_Mn, upper=False)
+        return Rows(features_Mn.T.numpy(), rows.targets_nK)
+
+    def kernel(self, fit: RidgeFit) -> Kernel:
+        """Its answers but for the bias."""
+        weight_MK = torch.from_numpy(fit.weight_KF.T).double()
+        weight_MK = torch.linalg.solve_triangular(self.root_MM.T, weight_MK, upper=True)
+        return Kernel(self.at_MF, self.width_F, weight_MK.T.float().contiguous())
+
+
+def fit_head(head: Head, train: Rows, valid: Rows) -> Head:
+    """`head` with weights in closed form of `train`, what has to be chosen chosen on `valid` as by `fit_ridge`. Targets
+    are in units of the data."""
+    train, valid = (_standardised(rows, head) for rows in (train, valid))
+    fit = fit_ridge(train, valid)
+    best = replace(head, weight_KF=torch.from_numpy(fit.weight_KF), bias_K=torch.from_numpy(fit.bias_K), kernel=None)
+    lowest = fit.error
+    for spread in SPREADS if head.spec.kernel == "rbf" else ():
+        landmarks = Landmarks.of(train.features_nF, head.spec.landmarks, spread)
+        fit = fit_ridge(landmarks.rows(train), landmarks.rows(valid), one_scale=True)
+        if fit.error < lowest:
+            lowest, zero_KF = fit.error, torch.zeros_like(best.weight_KF)
+            kernel, bias_K = landmarks.kernel(fit), torch.from_numpy(fit.bias_K)
+            best = replace(best, weight_KF=zero_KF, bias_K=bias_K, kernel=kernel)
+    return best
+
+
+def answers_of(head: Head, features_nF: Floats) -> Floats:
+    """(n, K), in units of the data."""
+    answer_nK: Floats = head.answer(torch.from_numpy(features_nF)).numpy()
+    return answer_nK
+
+
+def _standardised(rows: Rows, head: Head) -> Rows:
+    mean_K, std_K = head.mean_K.numpy(), head.std_K.numpy()
+    return Rows(rows.features_nF, (rows.targets_nK - mean_K) / std_K)

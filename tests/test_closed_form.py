@@ -1,0 +1,102 @@
+"""Heads in closed form: a kernel where a line does not do, a line where it does; the library keeps both."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.gaussian_process.kernels import RBF
+from sklearn.kernel_ridge import KernelRidge
+
+from tagllm.config import HeadConfig
+from tagllm.evaluate.closed_form import SPREADS, Landmarks, answers_of, fit_head
+from tagllm.evaluate.ridge import Rows, fit_ridge
+from tagllm.head import Head, similarity
+from tagllm.model.value_head import HeadModule
+from tagllm.tags import BackboneIdentity, Tag, TagLibrary
+
+D = 6
+OFFSET = 300.0
+"""Hidden states have an offset far larger than what tells them apart."""
+
+
+def rows(number: int, seed: int, curved: bool) -> Rows:
+    random = np.random.default_rng(seed)
+    x = random.normal(size=(number, D))
+    y = np.sin(2 * x[:, :1]) * x[:, 1:2] if curved else x[:, :1] - 3 * x[:, 1:2]
+    features = x * [1, 10, 0.1, 3, 1, 1] + OFFSET
+    return Rows(features.astype(np.float32), (50 + 7 * y + 0.1 * random.normal(size=y.shape)).astype(np.float32))
+
+
+def blank(kernel: str = "rbf", landmarks: int = 400) -> Head:
+    head = Head.new(HeadConfig.model_validate({"kernel": kernel, "landmarks": landmarks}), D)
+    return replace(head, mean_K=torch.tensor([50.0]), std_K=torch.tensor([5.0]))
+
+
+def error(head: Head, on: Rows) -> float:
+    return float(np.mean((answers_of(head, on.features_nF) - on.targets_nK) ** 2) / on.targets_nK.var())
+
+
+def test_a_curve_is_learned_with_a_kernel_and_not_without() -> None:
+    train, valid, test = (rows(n, seed, curved=True) for seed, n in enumerate((1000, 300, 300)))
+    line, curve = fit_head(blank("linear"), train, valid), fit_head(blank(), train, valid)
+    assert line.kernel is None and error(line, test) > 0.9
+    assert curve.kernel is not None and error(curve, test) < 0.5
+
+
+def test_a_line_stays_a_line() -> None:
+    train, valid = rows(60, 0, curved=False), rows(300, 1, curved=False)
+    fit = fit_head(blank(), train, valid)
+    assert fit.kernel is None, "the kernel cannot be better at a linear law of so few rows"
+    assert error(fit, valid) < 1e-3
+
+
+@pytest.mark.parametrize("spread", SPREADS)
+def test_all_rows_as_landmarks_are_kernel_ridge_regression(spread: float) -> None:
+    train, valid = rows(250, 0, curved=True), rows(300, 1, curved=True)
+    landmarks = Landmarks.of(train.features_nF, 10_000, spread)
+    fit = fit_ridge(landmarks.rows(train), landmarks.rows(valid), one_scale=True)
+    found = landmarks.kernel(fit)(torch.from_numpy(valid.features_nF)).numpy() + fit.bias_K
+    width_F = landmarks.width_F.numpy() / np.sqrt(2)
+    kernel = RBF(1.0)(train.features_nF / width_F)
+    mean_n = kernel.mean(axis=0)
+    centered = kernel - mean_n - mean_n[:, None] + kernel.mean()
+    penalty = fit.penalty * np.trace(centered) / len(kernel) ** 2  # features as `one_scale` makes them: variance 1
+    plain = KernelRidge(alpha=penalty, kernel="precomputed").fit(centered, train.targets_nK - train.targets_nK.mean())
+    across = RBF(1.0)(valid.features_nF / width_F, train.features_nF / width_F)
+    across = across - across.mean(axis=1, keepdims=True) - mean_n + kernel.mean()
+    expected = plain.predict(across) + train.targets_nK.mean()
+    assert np.std(found - expected) < 0.05 * np.std(expected), "all that differs is the jitter"
+
+
+def test_landmarks_alike_do_no_harm() -> None:
+    train, valid = (rows(n, seed, curved=True) for seed, n in enumerate((300, 300)))
+    twice = Rows(np.repeat(train.features_nF, 2, axis=0), np.repeat(train.targets_nK, 2, axis=0))
+    assert error(fit_head(blank(landmarks=600), twice, valid), valid) < 0.6
+
+
+def test_the_kernel_of_far_points_is_exact() -> None:
+    random = torch.Generator().manual_seed(0)
+    x, z, width = torch.randn(50, D, generator=random), torch.randn(20, D, generator=random), torch.ones(D)
+    expected = torch.exp(-(torch.cdist(x.double(), z.double()) ** 2))
+    torch.testing.assert_close(similarity(x + OFFSET, z + OFFSET, width).double(), expected, atol=1e-3, rtol=0)
+
+
+def test_the_library_keeps_the_kernel(tmp_path: Path) -> None:
+    train, valid = (rows(n, seed, curved=True) for seed, n in enumerate((500, 300)))
+    head = fit_head(blank(), train, valid)
+    assert head.kernel is not None
+    TagLibrary(
+        BackboneIdentity("tiny", "llama", D, 96, "f" * 64), {"QED": Tag("QED", "function", torch.zeros(2, D), head)}
+    ).save(tmp_path / "library")
+    back = TagLibrary.load(tmp_path / "library").tags["QED"].head
+    assert back is not None and back.kernel is not None
+    assert all(a.equal(b) for a, b in zip(back.kernel, head.kernel, strict=True))
+    module = HeadModule(back)
+    features = torch.from_numpy(valid.features_nF)
+    answers = module.unstandardise(module(features, features)).detach().numpy()
+    np.testing.assert_allclose(answers, answers_of(head, valid.features_nF), rtol=1e-4)
+    assert torch.equal(module.as_head().answer(features), back.answer(features))
