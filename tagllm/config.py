@@ -49,6 +49,9 @@ class HeadConfig(Section):
     classes: list[str] | None = None
     reads: Reads = "last"
     """The hidden state of the tag's last row, the mean over the domain spans before it, or both side by side."""
+    pool: Literal["together", "apart"] = "together"
+    """One mean over all fields, or one over those behind each domain tag (a field without a tag by itself), side by
+    side: a small molecule does not vanish beside a protein."""
     kernel: Kernels = "linear"
     """`rbf`: closed-form fits may take a Gaussian kernel of what the head reads, where that answers validation better.
     Tags still learn through the linear head."""

@@ -53,13 +53,14 @@ class Head:
     mean_K: Tensor
     std_K: Tensor
     kernel: Kernel | None = None
+    num_pools: int = 1
+    """So many means over fields are read side by side."""
 
     @classmethod
-    def new(cls, spec: HeadConfig, hidden_size: int) -> Head:
-        features = num_features(spec, hidden_size)
-        outputs = spec.outputs
+    def new(cls, spec: HeadConfig, hidden_size: int, num_pools: int = 1) -> Head:
+        features, outputs = num_features(spec, hidden_size, num_pools), spec.outputs
         zeros = torch.zeros(outputs)
-        return cls(spec, torch.zeros(outputs, features), zeros, zeros.clone(), torch.ones(outputs))
+        return cls(spec, torch.zeros(outputs, features), zeros, zeros.clone(), torch.ones(outputs), num_pools=num_pools)
 
     def blank(self) -> Head:
         """The same before it learned anything but the mean and spread of its targets."""
@@ -83,5 +84,5 @@ class Head:
         return found
 
 
-def num_features(spec: HeadConfig, hidden_size: int) -> int:
-    return hidden_size * (2 if spec.reads == "both" else 1)
+def num_features(spec: HeadConfig, hidden_size: int, num_pools: int) -> int:
+    return hidden_size * sum(states_read(spec.reads, 1, num_pools))

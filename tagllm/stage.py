@@ -14,7 +14,7 @@ from tagllm.data.encode import TagLayout
 from tagllm.errors import UserError, did_you_mean
 from tagllm.model.loss import Weights
 from tagllm.tags import NAME, Tag, TagLibrary
-from tagllm.template import OUTPUT, SPAN, Template, marks_of, parse_template
+from tagllm.template import OUTPUT, SPAN, Template, marks_of, num_pools, parse_template
 
 
 class Stage(NamedTuple):
@@ -46,7 +46,8 @@ class Stage(NamedTuple):
             spec = head.spec if head else tags[name].head
             if spec is not None:
                 heads[name] = spec
-        return TagLayout.of(vocabulary_size, self.kinds, lengths, self.learned, heads)
+        pools = num_pools(self.templates, self.kinds, heads.values())
+        return TagLayout.of(vocabulary_size, self.kinds, lengths, self.learned, heads, pools)
 
     def collator(self, layout: TagLayout, free_spans: bool) -> Collator:
         """`free_spans`: whether the backbone lets keys be moved to other positions."""
@@ -54,6 +55,7 @@ class Stage(NamedTuple):
             layout.first_learned_id,
             self.terms,
             num_outputs=max((head.outputs for head in layout.heads.values()), default=0),
+            num_pools=layout.num_pools,
             frozen_prefix=self.config.prefix == "frozen",
             block=self.config.mask == "block",
             free_spans=free_spans,

@@ -188,7 +188,8 @@ class TagLibrary:
 
 def _describe(tag: Tag) -> dict[str, Any]:
     head = tag.head.spec.model_dump(mode="json") if tag.head else None
-    return {"kind": tag.kind, "length": len(tag.rows_PD), "head": head, "about": tag.about}
+    pools = {"pools": tag.head.num_pools} if tag.head else {}
+    return {"kind": tag.kind, "length": len(tag.rows_PD), "head": head, **pools, "about": tag.about}
 
 
 def _rebuild(
@@ -212,7 +213,8 @@ def _rebuild(
     head = None
     if described["head"] is not None:
         spec = HeadConfig(**described["head"])
-        features, outputs = num_features(spec, backbone.hidden_size), spec.outputs
+        pools, outputs = int(described.get("pools", 1)), spec.outputs
+        features = num_features(spec, backbone.hidden_size, pools)
         kernel = None
         if (landmarks := tensors.get(f"{name}.head.landmarks")) is not None:
             num = len(landmarks)
@@ -228,6 +230,7 @@ def _rebuild(
             tensor("head.mean", outputs),
             tensor("head.std", outputs),
             kernel,
+            pools,
         )
     return Tag(name, described["kind"], rows, head, dict(described["about"]))
 

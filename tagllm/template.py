@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
-from tagllm.config import FieldConfig
+from tagllm.config import FieldConfig, HeadConfig
 from tagllm.errors import UserError, did_you_mean
 
 TEXT, SPAN, OUTPUT, FIELD, TAG = range(5)
@@ -111,6 +111,23 @@ def marks_of(template: Template, kinds: Mapping[str, str]) -> list[int]:
             behind_domain = before is not None and before.kind == "tag" and kinds[before.value] == "domain"
             marks.append(SPAN if behind_domain else FIELD)
     return marks
+
+
+def pools_of(template: Template, kinds: Mapping[str, str]) -> list[int]:
+    """Which mean each part goes into where means are taken apart, from 1 (0: none): fields behind the same domain tag
+    share one, of the others each column has its own."""
+    names = []
+    for before, part, mark in zip((None, *template.parts), template.parts, marks_of(template, kinds), strict=False):
+        names.append(before if mark == SPAN else part.value if mark == FIELD else None)
+    order = list(dict.fromkeys(name for name in names if name is not None))
+    return [0 if name is None else order.index(name) + 1 for name in names]
+
+
+def num_pools(templates: Iterable[Template], kinds: Mapping[str, str], heads: Iterable[HeadConfig]) -> int:
+    """How many means heads read side by side: of the template with most of them, where any head takes them apart."""
+    if not any(head.pool == "apart" for head in heads):
+        return 1
+    return max([1, *(max(pools_of(template, kinds)) for template in templates)])
 
 
 def written(value: Any, config: FieldConfig) -> str:

@@ -85,7 +85,7 @@ def test_rows_are_those_of_the_run_without_its_tags(task: Task) -> None:
     assert text.startswith("The molecule") and text.rstrip().endswith("weighs") and "SMILES" not in text
     named = task.rows("train", METHODS["lora_text"])[0]
     assert "The molecule SMILES" in task.backbone.tokenizer.decode(named.ids)
-    assert row.pooled.sum() == named.pooled.sum() > 0 and (row.target == named.target).all()
+    assert row.pools.sum() == named.pools.sum() > 0 and (row.target == named.target).all()
 
 
 @pytest.mark.parametrize("method", ["prompt_tuning", "lora"])
@@ -158,7 +158,7 @@ def test_the_backbone_is_as_transformers_makes_it(folder: Path) -> None:
 def test_row_padding_is_right_and_zero() -> None:
     import numpy as np
 
-    short, long = (Row(np.arange(1, n + 1), np.ones(n, bool), np.zeros(1, np.float32)) for n in (2, 4))
+    short, long = (Row(np.arange(1, n + 1), np.ones(n, np.uint8), np.zeros(1, np.float32)) for n in (2, 4))
     batch = pad([short, long])
     assert batch.ids_BS.tolist() == [[1, 2, 0, 0], [1, 2, 3, 4]] and batch.last_B.tolist() == [1, 3]
-    assert batch.pooled_BS.sum(1).tolist() == [2, 4]
+    assert batch.pools_BS.sum(1).tolist() == [2, 4]

@@ -66,9 +66,8 @@ def examples(reference: dict[str, torch.Tensor], case: str, layout: TagLayout) -
         regression = case == "function_regression"
         target = reference[f"{case}.in.label_reg"][i : i + 1].numpy() if regression else np.zeros(0, np.float32)
         read_at = len(ids) - 4 if regression else -1
-        made.append(
-            Example(np.array(ids, np.int32), np.array(marks, np.uint8), target, 0 if regression else -1, read_at, 0, 0)
-        )
+        columns = np.array(ids, np.int32), np.array(marks, np.uint8), np.zeros(len(ids), np.uint8)
+        made.append(Example(*columns, target, 0 if regression else -1, read_at, 0, 0))
     return made
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,9 @@ def backbone(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.fl
     return model
 
 
-def layout(learned: Sequence[str] = ("F",), length: int = 3) -> TagLayout:
-    return TagLayout.of(VOCABULARY, KINDS, dict.fromkeys(KINDS, length), learned, {"F": HEAD})
+def layout(learned: Sequence[str] = ("F",), length: int = 3, num_pools: int = 1) -> TagLayout:
+    """With more pools than one, each span is a pool of its own."""
+    return TagLayout.of(VOCABULARY, KINDS, dict.fromkeys(KINDS, length), learned, {"F": HEAD}, num_pools)
 
 
 def tags(of: TagLayout, seed: int = 1) -> dict[str, Tag]:
@@ -77,11 +79,10 @@ def tags(of: TagLayout, seed: int = 1) -> dict[str, Tag]:
     for name, kind in of.kinds.items():
         head = None
         if name in of.heads:
-            blank = Head.new(of.heads[name], HIDDEN)
+            blank = Head.new(of.heads[name], HIDDEN, of.num_pools)
             weight = torch.randn(blank.weight_KF.shape, generator=random) * 0.1
-            head = Head(
-                blank.spec, weight, torch.tensor([0.1, -0.2]), torch.tensor([1.0, 2.0]), torch.tensor([2.0, 0.5])
-            )
+            bias, mean, std = torch.tensor([[0.1, -0.2], [1.0, 2.0], [2.0, 0.5]])
+            head = replace(blank, weight_KF=weight, bias_K=bias, mean_K=mean, std_K=std)
         made[name] = Tag(name, kind, torch.randn(of.lengths[name], HIDDEN, generator=random) * 0.3, head)
     return made
 
@@ -97,6 +98,7 @@ def example(
     content of seed s. Rows of a group are alike up to their second span."""
     ids: list[int] = []
     marks: list[int] = []
+    pools: list[int] = []
     read_at, function_at, tag_at = -1, -1, -1
     fields_at, spans_at = [], []
     for piece in pieces:
@@ -115,9 +117,10 @@ def example(
             tag_at = -1
         ids += new
         marks += [mark] * len(new)
+        pools += [min(len(fields_at), of.num_pools) if mark == SPAN else 0] * len(new)
     has_target = read_at >= 0 and target
     return Example(
-        np.array(ids, np.int32), np.array(marks, np.uint8),
+        np.array(ids, np.int32), np.array(marks, np.uint8), np.array(pools, np.uint8),
         random.normal(size=2).astype(np.float32) if has_target else np.zeros(0, np.float32),
         0 if read_at >= 0 else -1, read_at, function_at, 0, np.array(fields_at, np.int32),
         np.array(spans_at, np.int32).reshape(-1, 2), group, alike_to=fields_at[1] if group >= 0 else 0,
@@ -140,7 +143,7 @@ def rows(of: TagLayout, seed: int = 0) -> list[Example]:
 
 
 def collator(of: TagLayout, frozen: bool = True, terms: tuple[int, ...] = (OUTPUT,), **settings: bool) -> Collator:
-    return Collator(of.first_learned_id, terms, 2, frozen, **settings)
+    return Collator(of.first_learned_id, terms, 2, frozen, num_pools=of.num_pools, **settings)
 
 
 def loss_of(

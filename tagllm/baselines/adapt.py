@@ -23,7 +23,7 @@ RANK, ALPHA = 8, 16
 
 
 class Read(NamedTuple):
-    """What a head may read, fp32: the state at the last position, and the mean over the field positions."""
+    """What a head may read, fp32: the state at the last position, and the means over the fields side by side."""
 
     last_BD: Tensor
     mean_BD: Tensor
@@ -66,9 +66,10 @@ class Adapted(nn.Module):
         last_BD = hidden_BSD[torch.arange(len(batch.last_B), device=hidden_BSD.device), batch.last_B].float()
         if self.head.spec.reads == "last":
             return Read(last_BD, last_BD[:, :0])
-        num_B1 = batch.pooled_BS.sum(dim=1, keepdim=True).clamp(min=1)
-        mean_BD = torch.bmm(batch.pooled_BS[:, None], hidden_BSD.float())[:, 0] / num_B1
-        return Read(last_BD, mean_BD)
+        pool_G = torch.arange(1, self.head.num_pools + 1, device=hidden_BSD.device)
+        into_BGS = (batch.pools_BS[:, None] == pool_G[:, None]).float()
+        mean_BGD = torch.bmm(into_BGS, hidden_BSD.float()) / into_BGS.sum(dim=2, keepdim=True).clamp(min=1)
+        return Read(last_BD, mean_BGD.flatten(1))
 
     def groups(self, adapter_lr: float, head_lr: float) -> list[dict[str, Any]]:
         """Parameter groups for AdamW; `base_lr` is before the schedule."""

@@ -16,14 +16,13 @@ from torch import Tensor
 
 from tagllm.data.encode import Example, TagLayout
 from tagllm.errors import UserError
-from tagllm.template import FIELD, SPAN
 
 
 class Row(NamedTuple):
-    """`pooled`: the field positions, which `reads: mean` averages."""
+    """`pools`: which of the means that heads read a position goes into, from 1 (0: none)."""
 
     ids: NDArray[np.int64]
-    pooled: NDArray[np.bool_]
+    pools: NDArray[np.uint8]
     target: NDArray[np.float32]
 
 
@@ -32,7 +31,7 @@ class Padded(NamedTuple):
     position of each row."""
 
     ids_BS: Tensor
-    pooled_BS: Tensor
+    pools_BS: Tensor
     last_B: Tensor
     target_BK: Tensor
 
@@ -66,16 +65,16 @@ class Untagged(NamedTuple):
                 f"{example.origin}: nothing stands before the tag with the head, so a method without tags has no "
                 "prompt to read. Put the tag behind a field in the template."
             )
-        pooled = np.repeat(np.isin(example.marks[:upto], (SPAN, FIELD)), [len(piece) for piece in pieces])
-        return Row(ids, pooled, example.target)
+        pools = np.repeat(example.pools[:upto], [len(piece) for piece in pieces])
+        return Row(ids, pools, example.target)
 
 
 def pad(rows: Sequence[Row]) -> Padded:
     longest = max(len(row.ids) for row in rows)
     ids_BS = np.zeros((len(rows), longest), np.int64)
-    pooled_BS = np.zeros((len(rows), longest), np.float32)
+    pools_BS = np.zeros((len(rows), longest), np.uint8)
     for b, row in enumerate(rows):
-        ids_BS[b, : len(row.ids)], pooled_BS[b, : len(row.ids)] = row.ids, row.pooled
+        ids_BS[b, : len(row.ids)], pools_BS[b, : len(row.ids)] = row.ids, row.pools
     last_B = np.array([len(row.ids) - 1 for row in rows])
     target_BK = np.stack([row.target for row in rows])
-    return Padded(*map(torch.from_numpy, (ids_BS, pooled_BS, last_B, target_BK)))
+    return Padded(*map(torch.from_numpy, (ids_BS, pools_BS, last_B, target_BK)))

@@ -74,10 +74,8 @@ def open_task(run: Path) -> Task:
             )
     learned = library.tags[name].head
     assert learned is not None
-    head = Head.new(learned.spec, library.backbone.hidden_size)
-    head = Head(head.spec, head.weight_KF, head.bias_K, learned.mean_K, learned.std_K)
     virtual = sum(layout.lengths[tag] for tag in layout.learned if layout.kinds[tag] == "function")
-    return Task(run, config, backbone, layout, data, head, virtual, training_seconds(run), ranks.device)
+    return Task(run, config, backbone, layout, data, learned.blank(), virtual, training_seconds(run), ranks.device)
 
 
 def _head_of(stage: Stage, run: Path) -> str:

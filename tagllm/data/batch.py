@@ -1,6 +1,6 @@
 """What one micro-batch is to the model: stretches of prompts one behind the other, without padding.
 
-B rows, N positions of all rows, M labelled positions, K head outputs.
+B rows, N positions of all rows, M labelled positions, K head outputs, G means over fields that heads read.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Tokens(NamedTuple):
 
     @property
     def pool_N(self) -> Tensor:
-        """1 at the field positions that `reads: mean` averages."""
+        """Which of the means that heads read a position goes into, from 1 (0: none)."""
         return self.columns_4N[3]
 
     def to(self, device: torch.device) -> Tokens:
@@ -89,7 +89,7 @@ class Batch(NamedTuple):
     own: Tokens
     own_keys: tuple[bytes, ...]
     prefix_end_B: tuple[int, ...]
-    num_pooled_B: Tensor
+    num_pooled_BG: Tensor
     live: Tokens
     labels_3M: Tensor
     read_at_B: Tensor

@@ -13,7 +13,6 @@ from torch import Tensor
 from tagllm.data.batch import Batch, Pieces, Placement, Tokens
 from tagllm.data.encode import Example
 from tagllm.data.sharing import Share, beginnings, digest, free_spans
-from tagllm.template import FIELD, SPAN
 
 Positions = NDArray[np.int64]
 
@@ -24,7 +23,7 @@ class Collator(NamedTuple):
     Without a gradient any cut is exact; `cut_at_function` gives probes the last state before the function tag.
     `block` numbers the spans and, where `free_spans`, makes each a piece that does not depend on where it stands.
     `sharded`: all ranks must run the same passes whatever their rows, so only groups are shared (`grouped`), not what
-    happens to be alike in a batch.
+    happens to be alike in a batch. `num_pools` means over fields are counted.
     """
 
     first_learned_id: int
@@ -36,6 +35,7 @@ class Collator(NamedTuple):
     free_spans: bool = False
     sharded: bool = False
     grouped: bool = False
+    num_pools: int = 1
 
     def live_at(self, example: Example) -> int:
         """The first position needed in the live part: the first learned row, the first labelled position, or where the
@@ -73,7 +73,7 @@ class Collator(NamedTuple):
             self._tokens(examples, own, dummy=self.sharded and self.frozen_prefix),
             tuple(self._own_key(e, taken, cut) for e, taken, cut in zip(examples, shares, cuts, strict=True)),
             tuple(_prefix_end(taken, cut) for taken, cut in zip(shares, cuts, strict=True)),
-            torch.tensor([int(_pooled(e)[:end].sum()) for e, end in zip(examples, ends, strict=True)]),
+            torch.stack([self._num_pooled(example, end) for example, end in zip(examples, ends, strict=True)]),
             self._tokens(examples, live),
             _labels(examples, labels, shifts),
             torch.tensor([max(e.read_at, cut) + shift for e, cut, shift in zip(examples, cuts, shifts, strict=True)]),
@@ -95,7 +95,7 @@ class Collator(NamedTuple):
         for column in zip(*shares, strict=True):
             piece_B = []
             for example, (start, end, _) in zip(examples, column, strict=True):
-                key = digest(b"free" if free else b"", example.ids[start:end])
+                key = digest(b"free" if free else b"", example.ids[start:end], example.pools[start:end])
                 if end > start and key not in known:
                     known[key] = len(kept)
                     kept.append((example, np.arange(start, end)))
@@ -110,10 +110,14 @@ class Collator(NamedTuple):
             tokens = tokens._replace(spans=False)
         return Pieces(tokens, tuple(known), tuple(placements))
 
+    def _num_pooled(self, example: Example, end: int) -> Tensor:
+        counts = np.bincount(example.pools[:end], minlength=self.num_pools + 1)
+        return torch.from_numpy(counts[1 : self.num_pools + 1])
+
     def _own_key(self, example: Example, taken: Sequence[Share], cut: int) -> bytes:
         """Of everything before the cut, and of which positions were taken out."""
         spans = example.spans_at.ravel() if self.block else b""
-        return digest(b"own", np.array(taken, np.int64).ravel(), spans, example.ids[:cut])
+        return digest(b"own", np.array(taken, np.int64).ravel(), spans, example.ids[:cut], example.pools[:cut])
 
     def _tokens(self, examples: Sequence[Example], positions: Sequence[Positions], dummy: bool = False) -> Tokens:
         """The chosen positions of each example."""
@@ -122,7 +126,7 @@ class Collator(NamedTuple):
         start = 0
         for example, at in zip(examples, positions, strict=True):
             here = slice(start, start + len(at))
-            columns[:, here] = example.ids[at], at, self._spans(example)[at], _pooled(example)[at]
+            columns[:, here] = example.ids[at], at, self._spans(example)[at], example.pools[at]
             start += len(at)
         return Tokens(torch.from_numpy(columns), lengths, bool(columns[2].any()))
 
@@ -151,10 +155,6 @@ def _outside(taken: Sequence[Share], cut: int) -> Positions:
 def _prefix_end(taken: Sequence[Share], cut: int) -> int:
     """Which share holds the last position of the prefix; their number if none."""
     return next((at for at, (start, end, _) in enumerate(taken) if start < end == cut), len(taken))
-
-
-def _pooled(example: Example) -> NDArray[np.bool_]:
-    return np.isin(example.marks, (SPAN, FIELD))
 
 
 def _labels(examples: Sequence[Example], labels: Sequence[Positions], shifts: Positions) -> Tensor:

@@ -22,7 +22,7 @@ from tagllm.errors import UserError
 from tagllm.files import write_durably
 from tagllm.template import Template
 
-FORMAT = 3
+FORMAT = 4
 CHUNK_ROWS = 1000
 _LISTED_ERRORS = 5
 
@@ -46,9 +46,10 @@ class Examples:
     def __getitem__(self, index: int) -> Example:
         row = self._table[index]
         return Example(
-            np.array(row["ids"], np.int32), np.array(row["marks"], np.uint8), np.array(row["target"], np.float32),
-            row["head"], row["read_at"], row["function_at"], row["tokens_cut"], np.array(row["fields_at"], np.int32),
-            np.array(row["spans_at"], np.int32).reshape(-1, 2), row["group"], row["alike_to"], row["origin"],
+            np.array(row["ids"], np.int32), np.array(row["marks"], np.uint8), np.array(row["pools"], np.uint8),
+            np.array(row["target"], np.float32), row["head"], row["read_at"], row["function_at"], row["tokens_cut"],
+            np.array(row["fields_at"], np.int32), np.array(row["spans_at"], np.int32).reshape(-1, 2), row["group"],
+            row["alike_to"], row["origin"],
         )  # fmt: skip
 
     def home(self, index: int) -> int:
@@ -197,8 +198,8 @@ def _write_examples(file: Path, table: Any, indices: np.ndarray, encoder: Encode
     """Examples as one Arrow file, and beside it a JSON of what was cut, unusable or wrong."""
     import pyarrow as pa
 
-    lists = {"ids": pa.int32(), "marks": pa.uint8(), "target": pa.float32(), "fields_at": pa.int32()}
-    lists |= {"spans_at": pa.int32()}
+    lists = {"ids": pa.int32(), "marks": pa.uint8(), "pools": pa.uint8(), "target": pa.float32()}
+    lists |= {"fields_at": pa.int32(), "spans_at": pa.int32()}
     numbers = ("head", "read_at", "function_at", "tokens_cut", "group", "alike_to", "row")
     columns = [*((k, pa.list_(v)) for k, v in lists.items()), *((k, pa.int64()) for k in numbers)]
     schema = pa.schema([*columns, ("origin", pa.string())])

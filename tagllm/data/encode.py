@@ -15,7 +15,20 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tagllm.config import FieldConfig, HeadConfig, SourceConfig
-from tagllm.template import FIELD, OUTPUT, SPAN, TAG, Part, Template, field_text, fit, marks_of, truncate, written
+from tagllm.template import (
+    FIELD,
+    OUTPUT,
+    SPAN,
+    TAG,
+    Part,
+    Template,
+    field_text,
+    fit,
+    marks_of,
+    pools_of,
+    truncate,
+    written,
+)
 
 _LARGEST = float(np.finfo(np.float32).max)
 
@@ -23,7 +36,8 @@ _LARGEST = float(np.finfo(np.float32).max)
 class TagLayout(NamedTuple):
     """Where the rows of each tag stand: frozen tags first, learned ones behind them.
 
-    `heads` lists the function tags that own a head, in the order of their indices.
+    `heads` lists the function tags that own a head, in the order of their indices; `num_pools` means over fields are
+    what they read side by side.
     """
 
     vocabulary_size: int
@@ -31,17 +45,18 @@ class TagLayout(NamedTuple):
     lengths: dict[str, int]
     learned: tuple[str, ...]
     heads: dict[str, HeadConfig]
+    num_pools: int = 1
 
     @classmethod
     def of(
         cls, vocabulary_size: int, kinds: Mapping[str, str], lengths: Mapping[str, int], learned: Iterable[str],
-        heads: Mapping[str, HeadConfig],
+        heads: Mapping[str, HeadConfig], num_pools: int = 1,
     ) -> TagLayout:  # fmt: skip
         learned = tuple(learned)
         order = [name for name in kinds if name not in learned] + list(learned)
         return cls(
             vocabulary_size, {name: kinds[name] for name in order}, {name: lengths[name] for name in order},
-            learned, dict(heads),
+            learned, dict(heads), num_pools,
         )  # fmt: skip
 
     def ids(self, name: str) -> range:
@@ -69,6 +84,7 @@ class TagLayout(NamedTuple):
 class Example(NamedTuple):
     """One row as the model sees it.
 
+    `pools` says for each position which mean over fields it goes into, from 1 (0: none).
     `target` holds numbers (regression) or one class index; empty without a head. `head` indexes `TagLayout.heads` or is
     -1; `read_at` is the position of the last row of the function tag that owns it. `function_at` is where the last
     function tag starts, or the length of the prompt: everything before is what a probe on the frozen LLM may see.
@@ -80,6 +96,7 @@ class Example(NamedTuple):
 
     ids: NDArray[np.int32]
     marks: NDArray[np.uint8]
+    pools: NDArray[np.uint8]
     target: NDArray[np.float32]
     head: int
     read_at: int
@@ -116,6 +133,8 @@ class Encoder:
             parts = parts[: next((i for i, p in enumerate(parts) if p.value == "output" and p.kind == "field"), None)]
         self.template, self.labelled = template._replace(parts=parts), labelled
         self.marks = marks_of(self.template, layout.kinds)
+        apart = layout.num_pools > 1
+        self.pools = pools_of(self.template, layout.kinds) if apart else [int(m in (SPAN, FIELD)) for m in self.marks]
         self.fixed = {part.value: self._tokens([part.value])[0] for part in parts if part.kind == "text"}
         functions = [i for i, p in enumerate(parts) if p.kind == "tag" and layout.kinds[p.value] == "function"]
         self.function_part = functions[-1] if functions else None
@@ -208,12 +227,11 @@ class Encoder:
             pieces[i] = ids
         starts = np.cumsum([len(self.bos), *map(len, pieces)])
         ids = [*self.bos, *(token for piece in pieces for token in piece), *self.eos]
-        marks = np.repeat(
-            np.array([0, *self.marks, OUTPUT], np.uint8), [len(self.bos), *map(len, pieces), len(self.eos)]
-        )
+        lengths = [len(self.bos), *map(len, pieces), len(self.eos)]
         return Example(
             np.array(ids, np.int32),
-            marks,
+            np.repeat(np.array([0, *self.marks, OUTPUT], np.uint8), lengths),
+            np.repeat(np.array([0, *self.pools, 0], np.uint8), lengths),
             target,
             self.head,
             int(starts[self.head_part + 1]) - 1 if self.head_part is not None else -1,

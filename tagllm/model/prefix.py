@@ -4,7 +4,7 @@ Everything before the first learned row is a constant of the data (attention is 
 once, without a graph, give the same gradient as the plain full backward. Where the backbone is replicated they are
 remembered, by a digest of all that they depend on.
 
-n pieces, T positions of the longest, D hidden size, G key-value heads, E head size.
+n pieces, T positions of the longest, D hidden size, E head size, G means over fields that heads read.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from tagllm.model.attention import Part
 
 
 class Piece(NamedTuple):
-    """Keys and values (layers, 2, G, length, E); last state and sum over field positions, fp32 (2, D); positions
-    and spans (2, length)."""
+    """Keys and values (layers, 2, heads, length, E); the last state and behind it the sums over the positions of each
+    pool, fp32 (S, D); positions and spans (2, length)."""
 
     kv: Tensor
-    hidden_2D: Tensor
+    states_SD: Tensor
     place: Tensor
 
     @property
@@ -36,24 +36,26 @@ class Piece(NamedTuple):
 
 
 class Prefix(NamedTuple):
-    """What the live pass builds on (`parts`), and per row the last state and the sum over field positions."""
+    """What the live pass builds on (`parts`), and per row the last state and the sums over the positions of pools."""
 
     parts: list[Part]
     last_BD: Tensor
-    pooled_BD: Tensor
+    pooled_BGD: Tensor
 
 
-def cut_into_pieces(tokens: Tokens, keys: Sequence[Tensor], values: Sequence[Tensor], hidden_ND: Tensor) -> list[Piece]:
-    """One piece per stretch; `keys` and `values` of each layer (1, G, N, E)."""
+def cut_into_pieces(
+    tokens: Tokens, keys: Sequence[Tensor], values: Sequence[Tensor], hidden_ND: Tensor, num_pools: int
+) -> list[Piece]:
+    """One piece per stretch; `keys` and `values` of each layer (1, heads, N, E)."""
     kv = torch.stack([torch.stack([k[0], v[0]]) for k, v in zip(keys, values, strict=True)])
     place = torch.stack([tokens.at_N, tokens.span_N])
     pieces, start = [], 0
     for length in tokens.lengths:
         here = slice(start, start + length)
         hidden_LD = hidden_ND[here].float()
-        pooled_D = (hidden_LD * tokens.pool_N[here, None]).sum(dim=0)
-        last_D = hidden_LD[-1] if length else torch.zeros_like(pooled_D)
-        pieces.append(Piece(kv[:, :, :, here].contiguous(), torch.stack([last_D, pooled_D]), place[:, here].clone()))
+        pools = [(hidden_LD * (tokens.pool_N[here, None] == pool)).sum(dim=0) for pool in range(1, num_pools + 1)]
+        last_D = hidden_LD[-1] if length else torch.zeros_like(pools[0])
+        pieces.append(Piece(kv[:, :, :, here].contiguous(), torch.stack([last_D, *pools]), place[:, here].clone()))
         start += length
     return pieces
 

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from tagllm.data.batch import Batch, Placement, Tokens
 from tagllm.data.encode import TagLayout
+from tagllm.errors import UserError
+from tagllm.head import Head
 from tagllm.model.attention import Part, Pass, use_parts_attention
 from tagllm.model.embedding import TagEmbedding
 from tagllm.model.head import FrozenHead
@@ -26,7 +28,8 @@ from tagllm.template import OUTPUT, SPAN
 
 class Output(NamedTuple):
     """`token_loss_M` per labelled position; `values_BK` in units of the data (regression) or logits; features for
-    closed-form fits: the state at the head's position, the mean over the fields, and the last state of the prefix."""
+    closed-form fits: the state at the head's position, the means over the fields side by side, and the last state of
+    the prefix."""
 
     sums: Sums
     token_loss_M: Tensor
@@ -63,10 +66,11 @@ class TaggedModel(nn.Module):
             layout.vocabulary_size,
         )
         self.tags.learned_TD.requires_grad_(len(self.tags.learned_TD) > 0)  # an optimizer takes no empty parameter
-        heads = {name: tags[name].head for name in layout.heads}
-        self.heads = nn.ModuleDict({name: HeadModule(head) for name, head in heads.items() if head is not None})
-        for name, head in self.heads.items():
-            head.requires_grad_(name in layout.learned)
+        heads = {name: head for name in layout.heads if (head := tags[name].head) is not None}
+        for name, head in heads.items():
+            if head.num_pools != layout.num_pools and head.spec.reads != "last":
+                raise _other_pools(name, head, layout)
+        self.heads = nn.ModuleDict({n: HeadModule(h).requires_grad_(n in layout.learned) for n, h in heads.items()})
         self._num_computed = 0
         use_parts_attention(backbone)
         self.rotation = Rotation.of(backbone)
@@ -76,8 +80,8 @@ class TaggedModel(nn.Module):
         prefix = self.encode_prefix(batch)
         live_ND, _ = self._decode(batch.live, prefix.parts)
         last_BD = live_ND[batch.read_at_B].float()
-        pooled_BD = prefix.pooled_BD + _pooled(live_ND, batch.live)
-        mean_BD = pooled_BD / batch.num_pooled_B.clamp(min=1)[:, None]
+        pooled_BGD = prefix.pooled_BGD + _pooled(live_ND, batch.live, self.layout.num_pools)
+        mean_BD = (pooled_BGD / batch.num_pooled_BG.clamp(min=1)[:, :, None]).flatten(1)
         token_loss_M = self._token_losses(live_ND, batch)
         value_sum, values_BK = self._values(last_BD, mean_BD, batch)
         sums = Sums(
@@ -102,11 +106,11 @@ class TaggedModel(nn.Module):
             parts = [part for part, yes in zip(parts, short, strict=True) if not yes]
             parts.append(part_of(rows, room=max(batch.live.lengths)))
         hidden_size = self.tags.learned_TD.shape[1]
-        none = torch.zeros(2, hidden_size, device=device)
-        columns = [[pieces[i].hidden_2D if i >= 0 else none for i in p.piece_B] for p in batch.pieces.placements]
-        columns.append([piece.hidden_2D for piece in own] if own else [none] * len(batch.own.lengths))
+        none = torch.zeros(1 + self.layout.num_pools, hidden_size, device=device)
+        columns = [[pieces[i].states_SD if i >= 0 else none for i in p.piece_B] for p in batch.pieces.placements]
+        columns.append([piece.states_SD for piece in own] if own else [none] * len(batch.own.lengths))
         last = [columns[at][b][0] for b, at in enumerate(batch.prefix_end_B)]
-        pooled = [torch.stack([hidden[1] for hidden in row]).sum(dim=0) for row in zip(*columns, strict=True)]
+        pooled = [torch.stack([states[1:] for states in row]).sum(dim=0) for row in zip(*columns, strict=True)]
         return Prefix(parts, torch.stack(last), torch.stack(pooled))
 
     def _pieces(self, tokens: Tokens, keys: Sequence[bytes], parts: list[Part]) -> list[Piece]:
@@ -146,7 +150,7 @@ class TaggedModel(nn.Module):
     def _compute(self, tokens: Tokens, parts: list[Part]) -> list[Piece]:
         self._num_computed += sum(tokens.lengths)
         hidden_ND, this = self._decode(tokens, parts, keep=self.backbone.dtype)
-        return cut_into_pieces(tokens, this.keys, this.values, hidden_ND)
+        return cut_into_pieces(tokens, this.keys, this.values, hidden_ND, self.layout.num_pools)
 
     def _decode(self, tokens: Tokens, parts: list[Part], keep: torch.dtype | None = None) -> tuple[Tensor, Pass]:
         """Hidden states (N, D) of one pass of the backbone, and its keys and values if kept. The residual stream is
@@ -187,6 +191,13 @@ class TaggedModel(nn.Module):
         return value_sum, values_BK
 
 
+def _other_pools(name: str, head: Head, layout: TagLayout) -> UserError:
+    return UserError(
+        f"tags.{name}.head: it reads {head.num_pools} means over fields side by side (pool is {head.spec.pool}), but "
+        f"the prompts here have {layout.num_pools}. Use a template with as many kinds of fields, and heads of one pool."
+    )
+
+
 def _placed(pieces: Sequence[Piece], placement: Placement, device: torch.device) -> Part:
     """Pieces where the rows have them. Only spans have numbers, and only free spans are placed with an offset."""
     used = sorted({i for i in placement.piece_B if i >= 0})
@@ -199,13 +210,15 @@ def _placed(pieces: Sequence[Piece], placement: Placement, device: torch.device)
     return part._replace(offset_B=offset_B, span_B=span_B)
 
 
-def _pooled(hidden_ND: Tensor, tokens: Tokens) -> Tensor:
-    """Sums over the field positions of each row (B, D), fp32; a product, since adding by index is not deterministic on
-    CUDA."""
+def _pooled(hidden_ND: Tensor, tokens: Tokens, num_pools: int) -> Tensor:
+    """Sums over the positions of each row that go into each mean (B, G, D), fp32; a product, since adding by index is
+    not deterministic on CUDA."""
     device = hidden_ND.device
     row_N = torch.arange(len(tokens.lengths), device=device).repeat_interleave(
         torch.tensor(tokens.lengths, device=device), output_size=sum(tokens.lengths)
     )
     row_N = nn.functional.pad(row_N, (0, len(hidden_ND) - len(row_N)), value=-1)
-    of_row_BN = (torch.arange(len(tokens.lengths), device=device)[:, None] == row_N) * tokens.pool_N
-    return of_row_BN.float() @ hidden_ND.float()
+    pool_N = torch.where((row_N >= 0) & (tokens.pool_N > 0), row_N * num_pools + tokens.pool_N - 1, -1)
+    into_PN = torch.arange(len(tokens.lengths) * num_pools, device=device)[:, None] == pool_N
+    pooled_PD = into_PN.float() @ hidden_ND.float()
+    return pooled_PD.view(-1, num_pools, pooled_PD.shape[1])

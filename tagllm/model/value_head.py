@@ -30,7 +30,7 @@ class HeadModule(nn.Module):
 
     def __init__(self, head: Head) -> None:
         super().__init__()
-        self.spec = head.spec
+        self.spec, self.num_pools = head.spec, head.num_pools
         self.weight_KF = nn.Parameter(head.weight_KF.clone())
         self.bias_K = nn.Parameter(head.bias_K.clone())
         self.register_buffer("mean_K", head.mean_K.clone())
@@ -53,7 +53,7 @@ class HeadModule(nn.Module):
         """What it has learned, on the CPU."""
         weight_KF, bias_K = (part.cpu() for part in self.folded(self.weight_KF.detach(), self.bias_K.detach()))
         kernel = Kernel(*(part.cpu() for part in kernel)) if (kernel := self.kernel()) else None
-        return Head(self.spec, weight_KF, bias_K, self.mean_K.cpu(), self.std_K.cpu(), kernel)
+        return Head(self.spec, weight_KF, bias_K, self.mean_K.cpu(), self.std_K.cpu(), kernel, self.num_pools)
 
     def folded(self, weight_KF: Tensor, bias_K: Tensor) -> tuple[Tensor, Tensor]:
         """Parameters of this module -> weight and bias on features as they are."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -122,7 +123,7 @@ def new_tag(stage: Stage, name: str, backbone: Backbone, data: Data) -> Tag:
         raise UserError(f"tags.{name}.init is {config.init!r}; the text after `text:` gives no token. Write a word.")
     seed = int(np.random.SeedSequence([stage.config.seed, *name.encode()]).generate_state(1)[0])
     rows = initial_rows(config.init, config.length, embedding_VD, text_ids, seed)
-    head = Head.new(config.head, embedding_VD.shape[1]) if config.head else None
+    head = Head.new(config.head, embedding_VD.shape[1], stage.layout(0).num_pools) if config.head else None
     if head is not None and not head.spec.classes:
         targets = np.concatenate([_targets_of(stage, name, data, at) for at in range(len(stage.templates))])
         mean, std = targets.mean(axis=0), targets.std(axis=0)
@@ -130,7 +131,7 @@ def new_tag(stage: Stage, name: str, backbone: Backbone, data: Data) -> Tag:
             raise UserError(
                 f"tags.{name}.head: the target is the same in all training rows; there is nothing to learn."
             )
-        head = Head(head.spec, head.weight_KF, head.bias_K, torch.from_numpy(mean), torch.from_numpy(std))
+        head = replace(head, mean_K=torch.from_numpy(mean), std_K=torch.from_numpy(std))
     return Tag(name, config.kind, rows[:0] if config.absent else rows, head)
 
 

@@ -1,0 +1,88 @@
+"""Means taken apart: the fields behind each domain tag by themselves, in whatever way a row is computed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tagllm.tags import TagLibrary
+from tagllm.template import parse_template, pools_of
+from tests import tiny
+from tests.test_cli import Run, config, fails, folder, run
+
+__all__ = ["folder", "run"]  # fixtures
+KINDS = {"SMILES": "domain", "Protein": "domain", "F": "function"}
+
+
+@pytest.mark.parametrize(
+    ("template", "pools"),
+    [
+        ("The drugs <SMILES> {a} and <SMILES> {b} on {cell} <F>", {"a": 1, "b": 1, "cell": 2}),
+        ("<Protein> {p} <SMILES> {s} <F>", {"p": 1, "s": 2}),
+        ("{a} and {b} and {a} again <F>", {"a": 1, "b": 2}),
+        ("<SMILES> {s} <F> {output}", {"s": 1, "output": 0}),
+    ],
+)
+def test_fields_behind_the_same_tag_share_a_mean(template: str, pools: dict[str, int]) -> None:
+    parsed = parse_template(template, KINDS)
+    found = {part.value: pool for part, pool in zip(parsed.parts, pools_of(parsed, KINDS), strict=True) if pool}
+    assert found == {name: pool for name, pool in pools.items() if pool}
+
+
+@pytest.mark.parametrize(
+    "settings", [{}, {"frozen": False}, {"block": True}, {"block": True, "free_spans": True}], ids=str
+)
+@pytest.mark.parametrize("remember", [0, 1 << 24])
+def test_means_apart_are_the_mean_together_taken_apart(settings: dict[str, Any], remember: int) -> None:
+    """The first mean is that of a prompt that ends behind the first field; with both of them, it is the whole."""
+    apart, together = tiny.layout(num_pools=2), tiny.layout()
+    random = np.random.default_rng(0)
+    first: tuple[str | int, ...] = (4, "Frozen", "~5#1")
+    second: tuple[str | int, ...] = ("Frozen", "~8#2")
+
+    def means(of: Any, pieces: tuple[str | int, ...]) -> torch.Tensor:
+        model = tiny.model(of, remember=remember)
+        rows = [tiny.example(of, (*pieces, 3, "F"), random) for _ in range(2)]
+        collate = tiny.collator(of, **settings)
+        batches = [collate(rows[:1]), collate(rows)]  # what is remembered of the first serves the second
+        return [model(batch).mean_BD.detach() for batch in batches][1][0]
+
+    found_GD = means(apart, (*first, *second)).view(2, -1)
+    torch.testing.assert_close(found_GD[0], means(together, first), rtol=1e-4, atol=1e-5)
+    whole_D = (5 * found_GD[0] + 8 * found_GD[1]) / 13
+    torch.testing.assert_close(whole_D, means(together, (*first, *second)), rtol=1e-4, atol=1e-5)
+
+
+HEAD = {"type": "regression", "reads": "both", "pool": "apart", "kernel": "rbf"}
+
+
+@pytest.fixture
+def finished(folder: Path, run: Run) -> Path:
+    tags = {"SMILES": {"length": 2}, "W": {"kind": "function", "length": 2, "head": HEAD}}
+    made = config(folder, "pools", tags=tags, data__template="{name} is <SMILES> {smiles} <W>")
+    trained = run("train", made)
+    assert trained.exit_code == 0, trained.output
+    return folder / "runs" / "pools"
+
+
+def test_a_run_reads_them_apart_from_end_to_end(finished: Path, folder: Path, run: Run) -> None:
+    head = TagLibrary.load(finished / "library").tags["W"].head
+    assert head is not None and head.num_pools == 2
+    assert head.weight_KF.shape[1] == 3 * tiny.HIDDEN
+    for command in (("eval", finished), ("predict", finished, folder / "rows.csv", folder / "pools.csv")):
+        done = run(*command)
+        assert done.exit_code == 0, done.output
+    results = json.loads((finished / "results.json").read_text())
+    assert {"kernel_last", "kernel_mean", "kernel_both"} <= set(results["baselines"])
+    baseline = run("baseline", finished, "--method", "lora", "--lr", "1e-3", "--budget-s", "0.5")
+    assert baseline.exit_code == 0, baseline.output
+
+
+def test_a_prompt_with_other_pools_is_refused(finished: Path, folder: Path, run: Run) -> None:
+    told = run("predict", finished, folder / "rows.csv", folder / "none.csv", "--template", "<SMILES> {smiles} <W>")
+    fails(told, "tags.W.head", "reads 2 means over fields side by side", "have 1")
