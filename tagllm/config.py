@@ -56,7 +56,7 @@ class HeadConfig(Section):
     """`rbf`: closed-form fits may take a Gaussian kernel of what the head reads, where that answers validation better.
     Tags still learn through the linear head."""
     landmarks: Count = 2048
-    """Training rows that the kernel is seen from; the library holds what they read."""
+    """Training rows that the kernel is seen from, all of them if there are no more; the library holds what they read."""
     refit: bool = True
     """Fit in closed form at each evaluation and at the end, and keep that unless the trained head is better on
     validation by more than chance (regression only)."""

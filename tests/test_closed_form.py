@@ -13,6 +13,7 @@ from sklearn.kernel_ridge import KernelRidge
 
 from tagllm.config import HeadConfig
 from tagllm.evaluate.closed_form import SPREADS, Landmarks, answers_of, fit_head
+from tagllm.evaluate.kernel_ridge import PENALTIES, RANK, KernelFits
 from tagllm.evaluate.ridge import Rows, fit_ridge
 from tagllm.head import Head, similarity
 from tagllm.model.value_head import HeadModule
@@ -57,10 +58,11 @@ def test_a_line_stays_a_line() -> None:
 @pytest.mark.parametrize("spread", SPREADS)
 def test_all_rows_as_landmarks_are_kernel_ridge_regression(spread: float) -> None:
     train, valid = rows(250, 0, curved=True), rows(300, 1, curved=True)
-    landmarks = Landmarks.of(train.features_nF, 10_000, spread)
+    width = torch.from_numpy(train.features_nF.std(axis=0) * np.sqrt(2 * D / spread)).float()
+    landmarks = Landmarks.of(train.features_nF, len(train.targets_nK), width)
     fit = fit_ridge(landmarks.rows(train), landmarks.rows(valid), one_scale=True)
     found = landmarks.kernel(fit)(torch.from_numpy(valid.features_nF)).numpy() + fit.bias_K
-    width_F = landmarks.width_F.numpy() / np.sqrt(2)
+    width_F = width.numpy() / np.sqrt(2)
     kernel = RBF(1.0)(train.features_nF / width_F)
     mean_n = kernel.mean(axis=0)
     centered = kernel - mean_n - mean_n[:, None] + kernel.mean()
@@ -72,10 +74,30 @@ def test_all_rows_as_landmarks_are_kernel_ridge_regression(spread: float) -> Non
     assert np.std(found - expected) < 0.05 * np.std(expected), "all that differs is the jitter"
 
 
+@pytest.mark.parametrize("rank", [40, RANK])
+@pytest.mark.parametrize("outputs", [1, 2])
+def test_every_penalty_is_kernel_ridge_regression(monkeypatch: pytest.MonkeyPatch, rank: int, outputs: int) -> None:
+    """Whether the preconditioner knows all of the kernel or hardly any of it."""
+    monkeypatch.setattr("tagllm.evaluate.kernel_ridge.RANK", rank)
+    train, valid = rows(400, 0, curved=True), rows(100, 1, curved=True)
+    train = Rows(train.features_nF, np.repeat(train.targets_nK, outputs, axis=1) * np.arange(1.0, outputs + 1))
+    width = torch.from_numpy(train.features_nF.std(axis=0) * 2)
+    fits = KernelFits.of(train, width)
+    width_F, mean_K = width.numpy() / np.sqrt(2), train.targets_nK.mean(axis=0)
+    kernel = RBF(1.0)(train.features_nF / width_F)
+    across = RBF(1.0)(valid.features_nF / width_F, train.features_nF / width_F)
+    for at, penalty in enumerate(PENALTIES):
+        plain = KernelRidge(alpha=penalty, kernel="precomputed").fit(kernel, train.targets_nK - mean_K)
+        expected = plain.predict(across).reshape(-1, outputs)
+        found = fits.kernel(at)(torch.from_numpy(valid.features_nF)).numpy()
+        assert np.std(found - expected) < 0.01 * np.std(expected), penalty
+
+
 def test_landmarks_alike_do_no_harm() -> None:
     train, valid = (rows(n, seed, curved=True) for seed, n in enumerate((300, 300)))
     twice = Rows(np.repeat(train.features_nF, 2, axis=0), np.repeat(train.targets_nK, 2, axis=0))
-    assert error(fit_head(blank(landmarks=600), twice, valid), valid) < 0.6
+    for landmarks in (500, 600):  # some, and all of them
+        assert error(fit_head(blank(landmarks=landmarks), twice, valid), valid) < 0.6
 
 
 def test_the_kernel_of_far_points_is_exact() -> None:

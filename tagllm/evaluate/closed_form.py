@@ -7,19 +7,19 @@ n rows, F features, K targets, M landmarks.
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tagllm.evaluate.ridge import Floats, RidgeFit, Rows, fit_ridge
+from tagllm.evaluate.kernel_ridge import JITTER, KernelFits
+from tagllm.evaluate.ridge import Floats, RidgeFit, Rows, errors_of_penalties, fit_ridge
 from tagllm.head import Head, Kernel, similarity
 
-SPREADS = (0.3, 1.0, 3.0)
+SPREADS = (0.5, 1.5, 5.0)
 """c of the kernel exp(-c |x - z|^2 / s), where s is what |x - z|^2 is on average."""
-JITTER = 1e-7
-"""Added to the similarities of landmarks for each of them, so that landmarks alike do no harm."""
 
 
 class Landmarks(NamedTuple):
@@ -32,11 +32,9 @@ class Landmarks(NamedTuple):
     """Cholesky factor of the similarities among landmarks, fp64."""
 
     @classmethod
-    def of(cls, features_nF: Floats, number: int, spread: float) -> Landmarks:
-        """So many of these rows, drawn evenly; widths after the spread of each feature."""
-        scale_F = features_nF.std(axis=0) + 1e-8
-        width_F = torch.from_numpy(scale_F * np.sqrt(2 * len(scale_F) / spread)).float()
-        chosen = np.random.default_rng(0).choice(len(features_nF), min(number, len(features_nF)), replace=False)
+    def of(cls, features_nF: Floats, number: int, width_F: Tensor) -> Landmarks:
+        """So many of these rows, drawn evenly."""
+        chosen = np.random.default_rng(0).choice(len(features_nF), number, replace=False)
         at_MF = torch.from_numpy(features_nF[np.sort(chosen)])
         among_MM = similarity(at_MF, at_MF, width_F).double()
         root_MM = torch.linalg.cholesky(among_MM + JITTER * len(at_MF) * torch.eye(len(at_MF)))
@@ -55,20 +53,40 @@ class Landmarks(NamedTuple):
 
 
 def fit_head(head: Head, train: Rows, valid: Rows) -> Head:
-    """`head` with weights in closed form of `train`, what has to be chosen chosen on `valid` as by `fit_ridge`. Targets
-    are in units of the data."""
+    """`head` with weights in closed form of `train`; what has to be chosen is chosen as `errors_of_penalties` says.
+    Targets are in units of the data."""
     train, valid = (_standardised(rows, head) for rows in (train, valid))
-    fit = fit_ridge(train, valid)
-    best = replace(head, weight_KF=torch.from_numpy(fit.weight_KF), bias_K=torch.from_numpy(fit.bias_K), kernel=None)
-    lowest = fit.error
+    linear = fit_ridge(train, valid)
+    weight_KF, bias_K = torch.from_numpy(linear.weight_KF), torch.from_numpy(linear.bias_K)
+    best, lowest = replace(head, weight_KF=weight_KF, bias_K=bias_K, kernel=None), linear.error
     for spread in SPREADS if head.spec.kernel == "rbf" else ():
-        landmarks = Landmarks.of(train.features_nF, head.spec.landmarks, spread)
-        fit = fit_ridge(landmarks.rows(train), landmarks.rows(valid), one_scale=True)
-        if fit.error < lowest:
-            lowest, zero_KF = fit.error, torch.zeros_like(best.weight_KF)
-            kernel, bias_K = landmarks.kernel(fit), torch.from_numpy(fit.bias_K)
-            best = replace(best, weight_KF=zero_KF, bias_K=bias_K, kernel=kernel)
+        width_F = _widths(train.features_nF, spread)
+        fit = _on_every_row if head.spec.landmarks >= len(train.targets_nK) else _on_landmarks
+        kernel, bias_K, error = fit(train, valid, width_F, head.spec.landmarks)
+        if error < lowest:
+            best, lowest = replace(head, weight_KF=torch.zeros_like(weight_KF), bias_K=bias_K, kernel=kernel), error
     return best
+
+
+def _on_every_row(train: Rows, valid: Rows, width_F: Tensor, number: int) -> tuple[Kernel, Tensor, float]:
+    """With bias (K) and error; as `_on_landmarks` with all of them, which would take far longer where they are many."""
+    fit = partial(KernelFits.of, width_F=width_F)
+    fitted = fit(train)
+    error_P = errors_of_penalties(fit, fitted, train, valid)
+    best = int(np.argmin(error_P))
+    return fitted.kernel(best), fitted.mean_K, float(error_P[best])
+
+
+def _on_landmarks(train: Rows, valid: Rows, width_F: Tensor, number: int) -> tuple[Kernel, Tensor, float]:
+    landmarks = Landmarks.of(train.features_nF, number, width_F)
+    fit = fit_ridge(landmarks.rows(train), landmarks.rows(valid), one_scale=True)
+    return landmarks.kernel(fit), torch.from_numpy(fit.bias_K), fit.error
+
+
+def _widths(features_nF: Floats, spread: float) -> Tensor:
+    """(F), after the spread of each feature."""
+    scale_F = features_nF.std(axis=0) + 1e-8
+    return torch.from_numpy(scale_F * np.sqrt(2 * len(scale_F) / spread)).float()
 
 
 def answers_of(head: Head, features_nF: Floats) -> Floats:

@@ -5,7 +5,9 @@ n rows, F features, K targets, P penalties.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -53,46 +55,59 @@ class RidgeFit(NamedTuple):
         return values
 
 
-def fit_ridge(train: Rows, valid: Rows, one_scale: bool = False) -> RidgeFit:
-    """Fits on standardised features (folded back into the weights), with the penalty that is best on `valid`; where
-    these are fewer than ENOUGH_ROWS, with the best of 5-fold cross-validation on `train`. `one_scale` keeps features
-    as large as they are beside each other.
+class Fits(Protocol):
+    """One model at every penalty."""
+
+    def errors(self, held_out: Rows) -> Doubles:
+        """Mean squared error (P) on held-out rows."""
+
+
+def errors_of_penalties(fit: Callable[[Rows], Fits], fitted: Fits, train: Rows, valid: Rows) -> Doubles:
+    """By which to choose (P): of `fitted`, which is `fit(train)`, on `valid`; where these are fewer than ENOUGH_ROWS,
+    of 5-fold cross-validation on `train`.
 
     Validation rows first, since folds of rows are easier than what is asked where rows are related: pairs of drugs
     that stand in several folds ask for a penalty far too weak for pairs never seen.
     """
-    weight_PFK, bias_PK = _every_penalty(train, one_scale)
     if len(valid.targets_nK) >= ENOUGH_ROWS:
-        error_P = _errors(weight_PFK, bias_PK, valid)
-    else:
-        from sklearn.model_selection import KFold
+        return fitted.errors(valid)
+    from sklearn.model_selection import KFold
 
-        folds = KFold(min(5, len(train.targets_nK)), shuffle=True, random_state=0).split(train.features_nF)
-        error_P = np.mean(
-            [_errors(*_every_penalty(train.some(seen), one_scale), train.some(unseen)) for seen, unseen in folds],
-            axis=0,
-        )
-    best = int(np.argmin(error_P))
-    weight_KF, bias_K = weight_PFK[best].T.astype(np.float32), bias_PK[best].astype(np.float32)
-    return RidgeFit(weight_KF, bias_K, float(PENALTIES[best]), float(error_P[best]))
-
-
-def _errors(weight_PFK: Doubles, bias_PK: Doubles, held_out: Rows) -> Doubles:
-    """Mean squared error (P) on held-out rows."""
-    values_PnK = held_out.features_nF.astype(np.float64) @ weight_PFK + bias_PK[:, None]
-    error_P: Doubles = ((values_PnK - held_out.targets_nK) ** 2).mean(axis=(1, 2))
+    folds = KFold(min(5, len(train.targets_nK)), shuffle=True, random_state=0).split(train.features_nF)
+    error_P: Doubles = np.mean([fit(train.some(seen)).errors(train.some(unseen)) for seen, unseen in folds], axis=0)
     return error_P
 
 
-def _every_penalty(rows: Rows, one_scale: bool) -> tuple[Doubles, Doubles]:
-    """Weights (P, F, K) and biases (P, K) for every penalty, of one eigendecomposition."""
-    features_nF, targets_nK = (column.astype(np.float64) for column in rows)
-    center_F, scale_F, mean_K = features_nF.mean(axis=0), features_nF.std(axis=0) + 1e-8, targets_nK.mean(axis=0)
-    if one_scale:
-        scale_F = np.full_like(scale_F, np.sqrt((scale_F**2).mean()))
-    standard_nF = (features_nF - center_F) / scale_F
-    size_F, basis_FF = np.linalg.eigh(standard_nF.T @ standard_nF)
-    onto_FK = basis_FF.T @ (standard_nF.T @ (targets_nK - mean_K))
-    shrunk_PF = 1 / (np.maximum(size_F, 0) + PENALTIES[:, None])
-    weight_PFK = basis_FF @ (shrunk_PF[:, :, None] * onto_FK) / scale_F[:, None]
-    return weight_PFK, mean_K - center_F @ weight_PFK
+def fit_ridge(train: Rows, valid: Rows, one_scale: bool = False) -> RidgeFit:
+    """Fits on standardised features (folded back into the weights), with the best penalty as `errors_of_penalties`
+    says. `one_scale` keeps features as large as they are beside each other."""
+    fit = partial(RidgeFits.of, one_scale=one_scale)
+    fitted = fit(train)
+    error_P = errors_of_penalties(fit, fitted, train, valid)
+    best = int(np.argmin(error_P))
+    weight_KF, bias_K = fitted.weight_PFK[best].T.astype(np.float32), fitted.bias_PK[best].astype(np.float32)
+    return RidgeFit(weight_KF, bias_K, float(PENALTIES[best]), float(error_P[best]))
+
+
+class RidgeFits(NamedTuple):
+    weight_PFK: Doubles
+    bias_PK: Doubles
+
+    @classmethod
+    def of(cls, rows: Rows, one_scale: bool) -> RidgeFits:
+        """For every penalty, of one eigendecomposition."""
+        features_nF, targets_nK = (column.astype(np.float64) for column in rows)
+        center_F, scale_F, mean_K = features_nF.mean(axis=0), features_nF.std(axis=0) + 1e-8, targets_nK.mean(axis=0)
+        if one_scale:
+            scale_F = np.full_like(scale_F, np.sqrt((scale_F**2).mean()))
+        standard_nF = (features_nF - center_F) / scale_F
+        size_F, basis_FF = np.linalg.eigh(standard_nF.T @ standard_nF)
+        onto_FK = basis_FF.T @ (standard_nF.T @ (targets_nK - mean_K))
+        shrunk_PF = 1 / (np.maximum(size_F, 0) + PENALTIES[:, None])
+        weight_PFK = basis_FF @ (shrunk_PF[:, :, None] * onto_FK) / scale_F[:, None]
+        return cls(weight_PFK, mean_K - center_F @ weight_PFK)
+
+    def errors(self, held_out: Rows) -> Doubles:
+        values_PnK = held_out.features_nF.astype(np.float64) @ self.weight_PFK + self.bias_PK[:, None]
+        error_P: Doubles = ((values_PnK - held_out.targets_nK) ** 2).mean(axis=(1, 2))
+        return error_P
