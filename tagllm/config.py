@@ -56,7 +56,7 @@ class HeadConfig(Section):
     """`rbf`: closed-form fits may take a Gaussian kernel of what the head reads, where that answers validation better.
     Tags still learn through the linear head."""
     landmarks: Count = 2048
-    """Training rows that the kernel is seen from, all of them if there are no more; the library holds what they read."""
+    """Training rows that the kernel is seen from, all if there are no more; the library holds what they read."""
     refit: bool = True
     """Fit in closed form at each evaluation and at the end, and keep that unless the trained head is better on
     validation by more than chance (regression only)."""
@@ -74,6 +74,10 @@ class HeadConfig(Section):
             raise ValueError("a classification head needs `classes: [...]`, the labels as they stand in the data")
         if self.classes and (len(self.classes) != self.outputs or len(set(self.classes)) != self.outputs):
             raise ValueError(f"outputs is {self.outputs} but classes has {len(set(self.classes))} different names")
+        if self.kernel != "linear" and (self.classes or not self.refit):
+            raise ValueError(
+                f"kernel is {self.kernel}, which only a regression with refit: true has; set kernel: linear"
+            )
         return self
 
 
