@@ -14,12 +14,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tagllm.evaluate.kernel_ridge import JITTER, KernelFits
+from tagllm.evaluate.kernel_ridge import KernelFits
 from tagllm.evaluate.ridge import Floats, RidgeFit, Rows, errors_of_penalties, fit_ridge
 from tagllm.head import Head, Kernel, similarity
 
 SPREADS = (0.5, 1.5, 5.0)
 """c of the kernel exp(-c |x - z|^2 / s), where s is what |x - z|^2 is on average."""
+
+
+JITTER = 1e-7
+"""Added to the similarity of each landmark to itself, times their number, so that landmarks alike do no harm."""
 
 
 class Landmarks(NamedTuple):
@@ -36,7 +40,8 @@ class Landmarks(NamedTuple):
         """So many of these rows, drawn evenly."""
         chosen = np.random.default_rng(0).choice(len(features_nF), number, replace=False)
         at_MF = torch.from_numpy(features_nF[np.sort(chosen)])
-        among_MM = similarity(at_MF, at_MF, width_F).double()
+        exact_MF = at_MF.double()
+        among_MM = similarity(exact_MF, exact_MF, width_F.double())
         root_MM = torch.linalg.cholesky(among_MM + JITTER * len(at_MF) * torch.eye(len(at_MF)))
         return cls(at_MF, width_F, root_MM)
 

@@ -19,8 +19,9 @@ PENALTIES = np.logspace(1.5, -2.5, 9)
 RANK = 2048
 TOLERANCE, MOST_STEPS = 1e-3, 200
 """Of the residual beside the targets; and where a system is not solved by then, its last answer is taken."""
-JITTER = 1e-7
-"""Added to the similarity of each row to itself, times their number, so that rows alike do no harm."""
+JITTER = 1e-6
+"""Added to the similarity of each row to itself, times their number: rows may be alike, and similarities are fp32. Only
+the preconditioner has it."""
 
 
 class KernelSystem:
@@ -52,7 +53,7 @@ class KernelSystem:
                 break
             better_nK = self._almost_inverse(rest_nK, penalty)
             slope_K, before_K = (rest_nK * better_nK).sum(dim=0), slope_K
-            way_nK = better_nK + slope_K / before_K * way_nK
+            way_nK = better_nK + slope_K / before_K.clamp(min=1e-30) * way_nK
             ahead_nK = self._times(way_nK, penalty)
             length_K = slope_K / (way_nK * ahead_nK).sum(dim=0).clamp(min=1e-30)
             weight_nK += length_K * way_nK
