@@ -1,7 +1,7 @@
 """Memory, communication and time of a config on given hardware, on paper; no weight is loaded.
 
 The formulas count what the code keeps: `model/frozen.py` for what a live position leaves behind for backward,
-`model/prefix.py` for keys and values, `model/head.py` for logits, ZeRO-3 for what is gathered.
+`model/prefix.py` for keys and values, `model/lm_head.py` for logits, ZeRO-3 for what is gathered.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import torch
 
 from tagllm.config import Quantization, RunConfig
 from tagllm.data.batch import Batch
-from tagllm.model.head import CHUNK_BYTES
 from tagllm.model.linear import PACK_UP_TO, FrozenLinear
+from tagllm.model.lm_head import CHUNK_BYTES
 from tagllm.model.quantize import bytes_per_weight
 
 Placement = Literal["replicate", "shard in a node", "shard"]

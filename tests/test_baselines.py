@@ -116,12 +116,12 @@ def test_the_closed_form_head_is_kept_unless_the_trained_one_is_clearly_better(t
     method = METHODS["lora"]
     model = Adapted(task.backbone.model, method, task.head, 0, seed=0)
     valid = see(model, task.rows("valid", method), 8)
-    expected = (valid.targets_nK - task.head.mean_K) / task.head.std_K
+    expected = (torch.from_numpy(valid.targets_nK) - task.head.mean_K) / task.head.std_K
     before_n = errors(model.head.as_head(), valid)
     head, kept, loss = refit(model, task, method, valid)
     assert loss == pytest.approx(float(errors(head, valid).mean()))
     assert kept, f"{before_n.mean()} of a head that knows nothing, {loss} of the fit"
-    known = torch.cat([torch.from_numpy(valid.rows(head.spec).features_nF), torch.ones(len(expected), 1)], dim=1)
+    known = torch.cat([torch.from_numpy(valid.rows(head.spec.reads).features_nF), torch.ones(len(expected), 1)], dim=1)
     answer = torch.linalg.lstsq(known, expected, driver="gelsd").solution.T
     weight_KF, bias_K = model.head.unfolded(answer[:, :-1], answer[:, -1])
     model.overwrite(model.learned() | {"head.weight_KF": weight_KF, "head.bias_K": bias_K})

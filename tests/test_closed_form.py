@@ -12,9 +12,11 @@ from sklearn.gaussian_process.kernels import RBF
 from sklearn.kernel_ridge import KernelRidge
 
 from tagllm.config import HeadConfig
-from tagllm.evaluate.closed_form import SPREADS, Landmarks, answers_of, fit_head
-from tagllm.evaluate.kernel_ridge import PENALTIES, RANK, KernelFits
-from tagllm.evaluate.ridge import Rows, fit_ridge
+from tagllm.data.batch import Counts
+from tagllm.evaluate.closed_form import SPREADS, answers_of, fit_head
+from tagllm.evaluate.kernel_ridge import PENALTIES, RANK, KernelFits, Landmarks
+from tagllm.evaluate.passes import Pass
+from tagllm.evaluate.ridge import Rows, clearly_better, fit_ridge
 from tagllm.head import Head, similarity
 from tagllm.model.value_head import HeadModule
 from tagllm.tags import BackboneIdentity, Tag, TagLibrary
@@ -123,3 +125,35 @@ def test_the_library_keeps_the_kernel(tmp_path: Path) -> None:
     answers = module.unstandardise(module(features, features)).detach().numpy()
     np.testing.assert_allclose(answers, answers_of(head, valid.features_nF), rtol=1e-4)
     assert torch.equal(module.as_head().answer(features), back.answer(features))
+
+
+def pass_of(valid: Rows, values_nK: np.ndarray, value_sum: float) -> Pass:
+    nothing, n = np.zeros((len(values_nK), 0), np.float32), len(values_nK)
+    return Pass((0, 0, value_sum), Counts(0, 0, n), values_nK, valid.targets_nK, valid.features_nF, nothing, nothing)
+
+
+def test_answers_that_are_no_numbers_do_not_look_perfect() -> None:
+    """The head that steps gave may have run away; the loss of the fit that takes its place is its own."""
+    valid = rows(300, 1, curved=False)
+    head = fit_head(blank("linear"), rows(300, 0, curved=False), valid)
+    wild = np.where(np.arange(300)[:, None] % 2 == 0, np.nan, np.inf).astype(np.float32)
+    trained = pass_of(valid, wild, np.inf)
+    fitted = trained.answered_by(head, np.ones(300, bool))
+    expected = ((answers_of(head, valid.features_nF) - valid.targets_nK) / 5) ** 2
+    assert np.isinf(trained.errors(head)).all()
+    assert fitted.sums[2] == pytest.approx(float(expected.sum()), rel=1e-5)
+    assert not clearly_better(trained.errors(head), fitted.errors(head))
+    assert clearly_better(fitted.errors(head), trained.errors(head))
+    assert not clearly_better(trained.errors(head), trained.errors(head))
+
+
+def test_a_fit_changes_the_loss_by_its_own_rows() -> None:
+    """Rows of another head keep their answers, and their part of the loss."""
+    valid = rows(300, 1, curved=False)
+    head = fit_head(blank("linear"), rows(300, 0, curved=False), valid)
+    mine, values = np.arange(300) < 200, np.full((300, 1), 40, np.float32)
+    errors = ((values - valid.targets_nK) / 5) ** 2
+    fitted = pass_of(valid, values, float(errors.sum())).answered_by(head, mine)
+    own = ((answers_of(head, valid.features_nF) - valid.targets_nK) / 5) ** 2
+    assert fitted.sums[2] == pytest.approx(float(errors[~mine].sum() + own[mine].sum()), rel=1e-4)
+    assert (fitted.values_nK[~mine] == 40).all()

@@ -17,8 +17,8 @@ from benchmarks.measure import peak_tensor_bytes
 from benchmarks.saved_bytes import KINDS, SHAPES, per_token_and_layer
 from tagllm.model.backbone import weights_digest
 from tagllm.model.frozen import FrozenGatedMLP, FrozenLayerNorm, FrozenRMSNorm, make_frozen_aware
-from tagllm.model.head import FrozenHead, _Nats
 from tagllm.model.linear import FrozenLinear, halves
+from tagllm.model.lm_head import FrozenHead, _Nats
 from tests import tiny
 
 

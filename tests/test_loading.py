@@ -9,8 +9,8 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from tagllm.model.head import FrozenHead
 from tagllm.model.linear import FrozenLinear
+from tagllm.model.lm_head import FrozenHead
 from tagllm.model.loading import load_model
 from tagllm.model.quantize import Int8Linear, Nf4Linear
 from tests import tiny

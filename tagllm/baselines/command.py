@@ -127,7 +127,7 @@ def _final(task: Task, method: Method, request: Request, record: Record, rate: f
         settings = record.document["settings"]
         virtual = settings.get("virtual", 0)
         model, trained, head = _train(task, method, virtual, rate, settings["budget_s"], seed)
-        test = see(model, task.rows("test", method), task.config.evaluation.rows_per_batch).rows(head.spec)
+        test = see(model, task.rows("test", method), task.config.evaluation.rows_per_batch).rows(head.spec.reads)
         answer_nK, targets_nK = answers_of(head, test.features_nF), test.targets_nK
         entry = trained._asdict() | {
             "metrics": value_metrics(answer_nK, targets_nK, classes=False),

@@ -14,16 +14,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor, nn
+from torch import nn
 
 from tagllm.baselines.adapt import Adapted
 from tagllm.baselines.methods import Method
 from tagllm.baselines.prompts import Row, pad
 from tagllm.baselines.task import Task
-from tagllm.config import HeadConfig
-from tagllm.evaluate.closed_form import answers_of, fit_head
-from tagllm.evaluate.ridge import Rows, clearly_better
-from tagllm.head import Head, states_read
+from tagllm.evaluate.closed_form import answers_of, fit_head, squared_errors
+from tagllm.evaluate.features import Features
+from tagllm.evaluate.ridge import clearly_better
+from tagllm.head import Head
 from tagllm.model.loss import value_losses
 from tagllm.train.gradient_free import FIT_ROWS, SCALE_ROWS, SOME_ROWS
 from tagllm.train.rows import StepRows
@@ -36,19 +36,6 @@ WARM_UP, MEASURED = 1, 3
 """Steps that are not timed, and after how many more the length of the run is known."""
 LOOKS = 4
 """At the validation split, the end among them; each costs a pass over the training rows too."""
-
-
-class Seen(NamedTuple):
-    """What the head reads of some rows, with their targets; on the CPU."""
-
-    last_nD: Tensor
-    mean_nD: Tensor
-    targets_nK: Tensor
-
-    def rows(self, spec: HeadConfig) -> Rows:
-        """What a head is fitted on."""
-        features_nF = torch.cat(states_read(spec.reads, self.last_nD, self.mean_nD), dim=1)
-        return Rows(features_nF.numpy(), self.targets_nK.numpy())
 
 
 class Trained(NamedTuple):
@@ -141,22 +128,21 @@ def step(
 
 
 @torch.no_grad()
-def see(model: Adapted, rows: Sequence[Row], rows_per_batch: int) -> Seen:
+def see(model: Adapted, rows: Sequence[Row], rows_per_batch: int) -> Features:
     """One pass over rows, alike in length within a batch; results in the order of the rows."""
     order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
     parts = []
     for at in range(0, len(rows), rows_per_batch):
         batch = _moved(pad([rows[i] for i in order[at : at + rows_per_batch]]), model)
-        parts.append([tensor.cpu() for tensor in (*model(batch), batch.target_BK)])
-    back = torch.tensor(order).argsort()
-    return Seen(*(torch.cat(column)[back] for column in zip(*parts, strict=True)))
+        parts.append(Features(*(tensor.cpu().numpy() for tensor in (*model(batch), batch.target_BK))))
+    back = np.argsort(order)
+    return Features(*(column[back] for column in Features.together(parts)))
 
 
-def errors(head: Head, seen: Seen) -> Floats:
-    """Squared error (n) of each row, standardised."""
-    features_nF, targets_nK = seen.rows(head.spec)
-    error_nK = (answers_of(head, features_nF) - targets_nK) / head.std_K.numpy()
-    errors_n: Floats = np.nan_to_num((error_nK**2).mean(axis=1), nan=np.inf, posinf=np.inf)
+def errors(head: Head, seen: Features) -> Floats:
+    """Of each row (n), standardised, averaged over outputs."""
+    features_nF, targets_nK = seen.rows(head.spec.reads)
+    errors_n: Floats = squared_errors(head, answers_of(head, features_nF), targets_nK) / np.float32(head.spec.outputs)
     return errors_n
 
 
@@ -164,10 +150,13 @@ def scale_head(model: Adapted, task: Task, method: Method) -> None:
     """Tells the head (which is zero) the scale of the means it reads, as the run does."""
     if model.head.spec.reads != "last":
         rows = task.rows("train", method, SCALE_ROWS)
-        model.head.set_scale_of(see(model, rows, task.config.evaluation.rows_per_batch).mean_nD)
+        means_nD = see(model, rows, task.config.evaluation.rows_per_batch).mean_nD
+        model.head.set_scale_of(torch.from_numpy(means_nD))
 
 
-def refit(model: Adapted, task: Task, method: Method, valid: Seen, limit: int = FIT_ROWS) -> tuple[Head, bool, float]:
+def refit(
+    model: Adapted, task: Task, method: Method, valid: Features, limit: int = FIT_ROWS
+) -> tuple[Head, bool, float]:
     """The head as it is to be used: fitted in closed form on `limit` training rows, unless the trained one is clearly
     better on validation, as the run does. Whether it is the fit, and the loss on validation. The model stays as it is.
     """
@@ -176,7 +165,7 @@ def refit(model: Adapted, task: Task, method: Method, valid: Seen, limit: int = 
     if not trained.spec.refit:
         return trained, False, float(before.mean())
     train = see(model, task.rows("train", method, limit), task.config.evaluation.rows_per_batch)
-    fit = fit_head(task.head, train.rows(trained.spec), valid.rows(trained.spec))
+    fit = fit_head(task.head, train.rows(trained.spec.reads), valid.rows(trained.spec.reads))
     after = errors(fit, valid)
     if clearly_better(before, after):
         return trained, False, float(before.mean())

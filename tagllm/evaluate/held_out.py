@@ -16,8 +16,9 @@ from tagllm.data.dataset import Data
 from tagllm.errors import UserError
 from tagllm.evaluate.ablate import ablations
 from tagllm.evaluate.answers import text_results
-from tagllm.evaluate.baselines import Probe, value_baselines
+from tagllm.evaluate.baselines import probe_of, value_baselines
 from tagllm.evaluate.classical import Table, classical_baselines
+from tagllm.evaluate.features import Features
 from tagllm.evaluate.metrics import intervals, value_metrics
 from tagllm.evaluate.passes import Floats
 from tagllm.evaluate.scoring import Evaluation, nats, score_pass, with_tags
@@ -94,19 +95,19 @@ def require_same_rows(folder: RunFolder, data: Data, splits: Sequence[Split]) ->
                 )
 
 
-def _training_probe(evaluation: Evaluation, kept: Path | None) -> Probe:
+def _training_probe(evaluation: Evaluation, kept: Path | None) -> Features:
     """What training left, or else a pass over the training rows."""
     if kept is not None and kept.is_file():
-        return Probe.load(kept)
+        return Features.load(kept)
     seen = score_pass(evaluation.built, evaluation.ranks, "train", FIT_ROWS, probing=True)
-    return Probe.of(seen, evaluation.built.layout)
+    return probe_of(seen, evaluation.built.layout)
 
 
-def _validation_probe(evaluation: Evaluation) -> Probe | None:
+def _validation_probe(evaluation: Evaluation) -> Features | None:
     built, ranks, _ = evaluation
     if not any(map(len, built.examples("valid"))):
         return None
-    return Probe.of(score_pass(built, ranks, "valid", None, probing=True), built.layout)
+    return probe_of(score_pass(built, ranks, "valid", None, probing=True), built.layout)
 
 
 def _score_values(evaluation: Evaluation, run: Path, probe: Path | None, results: dict[str, Any]) -> None:
@@ -118,11 +119,10 @@ def _score_values(evaluation: Evaluation, run: Path, probe: Path | None, results
     pairs = {"values_nK": torch.from_numpy(held_out.values_nK), "targets_nK": torch.from_numpy(held_out.targets_nK)}
     ranks.on_rank_zero(lambda: save_tensors(run / "held_out.safetensors", pairs))
     if not classes:
-        train, test = _training_probe(evaluation, probe), Probe.of(held_out, built.layout)
+        train, test = _training_probe(evaluation, probe), probe_of(held_out, built.layout)
         results["probe_rows"] = len(train.targets_nK)
         valid = test if split == "valid" else _validation_probe(evaluation) or train.none()
-        spec = max(built.layout.heads.values(), key=lambda head: head.kernel)  # "rbf" comes behind "linear"
-        probes = partial(value_baselines, train, valid, test, spec)
+        probes = partial(value_baselines, train, valid, test, built.layout.heads.values())
         results |= ranks.on_rank_zero(lambda: _baselines(probes() | _classical(built, split), test.targets_nK))
 
 

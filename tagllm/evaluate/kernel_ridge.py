@@ -1,6 +1,7 @@
-"""Kernel ridge regression on every training row: a dense system of up to 20,000 unknowns for many penalties.
+"""Kernel ridge regression: on every training row, a dense system of up to 20,000 unknowns for many penalties, or as
+seen from some of them, the landmarks.
 
-n rows, F features, K targets, P penalties, R directions of the preconditioner, m rows held out.
+n rows, F features, K targets, P penalties, R directions of the preconditioner, m rows held out, M landmarks.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tagllm.evaluate.ridge import Doubles, Rows
+from tagllm.evaluate.ridge import Doubles, Floats, RidgeFit, Rows
 from tagllm.head import Kernel, similarity
 
 PENALTIES = np.logspace(1.5, -2.5, 9)
@@ -22,6 +23,8 @@ TOLERANCE, MOST_STEPS = 1e-3, 200
 JITTER = 1e-6
 """Added to the similarity of each row to itself, times their number: rows may be alike, and similarities are fp32. Only
 the preconditioner has it."""
+LANDMARK_JITTER = 1e-7
+"""The same for landmarks, in fp64, so that landmarks alike do no harm."""
 
 
 class KernelSystem:
@@ -98,3 +101,34 @@ class KernelFits(NamedTuple):
     def kernel(self, best: int) -> Kernel:
         """Its answers but for the mean."""
         return Kernel(self.at_nF, self.width_F, self.weight_PnK[best].T.contiguous())
+
+
+class Landmarks(NamedTuple):
+    """The Nystroem features of a kernel: (x, y) -> features whose products are the similarities, as seen from M rows
+    (Williams and Seeger 2001)."""
+
+    at_MF: Tensor
+    width_F: Tensor
+    root_MM: Tensor
+    """Cholesky factor of the similarities among landmarks, fp64."""
+
+    @classmethod
+    def of(cls, features_nF: Floats, number: int, width_F: Tensor) -> Landmarks:
+        """So many of these rows, drawn evenly."""
+        chosen = np.random.default_rng(0).choice(len(features_nF), number, replace=False)
+        at_MF = torch.from_numpy(features_nF[np.sort(chosen)])
+        exact_MF = at_MF.double()
+        among_MM = similarity(exact_MF, exact_MF, width_F.double())
+        root_MM = torch.linalg.cholesky(among_MM + LANDMARK_JITTER * len(at_MF) * torch.eye(len(at_MF)))
+        return cls(at_MF, width_F, root_MM)
+
+    def rows(self, rows: Rows) -> Rows:
+        seen_Mn = similarity(torch.from_numpy(rows.features_nF), self.at_MF, self.width_F).T.double()
+        features_Mn = torch.linalg.solve_triangular(self.root_MM, seen_Mn, upper=False)
+        return Rows(features_Mn.T.numpy(), rows.targets_nK)
+
+    def kernel(self, fit: RidgeFit) -> Kernel:
+        """Its answers but for the bias."""
+        weight_MK = torch.from_numpy(fit.weight_KF.T).double()
+        weight_MK = torch.linalg.solve_triangular(self.root_MM.T, weight_MK, upper=True)
+        return Kernel(self.at_MF, self.width_F, weight_MK.T.float().contiguous())

@@ -17,9 +17,10 @@ from tagllm.data.collate import Collator, no_batch
 from tagllm.data.dataset import Examples
 from tagllm.data.encode import Example
 from tagllm.data.sampler import Draw
-from tagllm.evaluate.closed_form import answers_of
+from tagllm.evaluate.closed_form import answers_of, squared_errors
+from tagllm.evaluate.features import Features
 from tagllm.evaluate.ridge import Rows
-from tagllm.head import Head, states_read
+from tagllm.head import Head
 from tagllm.model.loss import Weights
 from tagllm.model.tagged import Output
 from tagllm.train.ranks import Ranks, SharedError
@@ -45,24 +46,21 @@ class Pass(NamedTuple):
 
     def rows(self, spec: HeadConfig) -> Rows:
         """What a head is fitted on."""
-        features_nF = np.concatenate(states_read(spec.reads, self.last_nD, self.mean_nD), axis=1)
-        return Rows(features_nF, self.targets_nK[:, : spec.outputs])
+        return Features(self.last_nD, self.mean_nD, self.targets_nK[:, : spec.outputs]).rows(spec.reads)
 
     def errors(self, head: Head) -> Floats:
-        """Squared error (n) of each row as a regression head sees targets, standardised; 0 where it has none."""
-        width = head.spec.outputs
-        error_nK = (self.values_nK[:, :width] - self.targets_nK[:, :width]) / head.std_K.numpy()
-        errors_n: Floats = np.nan_to_num(error_nK**2, posinf=np.inf).sum(axis=1)
-        return errors_n
+        """Of each row, as `squared_errors`."""
+        return squared_errors(head, self.values_nK[:, : head.spec.outputs], self.targets_nK[:, : head.spec.outputs])
 
     def answered_by(self, head: Head, mine_n: NDArray[np.bool_]) -> Pass:
         """The same with some rows answered by another head, from what was kept of features."""
         values_nK = self.values_nK.copy()
         values_nK[mine_n, : head.spec.outputs] = answers_of(head, self.rows(head.spec).features_nF[mine_n])
         answered = self._replace(values_nK=values_nK)
+        before, after = (float(one.errors(head)[mine_n].sum(dtype=np.float64)) for one in (self, answered))
         span, output, value = self.sums
-        more = float((answered.errors(head) - self.errors(head))[mine_n].sum(dtype=np.float64))
-        return answered._replace(sums=(span, output, value + more))
+        of_others = value - before if np.isfinite(self.targets_nK[~mine_n]).any() else 0.0  # `before` may be infinite
+        return answered._replace(sums=(span, output, of_others + after))
 
 
 def all_draws(sources: Sequence[Examples], limit: int | None = None) -> list[Draw]:

@@ -15,8 +15,8 @@ import torch
 from tagllm.config import BackboneConfig
 from tagllm.errors import UserError
 from tagllm.model.allocator import keep_freed_memory
-from tagllm.model.head import FrozenHead
 from tagllm.model.linear import PACK_UP_TO, FrozenLinear
+from tagllm.model.lm_head import FrozenHead
 from tagllm.model.loading import Place, load_model
 from tagllm.model.smollm2 import smollm2_folder
 from tagllm.tags import BackboneIdentity

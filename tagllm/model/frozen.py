@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from tagllm.model.head import FrozenHead
 from tagllm.model.linear import FrozenLinear
+from tagllm.model.lm_head import FrozenHead
 
 Activation = Callable[[Tensor], Tensor]
 EXACT_ALWAYS = ("k_proj", "v_proj")

@@ -17,7 +17,7 @@ from tagllm.errors import UserError
 from tagllm.head import Head
 from tagllm.model.attention import Part, Pass, use_parts_attention
 from tagllm.model.embedding import TagEmbedding
-from tagllm.model.head import FrozenHead
+from tagllm.model.lm_head import FrozenHead
 from tagllm.model.loss import Sums, value_losses
 from tagllm.model.prefix import Piece, Prefix, PrefixMemory, cut_into_pieces, part_of
 from tagllm.model.rotation import Rotation

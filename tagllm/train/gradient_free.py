@@ -12,8 +12,9 @@ from numpy.typing import NDArray
 from tagllm.config import Split
 from tagllm.data.batch import Batch
 from tagllm.data.collate import Collator
-from tagllm.evaluate.baselines import Probe
+from tagllm.evaluate.baselines import probe_of
 from tagllm.evaluate.closed_form import fit_head
+from tagllm.evaluate.features import Features
 from tagllm.evaluate.metrics import value_metrics
 from tagllm.evaluate.passes import Pass, all_draws, run_over
 from tagllm.evaluate.ridge import clearly_better
@@ -91,9 +92,9 @@ class GradientFree:
                 heads[name], held_out = fit, fitted
         return heads, report | {"valid/loss_refitted": self.loss(held_out)}
 
-    def probe(self, seen: Mapping[str, Pass]) -> Probe | None:
+    def probe(self, seen: Mapping[str, Pass]) -> Features | None:
         """Features for the ridge baselines of eval, of passes that were `probing`; None without such a head."""
-        return Probe.together([Probe.of(one, self.built.layout) for one in seen.values()]) if seen else None
+        return Features.together([probe_of(one, self.built.layout) for one in seen.values()]) if seen else None
 
     def _forward(self, batch: Batch) -> Output:
         if self.ranks.sum([float(self.stop.requested)])[0]:
