@@ -38,7 +38,7 @@ class BackboneConfig(Section):
 
 
 Reads = Literal["last", "mean", "both"]
-Kernels = Literal["linear", "rbf"]
+Kernels = Literal["linear", "matern"]
 
 
 class HeadConfig(Section):
@@ -53,8 +53,8 @@ class HeadConfig(Section):
     """One mean over all fields, or one over those behind each domain tag (a field without a tag by itself), side by
     side: a small molecule does not vanish beside a protein."""
     kernel: Kernels = "linear"
-    """`rbf`: closed-form fits may take a Gaussian kernel of what the head reads, where that answers validation better.
-    Tags still learn through the linear head."""
+    """`matern`: closed-form fits may take a Matern 3/2 kernel of what the head reads, where that answers validation
+    better. Tags still learn through the linear head."""
     landmarks: Count = 2048
     """Training rows that the kernel is seen from, all if there are no more; the library holds what they read."""
     refit: bool = True

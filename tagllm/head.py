@@ -1,7 +1,8 @@
 """What answers with numbers or classes: a linear map on hidden states and, where a closed-form fit found that better, a
-Gaussian kernel.
+kernel.
 
-K outputs, F features a head reads (D, the hidden size, for each state and mean it sees), M landmarks, B rows.
+K outputs, S states that a head reads side by side (of its tag, and means over fields), each of D features, the hidden
+size; F = S D, M landmarks, B rows.
 """
 
 from __future__ import annotations
@@ -22,24 +23,38 @@ def states_read(reads: Reads, last: T, mean: T) -> tuple[T, ...]:
     return {"last": (last,), "mean": (mean,), "both": (last, mean)}[reads]
 
 
-def similarity(features_BF: Tensor, landmarks_MF: Tensor, width_F: Tensor) -> Tensor:
-    """exp(-|(x - landmark) / width|^2), (B, M)."""
+ROWS_AT_ONCE = 1024
+
+
+def similarity(features_BF: Tensor, landmarks_MF: Tensor, width_SD: Tensor) -> Tensor:
+    """(B, M): the product over states of Matern 3/2, (1 + r) exp(-r), where r is sqrt(3) |(x - landmark) / width|. Rows
+    are alike where every state is (a protein and a drug), and similarity falls off less steeply than a Gaussian's."""
     center_F = landmarks_MF.mean(dim=0)  # states have an offset far larger than what tells them apart
-    x_BF, z_MF = (features_BF - center_F) / width_F, (landmarks_MF - center_F) / width_F
-    squared_BM = x_BF.square().sum(dim=1)[:, None] + z_MF.square().sum(dim=1) - 2 * x_BF @ z_MF.T
-    return torch.exp(-squared_BM.clamp(min=0))
+    z_SMD = _in_widths(landmarks_MF - center_F, width_SD)
+    parts = [_matern(_in_widths(x_bF - center_F, width_SD), z_SMD) for x_bF in features_BF.split(ROWS_AT_ONCE)]
+    return torch.cat(parts)
+
+
+def _in_widths(features_BF: Tensor, width_SD: Tensor) -> Tensor:
+    features_BSD = features_BF.view(-1, *width_SD.shape)
+    return (features_BSD / width_SD).transpose(0, 1)
+
+
+def _matern(x_SBD: Tensor, z_SMD: Tensor) -> Tensor:
+    apart_SBM = 3**0.5 * torch.cdist(x_SBD, z_SMD)
+    return (1 + apart_SBM).prod(dim=0) * torch.exp(-apart_SBM.sum(dim=0))
 
 
 class Kernel(NamedTuple):
-    """A Gaussian kernel on landmarks (rows of the training data), one width for each feature."""
+    """A kernel on landmarks (rows of the training data), one width for each feature."""
 
     landmarks_MF: Tensor
-    width_F: Tensor
+    width_SD: Tensor
     weight_KM: Tensor
 
     def __call__(self, features_BF: Tensor) -> Tensor:
         """(B, K)."""
-        return similarity(features_BF, self.landmarks_MF, self.width_F) @ self.weight_KM.T
+        return similarity(features_BF, self.landmarks_MF, self.width_SD) @ self.weight_KM.T
 
 
 @dataclass(frozen=True)
@@ -58,7 +73,7 @@ class Head:
 
     @classmethod
     def new(cls, spec: HeadConfig, hidden_size: int, num_pools: int = 1) -> Head:
-        features, outputs = num_features(spec, hidden_size, num_pools), spec.outputs
+        features, outputs = hidden_size * num_states(spec, num_pools), spec.outputs
         zeros = torch.zeros(outputs)
         return cls(spec, torch.zeros(outputs, features), zeros, zeros.clone(), torch.ones(outputs), num_pools=num_pools)
 
@@ -80,9 +95,9 @@ class Head:
         found = {"weight": self.weight_KF, "bias": self.bias_K, "mean": self.mean_K, "std": self.std_K}
         if self.kernel is not None:
             kernel = self.kernel
-            found |= {"landmarks": kernel.landmarks_MF, "width": kernel.width_F, "kernel_weight": kernel.weight_KM}
+            found |= {"landmarks": kernel.landmarks_MF, "width": kernel.width_SD, "kernel_weight": kernel.weight_KM}
         return found
 
 
-def num_features(spec: HeadConfig, hidden_size: int, num_pools: int) -> int:
-    return hidden_size * sum(states_read(spec.reads, 1, num_pools))
+def num_states(spec: HeadConfig, num_pools: int) -> int:
+    return sum(states_read(spec.reads, 1, num_pools))

@@ -28,7 +28,7 @@ from tagllm.files import (
     sha256_file,
     write_durably,
 )
-from tagllm.head import Head, Kernel, num_features
+from tagllm.head import Head, Kernel, num_states
 
 FORMAT = 1
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
@@ -214,13 +214,14 @@ def _rebuild(
     if described["head"] is not None:
         spec = HeadConfig(**described["head"])
         pools, outputs = int(described.get("pools", 1)), spec.outputs
-        features = num_features(spec, backbone.hidden_size, pools)
+        states = num_states(spec, pools)
+        features = states * backbone.hidden_size
         kernel = None
         if (landmarks := tensors.get(f"{name}.head.landmarks")) is not None:
             num = len(landmarks)
             kernel = Kernel(
                 tensor("head.landmarks", num, features),
-                tensor("head.width", features),
+                tensor("head.width", states, backbone.hidden_size),
                 tensor("head.kernel_weight", outputs, num),
             )
         head = Head(

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from sklearn.gaussian_process.kernels import RBF
+from sklearn.gaussian_process.kernels import Matern
 from sklearn.kernel_ridge import KernelRidge
 
 from tagllm.config import HeadConfig
@@ -34,7 +34,7 @@ def rows(number: int, seed: int, curved: bool) -> Rows:
     return Rows(features.astype(np.float32), (50 + 7 * y + 0.1 * random.normal(size=y.shape)).astype(np.float32))
 
 
-def blank(kernel: str = "rbf", landmarks: int = 400) -> Head:
+def blank(kernel: str = "matern", landmarks: int = 400) -> Head:
     head = Head.new(HeadConfig.model_validate({"kernel": kernel, "landmarks": landmarks}), D)
     return replace(head, mean_K=torch.tensor([50.0]), std_K=torch.tensor([5.0]))
 
@@ -60,17 +60,17 @@ def test_a_line_stays_a_line() -> None:
 @pytest.mark.parametrize("spread", SPREADS)
 def test_all_rows_as_landmarks_are_kernel_ridge_regression(spread: float) -> None:
     train, valid = rows(250, 0, curved=True), rows(300, 1, curved=True)
-    width = torch.from_numpy(train.features_nF.std(axis=0) * np.sqrt(2 * D / spread)).float()
+    width = torch.from_numpy(train.features_nF.std(axis=0, keepdims=True) * np.sqrt(2 * D / spread)).float()
     landmarks = Landmarks.of(train.features_nF, len(train.targets_nK), width)
     fit = fit_ridge(landmarks.rows(train), landmarks.rows(valid), one_scale=True)
     found = landmarks.kernel(fit)(torch.from_numpy(valid.features_nF)).numpy() + fit.bias_K
-    width_F = width.numpy() / np.sqrt(2)
-    kernel = RBF(1.0)(train.features_nF / width_F)
+    width_F = width[0].numpy()
+    kernel = Matern(1.0, nu=1.5)(train.features_nF / width_F)
     mean_n = kernel.mean(axis=0)
     centered = kernel - mean_n - mean_n[:, None] + kernel.mean()
     penalty = fit.penalty * np.trace(centered) / len(kernel) ** 2  # features as `one_scale` makes them: variance 1
     plain = KernelRidge(alpha=penalty, kernel="precomputed").fit(centered, train.targets_nK - train.targets_nK.mean())
-    across = RBF(1.0)(valid.features_nF / width_F, train.features_nF / width_F)
+    across = Matern(1.0, nu=1.5)(valid.features_nF / width_F, train.features_nF / width_F)
     across = across - across.mean(axis=1, keepdims=True) - mean_n + kernel.mean()
     expected = plain.predict(across) + train.targets_nK.mean()
     assert np.std(found - expected) < 0.05 * np.std(expected), "all that differs is the jitter"
@@ -84,11 +84,11 @@ def test_every_penalty_is_kernel_ridge_regression(monkeypatch: pytest.MonkeyPatc
     train, valid = rows(400, 0, curved=True), rows(100, 1, curved=True)
     more = np.zeros_like(train.targets_nK)  # a target that is solved before the first step
     train = Rows(train.features_nF, np.concatenate([train.targets_nK, more], axis=1)[:, :outputs])
-    width = torch.from_numpy(train.features_nF.std(axis=0) * 2)
+    width = torch.from_numpy(train.features_nF.std(axis=0, keepdims=True) * 2)
     fits = KernelFits.of(train, width)
-    width_F, mean_K = width.numpy() / np.sqrt(2), train.targets_nK.mean(axis=0)
-    kernel = RBF(1.0)(train.features_nF / width_F)
-    across = RBF(1.0)(valid.features_nF / width_F, train.features_nF / width_F)
+    width_F, mean_K = width[0].numpy(), train.targets_nK.mean(axis=0)
+    kernel = Matern(1.0, nu=1.5)(train.features_nF / width_F)
+    across = Matern(1.0, nu=1.5)(valid.features_nF / width_F, train.features_nF / width_F)
     for at, penalty in enumerate(PENALTIES):
         plain = KernelRidge(alpha=penalty, kernel="precomputed").fit(kernel, train.targets_nK - mean_K)
         expected = plain.predict(across).reshape(-1, outputs)
@@ -103,11 +103,23 @@ def test_landmarks_alike_do_no_harm() -> None:
         assert error(fit_head(blank(landmarks=landmarks), twice, valid), valid) < 0.6
 
 
-def test_the_kernel_of_far_points_is_exact() -> None:
-    random = torch.Generator().manual_seed(0)
-    x, z, width = torch.randn(50, D, generator=random), torch.randn(20, D, generator=random), torch.ones(D)
-    expected = torch.exp(-(torch.cdist(x.double(), z.double()) ** 2))
-    torch.testing.assert_close(similarity(x + OFFSET, z + OFFSET, width).double(), expected, atol=1e-3, rtol=0)
+@pytest.mark.parametrize("states", [1, 2, 3])
+def test_rows_are_alike_where_every_state_is(states: int) -> None:
+    """The product over states of sklearn's kernel, however far from the origin all of them are."""
+    random = np.random.default_rng(0)
+    x, z = (random.normal(size=(number, states, D)) for number in (3000, 20))
+    width = random.uniform(0.5, 2, size=(states, D))
+    each = [Matern(1.0, nu=1.5)(x[:, at] / width[at], z[:, at] / width[at]) for at in range(states)]
+    x_BF, z_MF = (torch.from_numpy(each + OFFSET).float().flatten(1) for each in (x, z))
+    found = similarity(x_BF, z_MF, torch.from_numpy(width).float())
+    np.testing.assert_allclose(found, np.prod(each, axis=0), atol=1e-3)
+
+
+def test_steps_go_on_from_rows_that_are_landmarks() -> None:
+    """A distance of 0 has no slope; the gradient stays a number."""
+    x_BF = torch.randn(40, 2 * D, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    similarity(x_BF, x_BF.detach(), torch.ones(2, D)).sum().backward()
+    assert x_BF.grad is not None and x_BF.grad.isfinite().all()
 
 
 def test_the_library_keeps_the_kernel(tmp_path: Path) -> None:

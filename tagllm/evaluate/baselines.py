@@ -35,7 +35,7 @@ def value_baselines(
     run may have a kernel, so may they (`kernel_last`, ...). What has to be chosen is chosen on the validation rows."""
     mean_1K = train.targets_nK.mean(axis=0, keepdims=True)
     found = {"predict_mean": np.repeat(mean_1K, len(held_out.targets_nK), axis=0)}
-    probes = [("ridge", HeadConfig()), *(("kernel", head) for head in heads if head.kernel == "rbf")]
+    probes = [("ridge", HeadConfig()), *(("kernel", head) for head in heads if head.kernel == "matern")]
     for name, head in probes:
         for reads in get_args(Reads):
             spec = head.model_copy(update={"outputs": mean_1K.shape[1], "reads": reads})
@@ -46,5 +46,6 @@ def value_baselines(
 
 def _blank(spec: HeadConfig, train: Features) -> Head:
     mean_K, std_K = train.targets_nK.mean(axis=0), train.targets_nK.std(axis=0)
-    head = Head.new(spec, train.mean_nD.shape[1])
+    hidden_size = train.last_nD.shape[1]
+    head = Head.new(spec, hidden_size, train.mean_nD.shape[1] // hidden_size)
     return replace(head, mean_K=torch.from_numpy(mean_K), std_K=torch.from_numpy(std_K).clamp(min=1e-12))

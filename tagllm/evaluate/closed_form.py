@@ -1,7 +1,7 @@
-"""Heads in closed form: ridge on what a head reads, or where it may on a Gaussian kernel of that, whichever answers the
+"""Heads in closed form: ridge on what a head reads, or where it may on a kernel of that, whichever answers the
 validation rows better. Runs, trained baselines and probes are all fitted here.
 
-n rows, F features, K targets.
+n rows, F features (D of each of S states), K targets.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor
 
 from tagllm.evaluate.kernel_ridge import KernelFits, Landmarks
 from tagllm.evaluate.ridge import Floats, Rows, errors_of_penalties, fit_ridge
-from tagllm.head import Head, Kernel
+from tagllm.head import Head, Kernel, num_states
 
-SPREADS = (0.5, 1.5, 5.0)
-"""c of the kernel exp(-c |x - z|^2 / s), where s is what |x - z|^2 is on average."""
+SPREADS = (0.1, 0.6, 4.0)
+"""What |(x - z) / width|^2 is on average, of two rows and in each state."""
 
 
 def fit_head(head: Head, train: Rows, valid: Rows) -> Head:
@@ -28,35 +28,35 @@ def fit_head(head: Head, train: Rows, valid: Rows) -> Head:
     linear = fit_ridge(train, valid)
     weight_KF, bias_K = torch.from_numpy(linear.weight_KF), torch.from_numpy(linear.bias_K)
     best, lowest = replace(head, weight_KF=weight_KF, bias_K=bias_K, kernel=None), linear.error
-    for spread in SPREADS if head.spec.kernel == "rbf" else ():
-        width_F = _widths(train.features_nF, spread)
+    for spread in SPREADS if head.spec.kernel == "matern" else ():
+        width_SD = _widths(train.features_nF, num_states(head.spec, head.num_pools), spread)
         few = head.spec.landmarks < len(train.targets_nK)
         fit = partial(_on_landmarks, number=head.spec.landmarks) if few else _on_every_row
-        kernel, bias_K, error = fit(train, valid, width_F)
+        kernel, bias_K, error = fit(train, valid, width_SD)
         if error < lowest:
             best, lowest = replace(head, weight_KF=torch.zeros_like(weight_KF), bias_K=bias_K, kernel=kernel), error
     return best
 
 
-def _on_every_row(train: Rows, valid: Rows, width_F: Tensor) -> tuple[Kernel, Tensor, float]:
+def _on_every_row(train: Rows, valid: Rows, width_SD: Tensor) -> tuple[Kernel, Tensor, float]:
     """With bias (K) and error; as `_on_landmarks` with all of them, which would take far longer where they are many."""
-    fit = partial(KernelFits.of, width_F=width_F)
+    fit = partial(KernelFits.of, width_SD=width_SD)
     fitted = fit(train)
     error_P = errors_of_penalties(fit, fitted, train, valid)
     best = int(np.argmin(error_P))
     return fitted.kernel(best), fitted.mean_K, float(error_P[best])
 
 
-def _on_landmarks(train: Rows, valid: Rows, width_F: Tensor, number: int) -> tuple[Kernel, Tensor, float]:
-    landmarks = Landmarks.of(train.features_nF, number, width_F)
+def _on_landmarks(train: Rows, valid: Rows, width_SD: Tensor, number: int) -> tuple[Kernel, Tensor, float]:
+    landmarks = Landmarks.of(train.features_nF, number, width_SD)
     fit = fit_ridge(landmarks.rows(train), landmarks.rows(valid), one_scale=True)
     return landmarks.kernel(fit), torch.from_numpy(fit.bias_K), fit.error
 
 
-def _widths(features_nF: Floats, spread: float) -> Tensor:
-    """(F), after the spread of each feature."""
-    scale_F = features_nF.std(axis=0) + 1e-8
-    return torch.from_numpy(scale_F * np.sqrt(2 * len(scale_F) / spread)).float()
+def _widths(features_nF: Floats, num_states: int, spread: float) -> Tensor:
+    """(S, D), after the standard deviation of each feature."""
+    scale_SD = features_nF.std(axis=0).reshape(num_states, -1) + 1e-8
+    return torch.from_numpy(scale_SD * np.sqrt(2 * scale_SD.shape[1] / spread)).float()
 
 
 def answers_of(head: Head, features_nF: Floats) -> Floats:

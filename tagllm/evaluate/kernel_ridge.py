@@ -78,29 +78,29 @@ class KernelFits(NamedTuple):
     """One kernel at every penalty."""
 
     at_nF: Tensor
-    width_F: Tensor
+    width_SD: Tensor
     weight_PnK: Tensor
     mean_K: Tensor
 
     @classmethod
-    def of(cls, rows: Rows, width_F: Tensor) -> KernelFits:
+    def of(cls, rows: Rows, width_SD: Tensor) -> KernelFits:
         at_nF, targets_nK = (torch.from_numpy(column).float() for column in rows)
         mean_K = targets_nK.mean(dim=0)
-        system = KernelSystem(similarity(at_nF, at_nF, width_F))
+        system = KernelSystem(similarity(at_nF, at_nF, width_SD))
         weights = [torch.zeros_like(targets_nK)]
         for penalty in PENALTIES:
             weights.append(system.solve(targets_nK - mean_K, float(penalty), weights[-1]))
-        return cls(at_nF, width_F, torch.stack(weights[1:]), mean_K)
+        return cls(at_nF, width_SD, torch.stack(weights[1:]), mean_K)
 
     def errors(self, held_out: Rows) -> Doubles:
         features_mF, targets_mK = (torch.from_numpy(column).float() for column in held_out)
-        values_PmK = similarity(features_mF, self.at_nF, self.width_F) @ self.weight_PnK + self.mean_K
+        values_PmK = similarity(features_mF, self.at_nF, self.width_SD) @ self.weight_PnK + self.mean_K
         error_P: Doubles = (values_PmK - targets_mK).square().mean(dim=(1, 2)).double().numpy()
         return error_P
 
     def kernel(self, best: int) -> Kernel:
         """Its answers but for the mean."""
-        return Kernel(self.at_nF, self.width_F, self.weight_PnK[best].T.contiguous())
+        return Kernel(self.at_nF, self.width_SD, self.weight_PnK[best].T.contiguous())
 
 
 class Landmarks(NamedTuple):
@@ -108,22 +108,22 @@ class Landmarks(NamedTuple):
     (Williams and Seeger 2001)."""
 
     at_MF: Tensor
-    width_F: Tensor
+    width_SD: Tensor
     root_MM: Tensor
     """Cholesky factor of the similarities among landmarks, fp64."""
 
     @classmethod
-    def of(cls, features_nF: Floats, number: int, width_F: Tensor) -> Landmarks:
+    def of(cls, features_nF: Floats, number: int, width_SD: Tensor) -> Landmarks:
         """So many of these rows, drawn evenly."""
         chosen = np.random.default_rng(0).choice(len(features_nF), number, replace=False)
         at_MF = torch.from_numpy(features_nF[np.sort(chosen)])
         exact_MF = at_MF.double()
-        among_MM = similarity(exact_MF, exact_MF, width_F.double())
+        among_MM = similarity(exact_MF, exact_MF, width_SD.double())
         root_MM = torch.linalg.cholesky(among_MM + LANDMARK_JITTER * len(at_MF) * torch.eye(len(at_MF)))
-        return cls(at_MF, width_F, root_MM)
+        return cls(at_MF, width_SD, root_MM)
 
     def rows(self, rows: Rows) -> Rows:
-        seen_Mn = similarity(torch.from_numpy(rows.features_nF), self.at_MF, self.width_F).T.double()
+        seen_Mn = similarity(torch.from_numpy(rows.features_nF), self.at_MF, self.width_SD).T.double()
         features_Mn = torch.linalg.solve_triangular(self.root_MM, seen_Mn, upper=False)
         return Rows(features_Mn.T.numpy(), rows.targets_nK)
 
@@ -131,4 +131,4 @@ class Landmarks(NamedTuple):
         """Its answers but for the bias."""
         weight_MK = torch.from_numpy(fit.weight_KF.T).double()
         weight_MK = torch.linalg.solve_triangular(self.root_MM.T, weight_MK, upper=True)
-        return Kernel(self.at_MF, self.width_F, weight_MK.T.float().contiguous())
+        return Kernel(self.at_MF, self.width_SD, weight_MK.T.float().contiguous())
