@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,6 +20,7 @@ from tagllm.errors import UserError
 from tagllm.sweep.points import Combination, Point, Sweep
 from tagllm.sweep.summary import summaries
 from tests import tiny
+from tests.distributed.launch import wait_until
 
 RUNNER = CliRunner()
 
@@ -142,6 +146,20 @@ def test_the_command_goes_on_where_it_was_cut_off(config: Path) -> None:
     assert [summary["runs"] for summary in found] == [1, 1]
     assert [summary["folders"] for summary in found] == [[f"tags.Size.length={n}_seed=0"] for n in (1, 2)]
     assert "mse" in found[0]["metrics"] and "tags.Size.length" in whole.stdout
+
+
+@pytest.mark.slow
+def test_a_stop_reaches_the_run_and_the_next_is_not_begun(config: Path) -> None:
+    """SIGTERM goes to the sweep alone, as `kill` sends it: the run saves, and the same command goes on from there."""
+    command = [sys.executable, "-m", "tagllm", "sweep", str(config), "optim.steps=100000", "--seeds", "2"]
+    first, second = (point.folder for point in points_of(config, ["optim.steps=100000"], [], 2))
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as sweep:
+        metrics = first / "metrics.jsonl"
+        wait_until(lambda: metrics.is_file() and metrics.stat().st_size > 0, [sweep])
+        sweep.send_signal(signal.SIGTERM)
+        assert sweep.wait(timeout=120) == 128 + signal.SIGTERM
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+    assert (first / "checkpoints" / f"step-{steps[-1]:08d}").is_dir() and not second.exists()
 
 
 def test_a_run_that_fails_is_named(config: Path) -> None:

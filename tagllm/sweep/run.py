@@ -30,35 +30,45 @@ def run_sweep(sweep: Sweep, jobs: int) -> None:
 
 def run_all(sweep: Sweep, points: Sequence[Point], jobs: int) -> list[str]:
     """Trains and scores what is not finished, `jobs` runs at a time, each with its share of the cores. A run that fails
-    stops no other; returned is a line for each of those."""
+    stops no other; returned is a line for each of those. When this process is told to stop, so are they: each saves
+    where it stands."""
     cores = max(1, (os.cpu_count() or 1) // jobs)
     share = {"OMP_NUM_THREADS": str(cores)} if jobs > 1 else {}
+    running: set[subprocess.Popen[str]] = set()
 
     def work(at: int) -> list[str]:
         if points[at].done:
             return []
         print(f"run {at + 1} of {len(points)}: {points[at].folder}", flush=True)
         try:
-            run_point(sweep, points[at], os.environ | share)
+            run_point(sweep, points[at], os.environ | share, running)
         except UserError as error:
             return list(error.problems)
         return []
 
     with ThreadPoolExecutor(jobs) as pool:
-        return [problem for found in pool.map(work, range(len(points))) for problem in found]
+        try:
+            return [problem for found in pool.map(work, range(len(points))) for problem in found]
+        except (SystemExit, KeyboardInterrupt):
+            for process in list(running):
+                process.terminate()
+            raise
 
 
-def run_point(sweep: Sweep, point: Point, environment: Mapping[str, str]) -> None:
-    """Trains and scores one run, in processes of its own.
+def run_point(sweep: Sweep, point: Point, environment: Mapping[str, str], running: set[subprocess.Popen[str]]) -> None:
+    """Trains and scores one run, in processes of its own, each in `running` while it lives.
 
     Raises:
         UserError: one of them failed; its last line is in the message.
     """
     train = ["train", str(sweep.path), *sweep.overrides, *point.overrides()]
     for command in (train, ["eval", str(point.folder)]):
-        ended = subprocess.run(
-            [sys.executable, "-m", "tagllm", *command], stderr=subprocess.PIPE, text=True, check=False, env=environment
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tagllm", *command], stderr=subprocess.PIPE, text=True, env=environment
         )
-        if ended.returncode:
-            last = (ended.stderr.strip().splitlines() or ["no message"])[-1]
-            raise UserError(f"{point.folder}: tagllm {command[0]} left with {ended.returncode}: {last}")
+        running.add(process)
+        told = process.communicate()[1]
+        running.remove(process)
+        if process.returncode:
+            last = (told.strip().splitlines() or ["no message"])[-1]
+            raise UserError(f"{point.folder}: tagllm {command[0]} left with {process.returncode}: {last}")
