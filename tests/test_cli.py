@@ -315,6 +315,24 @@ def test_a_folder_holds_one_run(run: Run, folder: Path, tmp_path: Path) -> None:
     fails(run("predict", tmp_path, folder / "rows.csv", folder / "p.csv"), "not a tag library")
 
 
+def test_a_run_stays_in_the_dtype_that_it_began_in(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine another one may be fastest when the same command goes on, or when the run is scored."""
+    file = config(folder, "dtype", backbone={"model": "backbone", "dtype": "auto"})
+    for fastest in ("bf16", "fp32"):
+        monkeypatch.setattr("tagllm.train.loop.fastest_dtype", lambda device, fastest=fastest: fastest)
+        monkeypatch.setattr("tagllm.train.build.fastest_dtype", lambda device, fastest=fastest: fastest)
+        result = run("train", file)
+        assert result.exit_code == 0, result.stderr
+    assert yaml.safe_load((folder / "runs/dtype/config.yaml").read_text())["backbone"]["dtype"] == "bf16"
+    fails(run("train", file, "backbone.dtype=fp32"), "already holds another run", "backbone.dtype")
+    scores = []
+    for fastest in ("bf16", "fp32"):
+        monkeypatch.setattr("tagllm.train.build.fastest_dtype", lambda device, fastest=fastest: fastest)
+        assert run("eval", "runs/dtype").exit_code == 0
+        scores.append(json.loads((folder / "runs/dtype/results.json").read_text())["metrics"])
+    assert scores[0] == scores[1]
+
+
 def test_predict_refuses_what_would_harm(run: Run, folder: Path) -> None:
     assert run("train", config(folder, "harm")).exit_code == 0
     rows = folder / "rows.csv"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from tagllm.config import RunConfig
 from tagllm.errors import UserError
 from tagllm.files import RunLock
+from tagllm.model.backbone import fastest_dtype
 from tagllm.stage import check_world, read_stage
 from tagllm.train import checkpoint
 from tagllm.train.build import Built, build
@@ -58,9 +60,9 @@ def train(config: RunConfig, where: str, stop: StopRequest) -> Path:
     run = RunFolder(Path(config.output))
     lock = RunLock(run.path)
 
-    def claim() -> None:
+    def claim() -> RunConfig:
         lock.__enter__()
-        run.claim(config)
+        return run.claim(config, partial(fastest_dtype, ranks.device))
 
     try:
         with in_contact(ranks, here):
@@ -70,8 +72,8 @@ def train(config: RunConfig, where: str, stop: StopRequest) -> Path:
                 stage = read_stage(config, where)
                 if ranks.rank == 0:
                     print(f"placement {why}", flush=True)
-            ranks.on_rank_zero(claim)
-            built = build(stage, ranks, sharding(config.optim, config.engine, ranks))
+            config = ranks.on_rank_zero(claim)
+            built = build(stage._replace(config=config), ranks, sharding(config.optim, config.engine, ranks))
             ranks.on_rank_zero(lambda: run.record(built.data))
             trainer = Trainer(built, Engine(built.model, config.optim, config.engine, ranks), ranks, run, stop)
             trainer.run_to_the_end()

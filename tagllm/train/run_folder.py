@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
-from tagllm.config import BackboneConfig, RunConfig
+from tagllm.config import BackboneConfig, Dtype, RunConfig
 from tagllm.config_file import load_config, parse_config
 from tagllm.data.dataset import Data
 from tagllm.errors import UserError
@@ -36,25 +37,29 @@ class RunFolder:
         self.probe = path / "probe.safetensors"
         """What ridge probes see of the training rows: eval would need the whole prefix pass again."""
 
-    def claim(self, config: RunConfig) -> None:
+    def claim(self, config: RunConfig, fastest_dtype: Callable[[], Dtype]) -> RunConfig:
         """Writes the resolved config and where it comes from, or checks that the folder holds this very run.
+
+        Returns:
+            The config with the dtype that the run began in, where it is `auto`: measured anew it may be another one.
 
         Raises:
             UserError: the folder holds something else.
         """
-        file = self.path / "config.yaml"
-        if file.is_file():
-            held = read_config(self.path)
-            if held.digest() != config.digest():
-                raise UserError(
-                    f"output: {self.path} already holds another run (its config digest is {held.digest()[:12]}, this "
-                    f"one's is {config.digest()[:12]}; they differ in {', '.join(_differences(held, config))}). "
-                    "Give another output=FOLDER, or remove that one."
-                )
-        elif any(p.name != ".lock" for p in self.path.iterdir()) if self.path.is_dir() else False:
+        held = read_config(self.path) if (self.path / "config.yaml").is_file() else None
+        if held is None and self.path.is_dir() and any(p.name != ".lock" for p in self.path.iterdir()):
             raise UserError(f"output: {self.path} is not empty and holds no run. Give another output=FOLDER.")
+        if config.backbone.dtype == "auto":
+            config = config.in_dtype(held.backbone.dtype if held else fastest_dtype())
+        if held and held.digest() != config.digest():
+            raise UserError(
+                f"output: {self.path} already holds another run (its config digest is {held.digest()[:12]}, this "
+                f"one's is {config.digest()[:12]}; they differ in {', '.join(_differences(held, config))}). "
+                "Give another output=FOLDER, or remove that one."
+            )
         self._write("config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
         self._write("origin.json", json_bytes(origin()))
+        return config
 
     def record(self, data: Data) -> None:
         """The splits and the rows that could not be used."""
