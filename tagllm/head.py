@@ -36,7 +36,7 @@ def similarity(features_BF: Tensor, landmarks_MF: Tensor, width_SD: Tensor) -> T
 
 
 def _in_widths(features_BF: Tensor, width_SD: Tensor) -> Tensor:
-    features_BSD = features_BF.view(-1, *width_SD.shape)
+    features_BSD = features_BF.reshape(-1, *width_SD.shape)
     return (features_BSD / width_SD).transpose(0, 1)
 
 
