@@ -225,6 +225,11 @@ def test_groups_are_shared_and_remembered(run: Run, folder: Path, mask: str) -> 
             assert steps[0]["speed/flops_ratio"] > 2 * steps[-1]["speed/flops_ratio"]
             assert steps[-1]["speed/prefix_hit_ratio"] > 0.3
     assert losses["frozen"] == pytest.approx(losses["full"], rel=2e-4)
+    scores = []
+    for override in ([], ["remember_gib=0"]):
+        assert run("eval", f"runs/{mask}-frozen", *override).exit_code == 0
+        scores.append(json.loads((folder / f"runs/{mask}-frozen/results.json").read_text())["metrics"]["mse"])
+    assert scores[0] == pytest.approx(scores[1], rel=1e-4), "what is remembered is what would be computed"
     library = TagLibrary.load(folder / f"runs/{mask}-frozen/library")
     assert library.tags["W"].about["mask"] == mask
     assert library.tags["W"].about["dtype"] == "fp32", "and in its dtype, whatever is fastest just now"

@@ -43,7 +43,8 @@ def score_pass(built: Built, ranks: Ranks, split: Split, limit: int | None, prob
     collate = collate.probing() if probing else collate._replace(frozen_prefix=True)
     sources = built.examples(split)
     size = built.config.evaluation.rows_per_batch
-    built.model.memory = None  # every row is seen once
+    if built.config.mask != "block":
+        built.model.memory = None  # a prompt is seen once; under the block mask its fields come again in others
     with torch.no_grad():
         return run_over(
             lambda batch: built.model(batch.to(ranks.device)), sources, all_draws(sources, limit), collate, ranks, size,
