@@ -12,7 +12,7 @@ from tagllm.data.dataset import Prompts
 from tagllm.evaluate.metrics import value_metrics
 from tagllm.evaluate.passes import Pass, all_draws, run_over
 from tagllm.tags import Tag
-from tagllm.train.build import Built, assemble, prepare_on_all
+from tagllm.train.build import Built, assemble, empty_memory, prepare_on_all
 from tagllm.train.ranks import Ranks
 
 
@@ -43,13 +43,16 @@ def score_pass(built: Built, ranks: Ranks, split: Split, limit: int | None, prob
     collate = collate.probing() if probing else collate._replace(frozen_prefix=True)
     sources = built.examples(split)
     size = built.config.evaluation.rows_per_batch
-    if built.config.mask != "block":
-        built.model.memory = None  # a prompt is seen once; under the block mask its fields come again in others
+    # A prompt is seen once; under the block mask its fields come again in others. Kept for one pass, since the next may
+    # be through other tags, and their memory beside this one.
+    built.model.memory = empty_memory(built.config) if built.config.mask == "block" else None
     with torch.no_grad():
-        return run_over(
+        result = run_over(
             lambda batch: built.model(batch.to(ranks.device)), sources, all_draws(sources, limit), collate, ranks, size,
             features=probing,
         )  # fmt: skip
+    built.model.memory = None
+    return result
 
 
 def nats(result: Pass) -> dict[str, float]:

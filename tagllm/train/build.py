@@ -83,11 +83,14 @@ def build(stage: Stage, ranks: Ranks, place: Place | None = None) -> Built:
 
 
 def assemble(stage: Stage, backbone: Backbone, layout: TagLayout, tags: dict[str, Tag], ranks: Ranks) -> TaggedModel:
-    budgets = stage.config.remembered_bytes
-    memory = PrefixMemory(*budgets) if any(budgets) else None
     reads_tokens = bool(stage.weights.span or stage.weights.output)
-    model = TaggedModel(backbone.model, tags, layout, memory, reads_tokens, backbone.kernel)
+    model = TaggedModel(backbone.model, tags, layout, empty_memory(stage.config), reads_tokens, backbone.kernel)
     return model.to(ranks.device)
+
+
+def empty_memory(config: RunConfig) -> PrefixMemory | None:
+    budgets = config.remembered_bytes
+    return PrefixMemory(*budgets) if any(budgets) else None
 
 
 def prepare_on_all(

@@ -1,0 +1,62 @@
+"""A run is scored as it was trained, and computes nothing twice."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from tagllm.model.prefix import Piece, PrefixMemory
+from tests.test_cli import Run, config, fails, folder, run
+
+__all__ = ["folder", "run"]  # fixtures
+
+
+def test_a_run_stays_in_the_dtype_that_it_began_in(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a busy machine another one may be fastest when the same command goes on, or when the run is scored."""
+    file = config(folder, "dtype", backbone={"model": "backbone", "dtype": "auto"})
+    for fastest in ("bf16", "fp32"):
+        monkeypatch.setattr("tagllm.train.loop.fastest_dtype", lambda device, fastest=fastest: fastest)
+        monkeypatch.setattr("tagllm.train.build.fastest_dtype", lambda device, fastest=fastest: fastest)
+        result = run("train", file)
+        assert result.exit_code == 0, result.stderr
+    assert yaml.safe_load((folder / "runs/dtype/config.yaml").read_text())["backbone"]["dtype"] == "bf16"
+    fails(run("train", file, "backbone.dtype=fp32"), "already holds another run", "backbone.dtype")
+    scores = []
+    for fastest in ("bf16", "fp32"):
+        monkeypatch.setattr("tagllm.train.build.fastest_dtype", lambda device, fastest=fastest: fastest)
+        assert run("eval", "runs/dtype").exit_code == 0
+        scores.append(json.loads((folder / "runs/dtype/results.json").read_text())["metrics"])
+    assert scores[0] == scores[1]
+
+
+@pytest.mark.parametrize("mask", ["causal", "block"])
+def test_eval_remembers_fields_that_come_again(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, mask: str
+) -> None:
+    """They stand by themselves under the block mask alone; what is remembered is what would be computed."""
+    base = config(folder, "names", tags={"D": {"length": 2}}, data__template="A <D> {name}", data__target=[])
+    assert run("train", base).exit_code == 0
+    tags = {"D": {"load": "runs/names/library"}, "W": {"kind": "function", "length": 2, "head": {"reads": "both"}}}
+    template = "The <D> {name} and <D> {smiles} by <W>"
+    file = config(folder, f"again-{mask}", tags=tags, data__template=template, mask=mask)
+    assert run("train", file).exit_code == 0
+    recalled, recall = list[bool](), PrefixMemory.recall
+
+    def noted(memory: PrefixMemory, key: bytes, device: torch.device) -> Piece | None:
+        piece = recall(memory, key, device)
+        recalled.append(piece is not None)
+        return piece
+
+    monkeypatch.setattr(PrefixMemory, "recall", noted)
+    scores = []
+    for gib in (1, 0):
+        recalled.clear()
+        result = run("eval", f"runs/again-{mask}", "evaluation.rows_per_batch=2", f"remember_gib={gib}")
+        assert result.exit_code == 0, result.stderr
+        assert any(recalled) == (gib > 0 and mask == "block")
+        scores.append(json.loads((folder / f"runs/again-{mask}/results.json").read_text())["metrics"]["mse"])
+    assert scores[0] == pytest.approx(scores[1], rel=1e-4)
