@@ -10,15 +10,21 @@ from tagllm.model.attention import Part
 from tagllm.model.parts_function import Groups, KeySet, Live, attend_parts
 
 
-@given(st.lists(st.integers(-1, 3), min_size=1, max_size=9), st.integers(1, 3))
-def test_products_of_padded_groups_change_nothing(piece_B: list[int], num_groups: int) -> None:
+@given(
+    st.lists(st.integers(-1, 3), min_size=1, max_size=9),
+    st.integers(1, 3),
+    st.lists(st.integers(1, 5), min_size=4, max_size=4),
+)
+def test_products_of_padded_groups_change_nothing(piece_B: list[int], num_groups: int, lengths: list[int]) -> None:
     torch.manual_seed(len(piece_B))
-    B, G, M, S, T, E = len(piece_B), num_groups, 6, 3, 5, 4
-    part = Part((), (), torch.zeros(4, T), torch.zeros(4, T), (T,) * 4, tuple(piece_B))
-    keys, values = torch.randn(2, 4, G, T, E)
+    B, G, M, S, T, E = len(piece_B), num_groups, 6, 3, max(lengths), 4
+    part = Part((), (), torch.zeros(4, T), torch.zeros(4, T), tuple(lengths), tuple(piece_B))
+    pad_nT = torch.arange(T) >= torch.tensor(lengths)[:, None]
+    keys, values = torch.randn(2, 4, G, T, E).masked_fill(pad_nT[:, None, :, None], 0.0)
     live = Live(*torch.randn(2, B, G, S, E), None, None)
     bias = torch.zeros(B, 1, 1, S, T + S)
-    bias[torch.tensor(piece_B) < 0, ..., :T] = torch.finfo(torch.float32).min
+    hidden_BT = pad_nT[piece_B] | (torch.tensor(piece_B) < 0)[:, None]
+    bias[..., :T].masked_fill_(hidden_BT[:, None, None, None], torch.finfo(torch.float32).min)
     answers = []
     for groups in (part.groups(), Groups([], part.together(limit=99))):
         query = torch.randn(B, G, M, E, generator=torch.Generator().manual_seed(0)).requires_grad_()

@@ -23,7 +23,7 @@ from tagllm.data.batch import Tokens
 from tagllm.errors import UserError
 from tagllm.model.masks import seen
 from tagllm.model.merged_attention import EXPLICIT_UP_TO, Shared, attend_merged
-from tagllm.model.parts_function import Groups, KeySet, Live, attend_parts
+from tagllm.model.parts_function import Group, Groups, KeySet, Live, attend_parts
 from tagllm.model.rotation import Rotation, turned_back
 
 NAME = "tagllm_parts"
@@ -58,7 +58,7 @@ class Part(NamedTuple):
         return self._replace(piece_B=tuple(pieces[b] for b in rows), offset_B=offset_B, span_B=span_B)
 
     def groups(self) -> Groups:
-        each = [(piece, _slice_if_adjacent(rows)) for piece, rows in self._rows_of().items()]
+        each = [Group(i, _slice_if_adjacent(rows), self.lengths[i]) for i, rows in self._rows_of().items()]
         return Groups(each, self.together(PADDED_UP_TO) if self.at_nT.is_cuda and each else None)
 
     def together(self, limit: float) -> tuple[Tensor, Tensor] | None:
@@ -265,9 +265,8 @@ def _shared(this: Pass, layer: int, query_BHSE: Tensor) -> list[Shared]:
     found = []
     for part, groups in zip(this.parts, this.groups, strict=True):
         assert part.piece_B is not None, "only the live pass has parts of one piece per row"
-        for piece, rows in groups.each:
-            here = slice(part.lengths[piece])
-            keys, values = part.keys[layer][piece, :, here], part.values[layer][piece, :, here]
+        for piece, rows, length in groups.each:
+            keys, values = part.keys[layer][piece, :, :length], part.values[layer][piece, :, :length]
             found.append(Shared(rows, query_BHSE[rows], keys, values))
     return found
 

@@ -16,6 +16,14 @@ import torch
 from torch import Tensor
 
 
+class Group(NamedTuple):
+    """The rows that have a piece, and how many keys it has: behind these it is padded."""
+
+    piece: int
+    rows: slice | list[int]
+    length: int
+
+
 class Groups(NamedTuple):
     """Which rows have which piece: `each` piece with its rows, for a product of its own.
 
@@ -23,7 +31,7 @@ class Groups(NamedTuple):
     product: the rows of every piece, padded to as many (n, R), and at which of these places each row is (B; -1: none).
     """
 
-    each: list[tuple[int, slice | list[int]]]
+    each: list[Group]
     together: tuple[Tensor, Tensor] | None = None
 
 
@@ -92,7 +100,7 @@ class _AttendParts(torch.autograd.Function):
         *shared, own = weights_BGMT.split(_sizes(sets, keys_BGTE), dim=3)
         out: Tensor = own @ values_BGTE
         for weights, one in zip(shared, sets, strict=True):
-            out += _times(weights, one.values, one.groups)
+            _add_over(out, weights, one.values, one.groups)
         return out
 
     @staticmethod
@@ -101,19 +109,14 @@ class _AttendParts(torch.autograd.Function):
         queries = saved if ctx.stays else saved[:-2]
         keys_BGTE, values_BGTE = ctx.below if ctx.stays else Live(*saved[-2:], *ctx.below).joined()
         weights_BGMT, capped = _weights(queries, sets, keys_BGTE, ctx.bias_B11ST, ctx.softcap)
-        weight_grad = _beside(
-            [
-                *(_times(grad, one.values.transpose(2, 3), one.groups) for one in sets),
-                grad @ values_BGTE.transpose(2, 3),
-            ]
-        )
+        weight_grad = _onto([grad] * len(queries), sets, [one.values for one in sets], values_BGTE)
         score_grad: Tensor = torch._softmax_backward_data(weight_grad, weights_BGMT, 3, torch.float32)
         if capped is not None:
             score_grad = score_grad * (1 - capped.square())
         *shared, own = score_grad.split(_sizes(sets, keys_BGTE), dim=3)
         query_grads = [own @ keys_BGTE, *(torch.zeros_like(query, dtype=torch.float32) for query in queries[1:])]
         for part, one in zip(shared, sets, strict=True):
-            query_grads[one.asked_by] += _times(part, one.keys, one.groups)
+            _add_over(query_grads[one.asked_by], part, one.keys, one.groups)
         here = slice(weights_BGMT.shape[3] - ctx.num_live, None)
         key_grad = score_grad[..., here].transpose(2, 3) @ queries[0].float()
         value_grad = weights_BGMT[..., here].transpose(2, 3) @ grad
@@ -129,12 +132,7 @@ def _weights(
     queries: Sequence[Tensor], sets: Sequence[KeySet], keys_BGTE: Tensor, bias_B11ST: Tensor, softcap: float | None
 ) -> tuple[Tensor, Tensor | None]:
     """(B, G, M, T), and with a softcap the scores over it."""
-    scores = _beside(
-        [
-            *(_times(queries[one.asked_by].float(), one.keys.transpose(2, 3), one.groups) for one in sets),
-            queries[0].float() @ keys_BGTE.transpose(2, 3),
-        ]
-    )
+    scores = _onto([query.float() for query in queries], sets, [one.keys for one in sets], keys_BGTE)
     capped = None
     if softcap is not None:
         capped = scores.div_(softcap).tanh_()
@@ -144,24 +142,56 @@ def _weights(
     return scores.softmax(dim=3), capped
 
 
-def _beside(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts, dim=3)
+def _onto(x: Sequence[Tensor], sets: Sequence[KeySet], theirs: Sequence[Tensor], own_BGTE: Tensor) -> Tensor:
+    """Dot products with the keys (or values) of each set, then with the rows' own: (B, G, M, T), zero at pads.
+
+    Args:
+        x: what asks, of each kind (B, G, M, E); the first one asks the rows' own.
+    """
+    own_BGMT = x[0] @ own_BGTE.transpose(2, 3)
+    if not sets:
+        return own_BGMT
+    sizes = _sizes(sets, own_BGTE)
+    out_BGMT = x[0].new_zeros(*x[0].shape[:3], sum(sizes))
+    *places, own = out_BGMT.split(sizes, dim=3)
+    own.copy_(own_BGMT)
+    for one, matrix_nGTE, place in zip(sets, theirs, places, strict=True):
+        matrix_nGET, asking = matrix_nGTE.float().transpose(2, 3), x[one.asked_by]
+        if one.groups.together is not None:
+            place.copy_(_together(asking, matrix_nGET, *one.groups.together))
+            continue
+        for piece, rows, length in one.groups.each:
+            product = _grouped(asking[rows]) @ matrix_nGET[piece, :, :, :length]
+            place[rows, :, :, :length] = _ungrouped(product, asking.shape[2])
+    return out_BGMT
 
 
-def _times(x_BGMa: Tensor, matrix_nGab: Tensor, groups: Groups) -> Tensor:
-    """Each row times the matrix of its piece, zero without one: (B, G, M, b). Rows with the same piece go through one
-    product."""
-    matrix_nGab = matrix_nGab.float()
-    B, G, M, a = x_BGMa.shape
+def _add_over(out_BGME: Tensor, weights_BGMT: Tensor, matrix_nGTE: Tensor, groups: Groups) -> None:
+    """Adds to each row the sum, weighted, over the keys (or values) of its piece."""
+    matrix_nGTE = matrix_nGTE.float()
     if groups.together is not None:
-        rows_nR, place_B = groups.together
-        n, R = rows_nR.shape
-        x = x_BGMa[rows_nR.flatten()].view(n, R, G, M, a).transpose(1, 2)
-        product = (x.reshape(n, G, R * M, a) @ matrix_nGab).view(n, G, R, M, -1).transpose(1, 2)
-        found = product.reshape(n * R, G, M, -1)[place_B.clamp(min=0)]
-        return found.masked_fill_((place_B < 0)[:, None, None, None], 0.0)
-    out = x_BGMa.new_zeros(B, G, M, matrix_nGab.shape[3])
-    for piece, rows in groups.each:
-        x = x_BGMa[rows].transpose(0, 1)  # (G, rows, M, a)
-        out[rows] = (x.reshape(G, -1, a) @ matrix_nGab[piece]).view(G, -1, M, out.shape[3]).transpose(0, 1)
-    return out
+        out_BGME += _together(weights_BGMT, matrix_nGTE, *groups.together)
+        return
+    for piece, rows, length in groups.each:
+        product = _grouped(weights_BGMT[rows, :, :, :length]) @ matrix_nGTE[piece, :, :length]
+        out_BGME[rows] += _ungrouped(product, out_BGME.shape[2])
+
+
+def _grouped(x_bGMa: Tensor) -> Tensor:
+    """(b, G, M, a) -> (G, b M, a): rows with the same piece go through one product."""
+    return x_bGMa.transpose(0, 1).flatten(1, 2)
+
+
+def _ungrouped(product_GNa: Tensor, M: int) -> Tensor:
+    G, _, a = product_GNa.shape
+    return product_GNa.view(G, -1, M, a).transpose(0, 1)
+
+
+def _together(x_BGMa: Tensor, matrix_nGab: Tensor, rows_nR: Tensor, place_B: Tensor) -> Tensor:
+    """Each row times the matrix of its piece, zero without one, all in one product: (B, G, M, b)."""
+    _, G, M, a = x_BGMa.shape
+    n, R = rows_nR.shape
+    x = x_BGMa[rows_nR.flatten()].view(n, R, G, M, a).transpose(1, 2)
+    product = (x.reshape(n, G, R * M, a) @ matrix_nGab).view(n, G, R, M, -1).transpose(1, 2)
+    found = product.reshape(n * R, G, M, -1)[place_B.clamp(min=0)]
+    return found.masked_fill_((place_B < 0)[:, None, None, None], 0.0)
