@@ -60,3 +60,20 @@ def test_eval_remembers_fields_that_come_again(
         assert any(recalled) == (gib > 0 and mask == "block")
         scores.append(json.loads((folder / f"runs/again-{mask}/results.json").read_text())["metrics"]["mse"])
     assert scores[0] == pytest.approx(scores[1], rel=1e-4)
+
+
+def test_what_training_left_for_probes_is_what_a_pass_would_find(run: Run, folder: Path) -> None:
+    split = {"valid": 0.2, "test": 0.2}
+    file = config(folder, "left", tags={"W": {"kind": "function", "length": 2, "head": {}}}, data__split=split)
+    assert run("train", file).exit_code == 0
+    left = sorted((folder / "runs/left").glob("probe-*.safetensors"))
+    assert [path.stem for path in left] == ["probe-train", "probe-valid"]
+    found = []
+    for _ in range(2):
+        result = run("eval", "runs/left")
+        assert result.exit_code == 0, result.stderr
+        found.append(json.loads((folder / "runs/left/results.json").read_text())["baselines"])
+        for path in left:
+            path.unlink(missing_ok=True)
+    for probe in ("ridge_last", "ridge_mean", "ridge_both"):
+        assert found[0][probe]["mse"] == pytest.approx(found[1][probe]["mse"], rel=1e-4)

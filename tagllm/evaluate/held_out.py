@@ -53,7 +53,7 @@ def evaluate(
     stage = stage_of_run(config, library, str(folder.library))
     built = build(stage, ranks)
     if not overridden:
-        require_same_rows(folder, built.data, ("train", split))
+        require_same_rows(folder, built.data, ("train", "valid", split))
     evaluation = Evaluation(built, ranks, split)
     results: dict[str, Any] = {
         "run": run.name, "split": split, "metrics": {}, "intervals": {}, "baselines": {}, "controls": {},
@@ -61,7 +61,7 @@ def evaluate(
         "ranks": ranks.size, "rows": sum(map(len, built.examples(split))), "training": folder.training(), **origin(),
     }  # fmt: skip
     if built.layout.heads:
-        _score_values(evaluation, run, None if overridden else folder.probe, results)
+        _score_values(evaluation, run, None if overridden else folder, results)
     if stage.terms:
         _score_tokens(evaluation, results, controls)
     if any(template.has_output for template in stage.templates):
@@ -95,22 +95,18 @@ def require_same_rows(folder: RunFolder, data: Data, splits: Sequence[Split]) ->
                 )
 
 
-def _training_probe(evaluation: Evaluation, kept: Path | None) -> Features:
-    """What training left, or else a pass over the training rows."""
-    if kept is not None and kept.is_file():
-        return Features.load(kept)
-    seen = score_pass(evaluation.built, evaluation.ranks, "train", FIT_ROWS, probing=True)
-    return probe_of(seen, evaluation.built.layout)
-
-
-def _validation_probe(evaluation: Evaluation) -> Features | None:
+def _probe(evaluation: Evaluation, split: Split, kept: RunFolder | None) -> Features | None:
+    """What training left, or else a pass over these rows; None without any."""
     built, ranks, _ = evaluation
-    if not any(map(len, built.examples("valid"))):
+    if kept is not None and kept.probe(split).is_file():
+        return Features.load(kept.probe(split))
+    if not any(map(len, built.examples(split))):
         return None
-    return probe_of(score_pass(built, ranks, "valid", None, probing=True), built.layout)
+    limit = FIT_ROWS if split == "train" else None
+    return probe_of(score_pass(built, ranks, split, limit, probing=True), built.layout)
 
 
-def _score_values(evaluation: Evaluation, run: Path, probe: Path | None, results: dict[str, Any]) -> None:
+def _score_values(evaluation: Evaluation, run: Path, kept: RunFolder | None, results: dict[str, Any]) -> None:
     built, ranks, split = evaluation
     classes = any(head.classes for head in built.layout.heads.values())
     held_out = score_pass(built, ranks, split, None, probing=True)
@@ -119,9 +115,10 @@ def _score_values(evaluation: Evaluation, run: Path, probe: Path | None, results
     pairs = {"values_nK": torch.from_numpy(held_out.values_nK), "targets_nK": torch.from_numpy(held_out.targets_nK)}
     ranks.on_rank_zero(lambda: save_tensors(run / "held_out.safetensors", pairs))
     if not classes:
-        train, test = _training_probe(evaluation, probe), probe_of(held_out, built.layout)
+        test, train = probe_of(held_out, built.layout), _probe(evaluation, "train", kept)
+        assert train is not None
         results["probe_rows"] = len(train.targets_nK)
-        valid = test if split == "valid" else _validation_probe(evaluation) or train.none()
+        valid = test if split == "valid" else _probe(evaluation, "valid", kept) or train.none()
         probes = partial(value_baselines, train, valid, test, built.layout.heads.values())
         results |= ranks.on_rank_zero(lambda: _baselines(probes() | _classical(built, split), test.targets_nK))
 

@@ -41,9 +41,13 @@ class GradientFree:
         self.built, self.engine, self.ranks, self.stop = built, engine, ranks, stop
         self.collate = built.collator()
 
-    def held_out(self) -> Pass | None:
-        """The validation split through the model as it is, with what heads read; None without such rows."""
-        return self._pass("valid", features=True) if any(map(len, self.built.examples("valid"))) else None
+    def held_out(self, probing: bool = False) -> Pass | None:
+        """The validation split through the model as it is, with what heads read; None without such rows. `probing` as
+        in `seen_by_heads`, unless there are losses of tokens, which such a pass leaves out."""
+        if not any(map(len, self.built.examples("valid"))):
+            return None
+        probing = probing and not self.built.stage.terms
+        return self._pass("valid", features=True, collate=self.collate.probing() if probing else self.collate)
 
     def loss(self, result: Pass) -> float:
         return result.loss(self.built.stage.weights)
@@ -92,9 +96,16 @@ class GradientFree:
                 heads[name], held_out = fit, fitted
         return heads, report | {"valid/loss_refitted": self.loss(held_out)}
 
-    def probe(self, seen: Mapping[str, Pass]) -> Features | None:
-        """Features for the ridge baselines of eval, of passes that were `probing`; None without such a head."""
-        return Features.together([probe_of(one, self.built.layout) for one in seen.values()]) if seen else None
+    def probes(self, seen: Mapping[str, Pass], held_out: Pass | None) -> dict[Split, Features]:
+        """Features for the ridge baselines of eval, of passes that were `probing`; none without such a head."""
+        if not seen:
+            return {}
+        probes: dict[Split, Features] = {
+            "train": Features.together([probe_of(one, self.built.layout) for one in seen.values()])
+        }
+        if held_out is not None and not self.built.stage.terms:
+            probes["valid"] = probe_of(held_out, self.built.layout)
+        return probes
 
     def _forward(self, batch: Batch) -> Output:
         if self.ranks.sum([float(self.stop.requested)])[0]:

@@ -188,9 +188,10 @@ class Trainer:
         if self.best:
             self.engine.overwrite(self.best)
         try:
-            held_out, seen = self.gradient_free.held_out(), self.gradient_free.seen_by_heads(FIT_ROWS, probing=True)
+            held_out = self.gradient_free.held_out(probing=True)
+            seen = self.gradient_free.seen_by_heads(FIT_ROWS, probing=True)
             heads, scalars = self.gradient_free.refit_heads(held_out, seen) if held_out else ({}, {})
-            result, probe = self.engine.learned(), self.gradient_free.probe(seen)
+            result, probes = self.engine.learned(), self.gradient_free.probes(seen, held_out)
         except StopAsked:
             self.engine.overwrite(last)
             raise
@@ -201,8 +202,8 @@ class Trainer:
 
         def save() -> None:
             try:
-                if probe is not None:
-                    probe.save(self.run.probe)
+                for split, probe in probes.items():
+                    probe.save(self.run.probe(split))
                 library_of(self.built, last, {}, about).save(self.run.last)
                 library_of(self.built, result, heads, about).save(self.run.library)
             except OSError as error:

@@ -1,7 +1,7 @@
 """What stands in a run folder, and that it holds one run only.
 
 config.yaml  origin.json  splits.json  bad_rows.jsonl  metrics.jsonl  tensorboard/  checkpoints/  library/  last/
-probe.safetensors  results.json
+probe-train.safetensors  probe-valid.safetensors  results.json
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from tagllm.config import BackboneConfig, Dtype, RunConfig
+from tagllm.config import BackboneConfig, Dtype, RunConfig, Split
 from tagllm.config_file import load_config, parse_config
 from tagllm.data.dataset import Data
 from tagllm.errors import UserError
@@ -34,8 +34,10 @@ class RunFolder:
         """The result: the best state on validation, refitted where that is better."""
         self.last = path / "last"
         """The state of the last step."""
-        self.probe = path / "probe.safetensors"
-        """What ridge probes see of the training rows: eval would need the whole prefix pass again."""
+
+    def probe(self, split: Split) -> Path:
+        """What ridge probes see of the rows to fit and to choose on: eval would need their prefixes again."""
+        return self.path / f"probe-{split}.safetensors"
 
     def claim(self, config: RunConfig, fastest_dtype: Callable[[], Dtype]) -> RunConfig:
         """Writes the resolved config and where it comes from, or checks that the folder holds this very run.
