@@ -39,7 +39,7 @@ class BackboneConfig(Section):
 
 
 Reads = Literal["last", "mean", "both"]
-Kernels = Literal["linear", "matern"]
+Kernels = Literal["linear", "anova"]
 
 
 class HeadConfig(Section):
@@ -54,8 +54,8 @@ class HeadConfig(Section):
     """One mean over all fields, or one over those behind each domain tag (a field without a tag by itself), side by
     side: a small molecule does not vanish beside a protein."""
     kernel: Kernels = "linear"
-    """`matern`: closed-form fits may take a Matern 3/2 kernel of what the head reads, where that answers validation
-    better. Tags still learn through the linear head."""
+    """`anova`: closed-form fits may take a kernel of the states that the head reads, each by itself and together, where
+    that answers validation better. Tags still learn through the linear head."""
     landmarks: Count = 2048
     """Training rows that the kernel is seen from, all if there are no more; the library holds what they read."""
     refit: bool = True

@@ -27,11 +27,12 @@ ROWS_AT_ONCE = 1024
 
 
 def similarity(features_BF: Tensor, landmarks_MF: Tensor, width_SD: Tensor) -> Tensor:
-    """(B, M): the product over states of Matern 3/2, (1 + r) exp(-r), where r is sqrt(3) |(x - landmark) / width|. Rows
-    are alike where every state is (a protein and a drug), and similarity falls off less steeply than a Gaussian's."""
+    """(B, M), 1 for a row and itself: an ANOVA kernel, the mean over all sets of states of the product over the set of
+    Matern 3/2, (1 + r) exp(-r), where r is sqrt(3) |(x - landmark) / width|. So each state counts by itself (a drug is
+    potent, whatever the protein) and together with others (additive Gaussian processes, Duvenaud et al. 2011)."""
     center_F = landmarks_MF.mean(dim=0)  # states have an offset far larger than what tells them apart
     z_SMD = _in_widths(landmarks_MF - center_F, width_SD)
-    parts = [_matern(_in_widths(x_bF - center_F, width_SD), z_SMD) for x_bF in features_BF.split(ROWS_AT_ONCE)]
+    parts = [_anova(_in_widths(x_bF - center_F, width_SD), z_SMD) for x_bF in features_BF.split(ROWS_AT_ONCE)]
     return torch.cat(parts)
 
 
@@ -40,9 +41,11 @@ def _in_widths(features_BF: Tensor, width_SD: Tensor) -> Tensor:
     return (features_BSD / width_SD).transpose(0, 1)
 
 
-def _matern(x_SBD: Tensor, z_SMD: Tensor) -> Tensor:
+def _anova(x_SBD: Tensor, z_SMD: Tensor) -> Tensor:
     apart_SBM = 3**0.5 * torch.cdist(x_SBD, z_SMD)
-    return (1 + apart_SBM).prod(dim=0) * torch.exp(-apart_SBM.sum(dim=0))
+    alike_SBM = (1 + apart_SBM) * torch.exp(-apart_SBM)
+    mean_BM: Tensor = ((1 + alike_SBM).prod(dim=0) - 1) / float(2 ** len(alike_SBM) - 1)
+    return mean_BM
 
 
 class Kernel(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def rows(number: int, seed: int, curved: bool) -> Rows:
     return Rows(features.astype(np.float32), (50 + 7 * y + 0.1 * random.normal(size=y.shape)).astype(np.float32))
 
 
-def blank(kernel: str = "matern", landmarks: int = 400) -> Head:
+def blank(kernel: str = "anova", landmarks: int = 400) -> Head:
     head = Head.new(HeadConfig.model_validate({"kernel": kernel, "landmarks": landmarks}), D)
     return replace(head, mean_K=torch.tensor([50.0]), std_K=torch.tensor([5.0]))
 
@@ -104,15 +105,16 @@ def test_landmarks_alike_do_no_harm() -> None:
 
 
 @pytest.mark.parametrize("states", [1, 2, 3])
-def test_rows_are_alike_where_every_state_is(states: int) -> None:
-    """The product over states of sklearn's kernel, however far from the origin all of them are."""
+def test_states_count_by_themselves_and_together(states: int) -> None:
+    """The mean over sets of states of the product of sklearn's kernels, however far from the origin all of them are."""
     random = np.random.default_rng(0)
     x, z = (random.normal(size=(number, states, D)) for number in (3000, 20))
     width = random.uniform(0.5, 2, size=(states, D))
     each = [Matern(1.0, nu=1.5)(x[:, at] / width[at], z[:, at] / width[at]) for at in range(states)]
     x_BF, z_MF = (torch.from_numpy(each + OFFSET).float().flatten(1) for each in (x, z))
     found = similarity(x_BF, z_MF, torch.from_numpy(width).float())
-    np.testing.assert_allclose(found, np.prod(each, axis=0), atol=1e-3)
+    sets = [chosen for size in range(1, states + 1) for chosen in itertools.combinations(each, size)]
+    np.testing.assert_allclose(found, np.mean([np.prod(chosen, axis=0) for chosen in sets], axis=0), atol=1e-3)
 
 
 def test_steps_go_on_from_rows_that_are_landmarks() -> None:

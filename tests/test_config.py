@@ -234,10 +234,10 @@ def test_a_file_that_is_not_there_or_not_text(tmp_path: Path) -> None:
             {"kind": "function", "head": {"type": "classification", "classes": ["a", "a"]}},
             "outputs is 2 but classes has 1 different names",
         ),
-        ({"kind": "function", "head": {"kernel": "matern", "refit": False}}, "only a regression with refit: true has"),
+        ({"kind": "function", "head": {"kernel": "anova", "refit": False}}, "only a regression with refit: true has"),
         (
-            {"kind": "function", "head": {"type": "classification", "classes": ["a", "b"], "kernel": "matern"}},
-            "kernel is matern, which only a regression with refit: true has; set kernel: linear",
+            {"kind": "function", "head": {"type": "classification", "classes": ["a", "b"], "kernel": "anova"}},
+            "kernel is anova, which only a regression with refit: true has; set kernel: linear",
         ),
     ],
 )

@@ -58,7 +58,7 @@ def test_means_apart_are_the_mean_together_taken_apart(settings: dict[str, Any],
     torch.testing.assert_close(whole_D, means(together, (*first, *second)), rtol=1e-4, atol=1e-5)
 
 
-HEAD = {"type": "regression", "reads": "both", "pool": "apart", "kernel": "matern"}
+HEAD = {"type": "regression", "reads": "both", "pool": "apart", "kernel": "anova"}
 
 
 @pytest.fixture

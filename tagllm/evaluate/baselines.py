@@ -35,7 +35,7 @@ def value_baselines(
     run may have a kernel, so may they (`kernel_last`, ...). What has to be chosen is chosen on the validation rows."""
     mean_1K = train.targets_nK.mean(axis=0, keepdims=True)
     found = {"predict_mean": np.repeat(mean_1K, len(held_out.targets_nK), axis=0)}
-    probes = [("ridge", HeadConfig()), *(("kernel", head) for head in heads if head.kernel == "matern")]
+    probes = [("ridge", HeadConfig()), *(("kernel", head) for head in heads if head.kernel == "anova")]
     for name, head in probes:
         for reads in get_args(Reads):
             spec = head.model_copy(update={"outputs": mean_1K.shape[1], "reads": reads})

@@ -28,7 +28,7 @@ def fit_head(head: Head, train: Rows, valid: Rows) -> Head:
     linear = fit_ridge(train, valid)
     weight_KF, bias_K = torch.from_numpy(linear.weight_KF), torch.from_numpy(linear.bias_K)
     best, lowest = replace(head, weight_KF=weight_KF, bias_K=bias_K, kernel=None), linear.error
-    for spread in SPREADS if head.spec.kernel == "matern" else ():
+    for spread in SPREADS if head.spec.kernel == "anova" else ():
         width_SD = _widths(train.features_nF, num_states(head.spec, head.num_pools), spread)
         few = head.spec.landmarks < len(train.targets_nK)
         fit = partial(_on_landmarks, number=head.spec.landmarks) if few else _on_every_row

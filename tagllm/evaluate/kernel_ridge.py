@@ -15,7 +15,7 @@ from torch import Tensor
 from tagllm.evaluate.ridge import Doubles, Floats, RidgeFit, Rows
 from tagllm.head import Kernel, similarity
 
-PENALTIES = np.logspace(1.5, -2.5, 9)
+PENALTIES = np.logspace(0.5, -3.5, 9)
 """Added to the similarity 1 of a row to itself; from the strongest to the weakest."""
 RANK = 2048
 TOLERANCE, MOST_STEPS = 1e-3, 200
