@@ -96,3 +96,22 @@ def test_intervals_are_those_of_the_mean_where_it_is_one() -> None:
     assert (high - low) / 2 == pytest.approx(half, rel=0.2)
     assert low < errors.mean() < high
     assert intervals(column(1), column(NAN), classes=False) == {}
+
+
+def test_intervals_of_every_metric_are_those_of_draws_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two outputs, one with gaps and ties; many draws are measured at once, here or in several parts."""
+    random = np.random.default_rng(5)
+    targets = random.normal(size=(60, 2)).round(1).astype(np.float32)
+    values = (targets + random.normal(size=(60, 2))).astype(np.float32)
+    targets[::3, 1] = NAN
+    told = intervals(values, targets, classes=False)
+    gaps, full = np.flatnonzero(np.isnan(targets[:, 1])), np.flatnonzero(np.isfinite(targets[:, 1]))
+    draws = [np.concatenate([random.choice(rows, len(rows)) for rows in (gaps, full)]) for _ in range(300)]
+    each = [value_metrics(values[rows], targets[rows], classes=False) for rows in draws]
+    for name, (low, high) in told.items():
+        expected = np.quantile([metrics[name] for metrics in each], [0.025, 0.975])
+        assert [low, high] == pytest.approx(expected, abs=0.3 * (expected[1] - expected[0])), name
+    monkeypatch.setattr("tagllm.evaluate.metrics.NUMBERS_AT_ONCE", 60 * 70)
+    in_parts = intervals(values, targets, classes=False)
+    assert in_parts.keys() == told.keys()
+    assert in_parts["mse"] == pytest.approx(told["mse"], rel=0.1)

@@ -1,4 +1,7 @@
-"""Metrics of held-out predictions, from torchmetrics."""
+"""Metrics of held-out predictions, from torchmetrics and scipy.
+
+n rows, K outputs, R draws of m rows each.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,9 @@ import torch
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float32]
+Doubles = NDArray[np.float64]
 RESAMPLES = 500
+NUMBERS_AT_ONCE = 10_000_000
 
 
 def value_metrics(values_nK: Floats, targets_nK: Floats, classes: bool) -> dict[str, float]:
@@ -18,63 +23,95 @@ def value_metrics(values_nK: Floats, targets_nK: Floats, classes: bool) -> dict[
     """
     if classes:
         return _class_metrics(values_nK, targets_nK[:, 0])
-    per_output = []
-    for k in range(targets_nK.shape[1]):
-        known = np.isfinite(targets_nK[:, k])
-        if known.sum() >= 2:
-            per_output.append(_regression(values_nK[known, k], targets_nK[known, k]))
-    return {name: float(np.mean([one[name] for one in per_output])) for name in (per_output[0] if per_output else {})}
+    found = _regression(values_nK, targets_nK, np.arange(len(targets_nK))[None])
+    return {name: float(value_R[0]) for name, value_R in found.items()}
 
 
 def intervals(values_nK: Floats, targets_nK: Floats, classes: bool) -> dict[str, tuple[float, float]]:
     """95 % bootstrap intervals of `value_metrics` over the rows (percentiles of `RESAMPLES` draws): how much another
-    draw of held-out rows would change them."""
-    random = np.random.default_rng(0)
-    known = np.flatnonzero(np.isfinite(targets_nK).any(axis=1))
-    if len(known) < 2:
+    draw of held-out rows would change them. Rows that lack the same targets are drawn among each other."""
+    known_nK = np.isfinite(targets_nK)
+    if known_nK.any(axis=1).sum() < 2:
         return {}
-    draws = [random.choice(known, len(known)) for _ in range(RESAMPLES)]
-    found = [value_metrics(values_nK[rows], targets_nK[rows], classes) for rows in draws]
-    names = set.intersection(*(set(metrics) for metrics in found))
-    columns = {name: [metrics[name] for metrics in found] for name in sorted(names)}
-    return {name: (float(np.quantile(v, 0.025)), float(np.quantile(v, 0.975))) for name, v in columns.items()}
+    random = np.random.default_rng(0)
+    _, kind_n = np.unique(known_nK, axis=0, return_inverse=True)
+    alike = [np.flatnonzero(kind_n.ravel() == kind) for kind in range(kind_n.max() + 1)]
+    parts: list[dict[str, Doubles]] = []
+    for size in _sizes(RESAMPLES, max(1, NUMBERS_AT_ONCE // len(known_nK))):
+        draws_Rm = np.concatenate([random.choice(rows, (size, len(rows))) for rows in alike], axis=1)
+        if classes:
+            each = [_class_metrics(values_nK[rows], targets_nK[rows, 0]) for rows in draws_Rm]
+            parts += [{name: np.array([value]) for name, value in metrics.items()} for metrics in each]
+        else:
+            parts.append(_regression(values_nK, targets_nK, draws_Rm))
+    names = sorted(set.intersection(*map(set, parts)))
+    found = {name: np.concatenate([part[name] for part in parts]) for name in names}
+    return {name: (float(np.quantile(v, 0.025)), float(np.quantile(v, 0.975))) for name, v in found.items()}
 
 
-def _regression(values_n: Floats, targets_n: Floats) -> dict[str, float]:
-    from torchmetrics.functional import (
-        mean_absolute_error,
-        mean_squared_error,
-        pearson_corrcoef,
-        r2_score,
-        spearman_corrcoef,
-    )
+def _sizes(total: int, most: int) -> list[int]:
+    return [min(most, total - start) for start in range(0, total, most)]
 
-    values, targets = torch.from_numpy(values_n).double(), torch.from_numpy(targets_n).double()
-    # a constant has no correlation; torchmetrics would warn and give NaN
-    flat = bool(values.std() < 1e-12) or bool(targets.std() < 1e-12)
+
+def _regression(values_nK: Floats, targets_nK: Floats, draws_Rm: NDArray[np.intp]) -> dict[str, Doubles]:
+    """Of each draw of rows (R), averaged over outputs; all draws lack the same targets at the same places."""
+    per_output = []
+    for values_n, targets_n in zip(values_nK.T, targets_nK.T, strict=True):
+        rows_Rm = draws_Rm[:, np.isfinite(targets_n[draws_Rm[0]])]
+        if rows_Rm.shape[1] >= 2:
+            per_output.append(_of_columns(values_n[rows_Rm.T].astype(float), targets_n[rows_Rm.T].astype(float)))
+    return {name: np.mean([one[name] for one in per_output], axis=0) for name in (per_output[0] if per_output else {})}
+
+
+def _of_columns(values_mR: Doubles, targets_mR: Doubles) -> dict[str, Doubles]:
+    from scipy.stats import rankdata
+    from torchmetrics.functional import mean_absolute_error, mean_squared_error, r2_score
+
+    values, targets = torch.from_numpy(values_mR), torch.from_numpy(targets_mR)
+    R = values.shape[1]
     return {
-        "mse": float(mean_squared_error(values, targets)),
-        "mae": float(mean_absolute_error(values, targets)),
-        "r2": float(r2_score(values, targets)),
-        "pearson": 0.0 if flat else float(pearson_corrcoef(values, targets)),
-        "spearman": 0.0 if flat else float(spearman_corrcoef(values, targets)),
-        "concordance": concordance(values_n, targets_n),
+        "mse": mean_squared_error(values, targets, num_outputs=R).reshape(R).numpy(),
+        "mae": mean_absolute_error(values, targets, num_outputs=R).reshape(R).numpy(),
+        "r2": r2_score(values, targets, multioutput="raw_values").reshape(R).numpy(),
+        "pearson": _correlation(values_mR, targets_mR),
+        "spearman": _correlation(*(rankdata(x, axis=0) for x in (values_mR, targets_mR))),
+        "concordance": concordance(values_mR, targets_mR),
     }
 
 
-def concordance(values_n: Floats, targets_n: Floats) -> float:
+def _correlation(values_mR: Doubles, targets_mR: Doubles) -> Doubles:
+    """Pearson's; 0 where either is constant."""
+    from torchmetrics.functional import pearson_corrcoef
+
+    varied = (values_mR.std(axis=0) > 1e-12) & (targets_mR.std(axis=0) > 1e-12)
+    found_R = np.zeros(len(varied))
+    if varied.any():
+        pair = (torch.from_numpy(x[:, varied]) for x in (values_mR, targets_mR))
+        found_R[varied] = np.atleast_1d(pearson_corrcoef(*pair).numpy())
+    return found_R
+
+
+def concordance(values_mR: Doubles, targets_mR: Doubles) -> Doubles:
     """Of pairs with different targets, the share that is in the right order (ties of values count half); 0.5 where no
     pair tells. From Kendall's tau-b, whose numerator is the same."""
     from scipy.stats import kendalltau
 
-    def untied(numbers: Floats) -> float:
-        _, counts = np.unique(numbers, return_counts=True)
-        return float(len(numbers) * (len(numbers) - 1) - (counts * (counts - 1)).sum()) / 2
+    telling_R, scale_R = (_untied(x) for x in (targets_mR, values_mR))
+    found_R = np.full(len(telling_R), 0.5)
+    for at in np.flatnonzero(telling_R * scale_R):
+        tau = kendalltau(values_mR[:, at], targets_mR[:, at]).statistic
+        found_R[at] += 0.5 * tau * np.sqrt(scale_R[at] / telling_R[at])
+    return found_R
 
-    telling, scale = untied(targets_n), untied(values_n)
-    if not telling or not scale:
-        return 0.5
-    return 0.5 + 0.5 * float(kendalltau(values_n, targets_n).statistic) * float(np.sqrt(scale / telling))
+
+def _untied(x_mR: Doubles) -> Doubles:
+    """Pairs that differ."""
+    from scipy.stats import rankdata
+
+    m = len(x_mR)
+    alike_mR = rankdata(x_mR, method="max", axis=0) - rankdata(x_mR, method="min", axis=0)  # how many others are equal
+    pairs_R: Doubles = (m * (m - 1) - alike_mR.sum(axis=0)) / 2
+    return pairs_R
 
 
 def _class_metrics(logits_nK: Floats, targets_n: Floats) -> dict[str, float]:
