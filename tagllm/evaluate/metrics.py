@@ -13,6 +13,7 @@ Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 RESAMPLES = 500
 NUMBERS_AT_ONCE = 10_000_000
+"""Of several draws, to be measured together: what bounds memory."""
 
 
 def value_metrics(values_nK: Floats, targets_nK: Floats, classes: bool) -> dict[str, float]:
@@ -37,7 +38,9 @@ def intervals(values_nK: Floats, targets_nK: Floats, classes: bool) -> dict[str,
     _, kind_n = np.unique(known_nK, axis=0, return_inverse=True)
     alike = [np.flatnonzero(kind_n.ravel() == kind) for kind in range(kind_n.max() + 1)]
     parts: list[dict[str, Doubles]] = []
-    for size in _sizes(RESAMPLES, max(1, NUMBERS_AT_ONCE // len(known_nK))):
+    most = max(1, NUMBERS_AT_ONCE // len(known_nK))
+    for start in range(0, RESAMPLES, most):
+        size = min(most, RESAMPLES - start)
         draws_Rm = np.concatenate([random.choice(rows, (size, len(rows))) for rows in alike], axis=1)
         if classes:
             each = [_class_metrics(values_nK[rows], targets_nK[rows, 0]) for rows in draws_Rm]
@@ -47,10 +50,6 @@ def intervals(values_nK: Floats, targets_nK: Floats, classes: bool) -> dict[str,
     names = sorted(set.intersection(*map(set, parts)))
     found = {name: np.concatenate([part[name] for part in parts]) for name in names}
     return {name: (float(np.quantile(v, 0.025)), float(np.quantile(v, 0.975))) for name, v in found.items()}
-
-
-def _sizes(total: int, most: int) -> list[int]:
-    return [min(most, total - start) for start in range(0, total, most)]
 
 
 def _regression(values_nK: Floats, targets_nK: Floats, draws_Rm: NDArray[np.intp]) -> dict[str, Doubles]:

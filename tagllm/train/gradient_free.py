@@ -43,10 +43,10 @@ class GradientFree:
 
     def held_out(self, probing: bool = False) -> Pass | None:
         """The validation split through the model as it is, with what heads read; None without such rows. `probing` as
-        in `seen_by_heads`, unless there are losses of tokens, which such a pass leaves out."""
+        in `seen_by_heads`, where that is possible."""
         if not any(map(len, self.built.examples("valid"))):
             return None
-        probing = probing and not self.built.stage.terms
+        probing = probing and self._can_probe
         return self._pass("valid", features=True, collate=self.collate.probing() if probing else self.collate)
 
     def loss(self, result: Pass) -> float:
@@ -103,9 +103,14 @@ class GradientFree:
         probes: dict[Split, Features] = {
             "train": Features.together([probe_of(one, self.built.layout) for one in seen.values()])
         }
-        if held_out is not None and not self.built.stage.terms:
+        if held_out is not None and self._can_probe:
             probes["valid"] = probe_of(held_out, self.built.layout)
         return probes
+
+    @property
+    def _can_probe(self) -> bool:
+        """Whether a pass for probes tells the loss as well: it leaves those of tokens out."""
+        return not self.built.stage.terms
 
     def _forward(self, batch: Batch) -> Output:
         if self.ranks.sum([float(self.stop.requested)])[0]:

@@ -90,7 +90,8 @@ def test_a_node_that_shards_by_itself_sends_no_weights(hosts: Hosts, workspace: 
 
 
 def test_a_cut_cable_ends_both_with_a_reason_and_a_restart_goes_on(hosts: Hosts, workspace: Workspace) -> None:
-    settings = {"optim__steps": 120, "checkpoint__every_steps": 10, "evaluation__every_steps": 1000}
+    steps = 120
+    settings = {"optim__steps": steps, "checkpoint__every_steps": 10, "evaluation__every_steps": 1000}
     run = Run(workspace.folder / "cut")
     both = start(hosts, workspace, "cut", **settings)
     try:
@@ -110,7 +111,7 @@ def test_a_cut_cable_ends_both_with_a_reason_and_a_restart_goes_on(hosts: Hosts,
         said = log.read_text()
         assert f"no answer from rank {1 - host}, while in" in said, said
         assert "the newest checkpoint is step-" in said
-    assert len(run.metrics) < 120
+    assert len(run.metrics) < steps
     hosts.mend()
     again = start(hosts, workspace, "cut", **settings)
     try:
