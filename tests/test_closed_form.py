@@ -58,6 +58,20 @@ def test_a_line_stays_a_line() -> None:
     assert error(fit, valid) < 1e-3
 
 
+def test_many_rows_are_fitted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The width is chosen on some of them: a fit on 20,000 takes minutes."""
+    fitted, fit = list[int](), KernelFits.of
+    monkeypatch.setattr("tagllm.evaluate.closed_form.ROWS_FOR_WIDTH", 200)
+    monkeypatch.setattr(
+        KernelFits, "of", lambda rows, width_SD: fitted.append(len(rows.targets_nK)) or fit(rows, width_SD)
+    )
+    train, valid = (rows(n, seed, curved=True) for seed, n in enumerate((600, 300)))
+    head = fit_head(blank(landmarks=600), train, valid)
+    assert fitted == [200] * len(SPREADS) + [600]
+    assert head.kernel is not None and len(head.kernel.landmarks_MF) == 600
+    assert error(head, valid) < error(fit_head(blank(landmarks=600), train.some(np.arange(200)), valid), valid)
+
+
 @pytest.mark.parametrize("spread", SPREADS)
 def test_all_rows_as_landmarks_are_kernel_ridge_regression(spread: float) -> None:
     train, valid = rows(250, 0, curved=True), rows(300, 1, curved=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from operator import itemgetter
 
 import numpy as np
 import torch
@@ -19,6 +20,8 @@ from tagllm.head import Head, Kernel, num_states
 
 SPREADS = (0.1, 0.6, 4.0)
 """What |(x - z) / width|^2 is on average, of two rows and in each state."""
+ROWS_FOR_WIDTH = 4096
+"""Training rows that the width is chosen on."""
 
 
 def fit_head(head: Head, train: Rows, valid: Rows) -> Head:
@@ -27,19 +30,32 @@ def fit_head(head: Head, train: Rows, valid: Rows) -> Head:
     train, valid = (_standardised(rows, head) for rows in (train, valid))
     linear = fit_ridge(train, valid)
     weight_KF, bias_K = torch.from_numpy(linear.weight_KF), torch.from_numpy(linear.bias_K)
-    best, lowest = replace(head, weight_KF=weight_KF, bias_K=bias_K, kernel=None), linear.error
-    for spread in SPREADS if head.spec.kernel == "anova" else ():
-        width_SD = _widths(train.features_nF, num_states(head.spec, head.num_pools), spread)
-        few = head.spec.landmarks < len(train.targets_nK)
-        fit = partial(_on_landmarks, number=head.spec.landmarks) if few else _on_every_row
-        kernel, bias_K, error = fit(train, valid, width_SD)
-        if error < lowest:
-            best, lowest = replace(head, weight_KF=torch.zeros_like(weight_KF), bias_K=bias_K, kernel=kernel), error
-    return best
+    best = replace(head, weight_KF=weight_KF, bias_K=bias_K, kernel=None)
+    if head.spec.kernel == "linear":
+        return best
+    kernel, bias_K, error = _best_kernel(head, train, valid)
+    if error >= linear.error:
+        return best
+    return replace(head, weight_KF=torch.zeros_like(weight_KF), bias_K=bias_K, kernel=kernel)
+
+
+def _best_kernel(head: Head, train: Rows, valid: Rows) -> tuple[Kernel, Tensor, float]:
+    """With bias (K) and error. The width, one of SPREADS, is chosen on some of the training rows: a fit on 20,000 takes
+    minutes."""
+    rows = len(train.targets_nK)
+    some = train.some(np.sort(np.random.default_rng(0).choice(rows, min(rows, ROWS_FOR_WIDTH), replace=False)))
+    widths = [_widths(train.features_nF, num_states(head.spec, head.num_pools), spread) for spread in SPREADS]
+    best = min((_fit_kernel(head, some, valid, width_SD) for width_SD in widths), key=itemgetter(2))
+    return best if rows <= ROWS_FOR_WIDTH else _fit_kernel(head, train, valid, best[0].width_SD)
+
+
+def _fit_kernel(head: Head, train: Rows, valid: Rows, width_SD: Tensor) -> tuple[Kernel, Tensor, float]:
+    if head.spec.landmarks < len(train.targets_nK):
+        return _on_landmarks(train, valid, width_SD, head.spec.landmarks)
+    return _on_every_row(train, valid, width_SD)
 
 
 def _on_every_row(train: Rows, valid: Rows, width_SD: Tensor) -> tuple[Kernel, Tensor, float]:
-    """With bias (K) and error; as `_on_landmarks` with all of them, which would take far longer where they are many."""
     fit = partial(KernelFits.of, width_SD=width_SD)
     fitted = fit(train)
     error_P = errors_of_penalties(fit, fitted, train, valid)
@@ -48,6 +64,7 @@ def _on_every_row(train: Rows, valid: Rows, width_SD: Tensor) -> tuple[Kernel, T
 
 
 def _on_landmarks(train: Rows, valid: Rows, width_SD: Tensor, number: int) -> tuple[Kernel, Tensor, float]:
+    """Seen from so many of the rows, which must be far fewer: with all of them it takes far longer than the above."""
     landmarks = Landmarks.of(train.features_nF, number, width_SD)
     fit = fit_ridge(landmarks.rows(train), landmarks.rows(valid), one_scale=True)
     return landmarks.kernel(fit), torch.from_numpy(fit.bias_K), fit.error

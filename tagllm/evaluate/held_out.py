@@ -61,7 +61,7 @@ def evaluate(
         "ranks": ranks.size, "rows": sum(map(len, built.examples(split))), "training": folder.training(), **origin(),
     }  # fmt: skip
     if built.layout.heads:
-        _score_values(evaluation, run, None if overridden else folder, results)
+        _score_values(evaluation, folder, overridden, results)
     if stage.terms:
         _score_tokens(evaluation, results, controls)
     if any(template.has_output for template in stage.templates):
@@ -106,15 +106,16 @@ def _probe(evaluation: Evaluation, split: Split, kept: RunFolder | None) -> Feat
     return probe_of(score_pass(built, ranks, split, limit, probing=True), built.layout)
 
 
-def _score_values(evaluation: Evaluation, run: Path, kept: RunFolder | None, results: dict[str, Any]) -> None:
+def _score_values(evaluation: Evaluation, folder: RunFolder, overridden: bool, results: dict[str, Any]) -> None:
     built, ranks, split = evaluation
     classes = any(head.classes for head in built.layout.heads.values())
     held_out = score_pass(built, ranks, split, None, probing=True)
     results["metrics"] |= value_metrics(held_out.values_nK, held_out.targets_nK, classes)
     results["intervals"] = ranks.on_rank_zero(lambda: intervals(held_out.values_nK, held_out.targets_nK, classes))
     pairs = {"values_nK": torch.from_numpy(held_out.values_nK), "targets_nK": torch.from_numpy(held_out.targets_nK)}
-    ranks.on_rank_zero(lambda: save_tensors(run / "held_out.safetensors", pairs))
+    ranks.on_rank_zero(lambda: save_tensors(folder.path / "held_out.safetensors", pairs))
     if not classes:
+        kept = None if overridden else folder
         test, train = probe_of(held_out, built.layout), _probe(evaluation, "train", kept)
         assert train is not None
         results["probe_rows"] = len(train.targets_nK)
