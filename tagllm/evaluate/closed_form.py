@@ -30,13 +30,11 @@ def fit_head(head: Head, train: Rows, valid: Rows) -> Head:
     train, valid = (_standardised(rows, head) for rows in (train, valid))
     linear = fit_ridge(train, valid)
     weight_KF, bias_K = torch.from_numpy(linear.weight_KF), torch.from_numpy(linear.bias_K)
-    best = replace(head, weight_KF=weight_KF, bias_K=bias_K, kernel=None)
-    if head.spec.kernel == "linear":
-        return best
-    kernel, bias_K, error = _best_kernel(head, train, valid)
-    if error >= linear.error:
-        return best
-    return replace(head, weight_KF=torch.zeros_like(weight_KF), bias_K=bias_K, kernel=kernel)
+    if head.spec.kernel != "linear":
+        kernel, kernel_bias_K, error = _best_kernel(head, train, valid)
+        if error < linear.error:  # not so where it is no number
+            return replace(head, weight_KF=torch.zeros_like(weight_KF), bias_K=kernel_bias_K, kernel=kernel)
+    return replace(head, weight_KF=weight_KF, bias_K=bias_K, kernel=None)
 
 
 def _best_kernel(head: Head, train: Rows, valid: Rows) -> tuple[Kernel, Tensor, float]:
