@@ -72,6 +72,12 @@ def test_many_rows_are_fitted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     assert error(head, valid) < error(fit_head(blank(landmarks=600), train.some(np.arange(200)), valid), valid)
 
 
+def test_a_kernel_whose_error_is_no_number_never_wins(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(KernelFits, "errors", lambda self, held_out: np.full(len(PENALTIES), np.nan))
+    train, valid = (rows(n, seed, curved=True) for seed, n in enumerate((300, 300)))
+    assert fit_head(blank(), train, valid).kernel is None
+
+
 @pytest.mark.parametrize("spread", SPREADS)
 def test_all_rows_as_landmarks_are_kernel_ridge_regression(spread: float) -> None:
     train, valid = rows(250, 0, curved=True), rows(300, 1, curved=True)
