@@ -19,7 +19,7 @@ class Method(NamedTuple):
 METHODS = {
     method.key: method
     for method in (
-        Method("prompt_tuning", "prompt tuning + head", (1e-2, 3e-2, 1e-1), virtual=True, names_domains=False),
+        Method("prompt_tuning", "prompt tuning + head", (1e-3, 3e-3, 1e-2), virtual=True, names_domains=False),
         Method("lora", "LoRA + head", (3e-4, 1e-3, 3e-3), virtual=False, names_domains=False),
         Method("lora_text", "LoRA + head + domain as text", (3e-4, 1e-3, 3e-3), virtual=False, names_domains=True),
     )
