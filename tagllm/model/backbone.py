@@ -115,9 +115,9 @@ def multiply_fp32_in_onednn() -> None:
 
 
 def pack_weights(model: Any) -> None:
-    """Small bf16 maps keep a copy in the order that oneDNN reads, where it multiplies bf16 on this CPU (AVX-512 or
-    newer); else it makes one in every product, a fifth of the time."""
-    if not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    """Small bf16 maps keep a copy in the order that oneDNN reads, where it is there and multiplies bf16 on this CPU
+    (AVX2 is not enough); else it makes one in every product, a fifth of the time."""
+    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
         return
     maps = [layer for layer in model.modules() if type(layer) in (FrozenLinear, FrozenHead)]
     if sum(layer.weight.nbytes for layer in maps) <= PACK_UP_TO:
