@@ -53,6 +53,9 @@ class HeadConfig(Section):
     pool: Literal["together", "apart"] = "together"
     """One mean over all fields, or one over those behind each domain tag (a field without a tag by itself), side by
     side: a small molecule does not vanish beside a protein."""
+    layers: list[Annotated[int, Field(ge=0)]] = []
+    """The means are of the states behind these layers of the backbone, side by side (0: the embeddings); none: of the
+    last one. Layers in the middle often tell more of a molecule. The tag's own state is of the last one always."""
     kernel: Kernels = "linear"
     """`anova`: closed-form fits may take a kernel of the states that the head reads, each by itself and together, where
     that answers validation better. Tags still learn through the linear head."""
@@ -75,6 +78,12 @@ class HeadConfig(Section):
             raise ValueError("a classification head needs `classes: [...]`, the labels as they stand in the data")
         if self.classes and (len(self.classes) != self.outputs or len(set(self.classes)) != self.outputs):
             raise ValueError(f"outputs is {self.outputs} but classes has {len(set(self.classes))} different names")
+        if self.layers and self.reads == "last":
+            raise ValueError(
+                f"layers is {self.layers}, but reads is last, and layers are of the means; set reads: both or mean"
+            )
+        if len(set(self.layers)) != len(self.layers):
+            raise ValueError(f"layers is {self.layers}; each must be named once")
         if self.kernel != "linear" and (self.classes or not self.refit):
             raise ValueError(
                 f"kernel is {self.kernel}, which only a regression with refit: true has; set kernel: linear"

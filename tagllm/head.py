@@ -1,12 +1,13 @@
 """What answers with numbers or classes: a linear map on hidden states and, where a closed-form fit found that better, a
 kernel.
 
-K outputs, S states that a head reads side by side (of its tag, and means over fields), each of D features, the hidden
-size; F = S D, M landmarks, B rows.
+K outputs, S states that a head reads side by side (of its tag, and means over fields: of each layer, and there of each
+pool), each of D features, the hidden size; F = S D, M landmarks, B rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from tagllm.config import HeadConfig, Reads
+from tagllm.errors import UserError
 
 T = TypeVar("T")
 
@@ -72,7 +74,7 @@ class Head:
     std_K: Tensor
     kernel: Kernel | None = None
     num_pools: int = 1
-    """So many means over fields are read side by side."""
+    """So many means over fields are read side by side of each layer."""
 
     @classmethod
     def new(cls, spec: HeadConfig, hidden_size: int, num_pools: int = 1) -> Head:
@@ -103,4 +105,21 @@ class Head:
 
 
 def num_states(spec: HeadConfig, num_pools: int) -> int:
-    return sum(states_read(spec.reads, 1, num_pools))
+    return sum(states_read(spec.reads, 1, num_pools * max(len(spec.layers), 1)))
+
+
+def layers_read(heads: Mapping[str, HeadConfig]) -> list[int]:
+    """Behind which layers of the backbone means over fields are taken; of none: behind the last.
+
+    Raises:
+        UserError: heads that read means differ in this.
+    """
+    of = {name: head.layers for name, head in heads.items() if head.reads != "last"}
+    first = next(iter(of), "")
+    for name, layers in of.items():
+        if layers != of[first]:
+            raise UserError(
+                f"tags.{name}.head.layers is {layers}, that of <{first}> is {of[first]}; heads that answer together "
+                "read the same layers. Train one of them anew, or use them apart."
+            )
+    return of.get(first, [])

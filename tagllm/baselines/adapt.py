@@ -17,6 +17,7 @@ from tagllm.baselines.plain import twin
 from tagllm.baselines.prompts import Padded
 from tagllm.errors import UserError
 from tagllm.head import Head
+from tagllm.model.tagged import states_of
 from tagllm.model.value_head import HeadModule
 
 RANK, ALPHA = 8, 16
@@ -62,14 +63,17 @@ class Adapted(nn.Module):
         self.to(device)
 
     def forward(self, batch: Padded) -> Read:
-        hidden_BSD = self.adapted(input_ids=batch.ids_BS, use_cache=False).last_hidden_state[:, self.num_virtual :]
-        last_BD = hidden_BSD[torch.arange(len(batch.last_B), device=hidden_BSD.device), batch.last_B].float()
+        layers = self.head.spec.layers
+        out = self.adapted(input_ids=batch.ids_BS, use_cache=False, output_hidden_states=layers)
+        rows_B = torch.arange(len(batch.last_B), device=batch.last_B.device)
+        last_BD = out.last_hidden_state[rows_B, self.num_virtual + batch.last_B].float()
         if self.head.spec.reads == "last":
             return Read(last_BD, last_BD[:, :0])
-        pool_G = torch.arange(1, self.head.num_pools + 1, device=hidden_BSD.device)
+        pool_G = torch.arange(1, self.head.num_pools + 1, device=last_BD.device)
         into_BGS = (batch.pools_BS[:, None] == pool_G[:, None]).float()
-        mean_BGD = torch.bmm(into_BGS, hidden_BSD.float()) / into_BGS.sum(dim=2, keepdim=True).clamp(min=1)
-        return Read(last_BD, mean_BGD.flatten(1))
+        num_BG1 = into_BGS.sum(dim=2, keepdim=True).clamp(min=1)
+        read_BSD = [states[:, self.num_virtual :].float() for states in states_of(out, layers)]
+        return Read(last_BD, torch.cat([(into_BGS @ states / num_BG1).flatten(1) for states in read_BSD], dim=1))
 
     def groups(self, adapter_lr: float, head_lr: float) -> list[dict[str, Any]]:
         """Parameter groups for AdamW; `base_lr` is before the schedule."""

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tagllm.config import FieldConfig, HeadConfig, SourceConfig
+from tagllm.head import layers_read
 from tagllm.template import (
     FIELD,
     OUTPUT,
@@ -37,7 +38,7 @@ class TagLayout(NamedTuple):
     """Where the rows of each tag stand: frozen tags first, learned ones behind them.
 
     `heads` lists the function tags that own a head, in the order of their indices; `num_pools` means over fields are
-    what they read side by side.
+    what they read side by side, behind each of the `layers`.
     """
 
     vocabulary_size: int
@@ -46,6 +47,7 @@ class TagLayout(NamedTuple):
     learned: tuple[str, ...]
     heads: dict[str, HeadConfig]
     num_pools: int = 1
+    layers: tuple[int, ...] = ()
 
     @classmethod
     def of(
@@ -56,7 +58,7 @@ class TagLayout(NamedTuple):
         order = [name for name in kinds if name not in learned] + list(learned)
         return cls(
             vocabulary_size, {name: kinds[name] for name in order}, {name: lengths[name] for name in order},
-            learned, dict(heads), num_pools,
+            learned, dict(heads), num_pools, tuple(layers_read(heads)),
         )  # fmt: skip
 
     def ids(self, name: str) -> range:

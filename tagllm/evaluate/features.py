@@ -1,6 +1,6 @@
 """What heads and probes read of some rows.
 
-n rows, D hidden size (the means of several pools are side by side), K targets.
+n rows, D hidden size (the means of several layers and pools are side by side), K targets.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ Everything before the first learned row is a constant of the data (attention is 
 once, without a graph, give the same gradient as the plain full backward. Where the backbone is replicated they are
 remembered, by a digest of all that they depend on.
 
-n pieces, T positions of the longest, D hidden size, E head size, G means over fields that heads read.
+n pieces, T positions of the longest, D hidden size, E head size, G means over fields that heads read (of each layer,
+and there of each pool).
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from tagllm.model.attention import Part
 
 
 class Piece(NamedTuple):
-    """Keys and values (layers, 2, heads, length, E); the last state and behind it the sums over the positions of each
-    pool, fp32 (S, D); positions and spans (2, length)."""
+    """Keys and values (layers, 2, heads, length, E); the last state and behind it the sums over positions, fp32
+    (1 + G, D); positions and spans (2, length)."""
 
     kv: Tensor
     states_SD: Tensor
@@ -36,7 +37,7 @@ class Piece(NamedTuple):
 
 
 class Prefix(NamedTuple):
-    """What the live pass builds on (`parts`), and per row the last state and the sums over the positions of pools."""
+    """What the live pass builds on (`parts`), and per row the last state and the sums over positions."""
 
     parts: list[Part]
     last_BD: Tensor
@@ -44,18 +45,19 @@ class Prefix(NamedTuple):
 
 
 def cut_into_pieces(
-    tokens: Tokens, keys: Sequence[Tensor], values: Sequence[Tensor], hidden_ND: Tensor, num_pools: int
-) -> list[Piece]:
-    """One piece per stretch; `keys` and `values` of each layer (1, heads, N, E)."""
+    tokens: Tokens, keys: Sequence[Tensor], values: Sequence[Tensor], last_ND: Tensor, read_ND: Sequence[Tensor],
+    num_pools: int,
+) -> list[Piece]:  # fmt: skip
+    """One piece per stretch; `keys` and `values` of each layer (1, heads, N, E); `read_ND` of each layer with means."""
     kv = torch.stack([torch.stack([k[0], v[0]]) for k, v in zip(keys, values, strict=True)])
     place = torch.stack([tokens.at_N, tokens.span_N])
     pieces, start = [], 0
     for length in tokens.lengths:
         here = slice(start, start + length)
-        hidden_LD = hidden_ND[here].float()
-        pools = [(hidden_LD * (tokens.pool_N[here, None] == pool)).sum(dim=0) for pool in range(1, num_pools + 1)]
-        last_D = hidden_LD[-1] if length else torch.zeros_like(pools[0])
-        pieces.append(Piece(kv[:, :, :, here].contiguous(), torch.stack([last_D, *pools]), place[:, here].clone()))
+        in_pool = [tokens.pool_N[here, None] == pool for pool in range(1, num_pools + 1)]
+        sums = [(states_ND[here].float() * inside).sum(dim=0) for states_ND in read_ND for inside in in_pool]
+        last_D = last_ND[here][-1].float() if length else torch.zeros_like(sums[0])
+        pieces.append(Piece(kv[:, :, :, here].contiguous(), torch.stack([last_D, *sums]), place[:, here].clone()))
         start += length
     return pieces
 

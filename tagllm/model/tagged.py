@@ -1,6 +1,7 @@
 """The frozen backbone with tags and heads: one forward from a batch to summed losses, values and features.
 
-B rows, N positions of all rows, M labelled positions, D hidden size, K head outputs.
+B rows, N positions of all rows, M labelled positions, D hidden size, K head outputs, G means over fields that heads
+read (of each layer, and there of each pool).
 """
 
 from __future__ import annotations
@@ -68,8 +69,8 @@ class TaggedModel(nn.Module):
         self.tags.learned_TD.requires_grad_(len(self.tags.learned_TD) > 0)  # an optimizer takes no empty parameter
         heads = {name: head for name in layout.heads if (head := tags[name].head) is not None}
         for name, head in heads.items():
-            if head.num_pools != layout.num_pools and head.spec.reads != "last":
-                raise _other_pools(name, head, layout)
+            if head.spec.reads != "last":
+                _require_readable(name, head, layout, backbone.config.get_text_config().num_hidden_layers)
         self.heads = nn.ModuleDict({n: HeadModule(h).requires_grad_(n in layout.learned) for n, h in heads.items()})
         self._num_computed = 0
         use_parts_attention(backbone)
@@ -78,10 +79,11 @@ class TaggedModel(nn.Module):
     def forward(self, batch: Batch) -> Output:
         """Prefix without a graph, live part on top of it, then losses at the supervised positions only."""
         prefix = self.encode_prefix(batch)
-        live_ND, _ = self._decode(batch.live, prefix.parts)
+        live_ND, read_ND, _ = self._decode(batch.live, prefix.parts)
         last_BD = live_ND[batch.read_at_B].float()
-        pooled_BGD = prefix.pooled_BGD + _pooled(live_ND, batch.live, self.layout.num_pools)
-        mean_BD = (pooled_BGD / batch.num_pooled_BG.clamp(min=1)[:, :, None]).flatten(1)
+        pooled_BGD = prefix.pooled_BGD + _pooled(read_ND, batch.live, self.layout.num_pools)
+        num_BG = batch.num_pooled_BG.clamp(min=1).repeat(1, len(read_ND))
+        mean_BD = (pooled_BGD / num_BG[:, :, None]).flatten(1)
         token_loss_M = self._token_losses(live_ND, batch)
         value_sum, values_BK = self._values(last_BD, mean_BD, batch)
         sums = Sums(
@@ -106,7 +108,8 @@ class TaggedModel(nn.Module):
             parts = [part for part, yes in zip(parts, short, strict=True) if not yes]
             parts.append(part_of(rows, room=max(batch.live.lengths)))
         hidden_size = self.tags.learned_TD.shape[1]
-        none = torch.zeros(1 + self.layout.num_pools, hidden_size, device=device)
+        num_sums = self.layout.num_pools * max(len(self.layout.layers), 1)
+        none = torch.zeros(1 + num_sums, hidden_size, device=device)
         columns = [[pieces[i].states_SD if i >= 0 else none for i in p.piece_B] for p in batch.pieces.placements]
         columns.append([piece.states_SD for piece in own] if own else [none] * len(batch.own.lengths))
         last = [columns[at][b][0] for b, at in enumerate(batch.prefix_end_B)]
@@ -149,20 +152,23 @@ class TaggedModel(nn.Module):
 
     def _compute(self, tokens: Tokens, parts: list[Part]) -> list[Piece]:
         self._num_computed += sum(tokens.lengths)
-        hidden_ND, this = self._decode(tokens, parts, keep=self.backbone.dtype)
-        return cut_into_pieces(tokens, this.keys, this.values, hidden_ND, self.layout.num_pools)
+        last_ND, read_ND, this = self._decode(tokens, parts, keep=self.backbone.dtype)
+        return cut_into_pieces(tokens, this.keys, this.values, last_ND, read_ND, self.layout.num_pools)
 
-    def _decode(self, tokens: Tokens, parts: list[Part], keep: torch.dtype | None = None) -> tuple[Tensor, Pass]:
-        """Hidden states (N, D) of one pass of the backbone, and its keys and values if kept. The residual stream is
-        fp32."""
+    def _decode(
+        self, tokens: Tokens, parts: list[Part], keep: torch.dtype | None = None
+    ) -> tuple[Tensor, list[Tensor], Pass]:
+        """Hidden states (N, D) of one pass of the backbone, those that means are taken of (of each layer), and its keys
+        and values if kept. The residual stream is fp32."""
         this = Pass(tokens, parts, keep, self.kernel, self.rotation)
         out = self.backbone.base_model(
             inputs_embeds=self.tags(self.backbone.get_input_embeddings(), tokens.ids_N[None], torch.float32),
             position_ids=tokens.at_N[None],
             past_key_values=this,
             use_cache=True,
+            output_hidden_states=list(self.layout.layers),
         )
-        return out.last_hidden_state[0], this
+        return out.last_hidden_state[0], [states[0] for states in states_of(out, self.layout.layers)], this
 
     def _token_losses(self, live_ND: Tensor, batch: Batch) -> Tensor:
         hidden_MD = live_ND[batch.label_at_M]
@@ -191,11 +197,24 @@ class TaggedModel(nn.Module):
         return value_sum, values_BK
 
 
-def _other_pools(name: str, head: Head, layout: TagLayout) -> UserError:
-    return UserError(
-        f"tags.{name}.head: it reads {head.num_pools} means over fields side by side (pool is {head.spec.pool}), but "
-        f"the prompts here have {layout.num_pools}. Use a template with as many kinds of fields, and heads of one pool."
-    )
+def states_of(out: Any, layers: Sequence[int]) -> list[Tensor]:
+    """What transformers gives of these layers, counted from the embeddings (0); of none: of the last one."""
+    return [out.hidden_states[layer] for layer in layers] if layers else [out.last_hidden_state]
+
+
+def _require_readable(name: str, head: Head, layout: TagLayout, num_layers: int) -> None:
+    """Raises UserError where the model cannot give what the head reads."""
+    if head.num_pools != layout.num_pools:
+        raise UserError(
+            f"tags.{name}.head: it reads {head.num_pools} means over fields side by side (pool is {head.spec.pool}), "
+            f"but the prompts here have {layout.num_pools}. Use a template with as many kinds of fields, and heads of "
+            "one pool."
+        )
+    if max(head.spec.layers, default=0) > num_layers:
+        raise UserError(
+            f"tags.{name}.head.layers is {head.spec.layers}; the backbone has {num_layers} layers (and 0, the "
+            "embeddings). Leave out those beyond."
+        )
 
 
 def _placed(pieces: Sequence[Piece], placement: Placement, device: torch.device) -> Part:
@@ -210,15 +229,15 @@ def _placed(pieces: Sequence[Piece], placement: Placement, device: torch.device)
     return part._replace(offset_B=offset_B, span_B=span_B)
 
 
-def _pooled(hidden_ND: Tensor, tokens: Tokens, num_pools: int) -> Tensor:
+def _pooled(read_ND: Sequence[Tensor], tokens: Tokens, num_pools: int) -> Tensor:
     """Sums over the positions of each row that go into each mean (B, G, D), fp32; a product, since adding by index is
     not deterministic on CUDA."""
-    device = hidden_ND.device
+    device = read_ND[0].device
     row_N = torch.arange(len(tokens.lengths), device=device).repeat_interleave(
         torch.tensor(tokens.lengths, device=device), output_size=sum(tokens.lengths)
     )
-    row_N = nn.functional.pad(row_N, (0, len(hidden_ND) - len(row_N)), value=-1)
+    row_N = nn.functional.pad(row_N, (0, len(read_ND[0]) - len(row_N)), value=-1)
     pool_N = torch.where((row_N >= 0) & (tokens.pool_N > 0), row_N * num_pools + tokens.pool_N - 1, -1)
     into_PN = torch.arange(len(tokens.lengths) * num_pools, device=device)[:, None] == pool_N
-    pooled_PD = into_PN.float() @ hidden_ND.float()
-    return pooled_PD.view(-1, num_pools, pooled_PD.shape[1])
+    pooled = [into_PN.float() @ states_ND.float() for states_ND in read_ND]
+    return torch.cat([pooled_PD.view(-1, num_pools, pooled_PD.shape[1]) for pooled_PD in pooled], dim=1)
