@@ -78,6 +78,11 @@ class TagLayout(NamedTuple):
         return dict(zip(names, rows_TD.split([self.lengths[name] for name in names]), strict=True))
 
     @property
+    def num_means(self) -> int:
+        """Over the fields of a row: of each layer, and there of each pool."""
+        return self.num_pools * max(len(self.layers), 1)
+
+    @property
     def first_learned_id(self) -> int:
         """Ids from here on are learned."""
         return self.vocabulary_size + sum(n for name, n in self.lengths.items() if name not in self.learned)

@@ -108,8 +108,7 @@ class TaggedModel(nn.Module):
             parts = [part for part, yes in zip(parts, short, strict=True) if not yes]
             parts.append(part_of(rows, room=max(batch.live.lengths)))
         hidden_size = self.tags.learned_TD.shape[1]
-        num_sums = self.layout.num_pools * max(len(self.layout.layers), 1)
-        none = torch.zeros(1 + num_sums, hidden_size, device=device)
+        none = torch.zeros(1 + self.layout.num_means, hidden_size, device=device)
         columns = [[pieces[i].states_SD if i >= 0 else none for i in p.piece_B] for p in batch.pieces.placements]
         columns.append([piece.states_SD for piece in own] if own else [none] * len(batch.own.lengths))
         last = [columns[at][b][0] for b, at in enumerate(batch.prefix_end_B)]
