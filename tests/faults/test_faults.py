@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
 
 from tests.faults.history import History, problems
 from tests.faults.hooks import Order
 from tests.faults.lab import Lab
 from tests.faults.suite import Work, suite
+from tests.faults.zygote import warm_ranks
 
 SEED = 20
 WORK = [pytest.param(work, id=f"{number}-{name}") for number, name, work in suite(0.1, SEED)]
@@ -15,8 +18,10 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(400
 
 
 @pytest.fixture(scope="module")
-def lab(tmp_path_factory: pytest.TempPathFactory) -> Lab:
-    return Lab(tmp_path_factory.mktemp("faults"))
+def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Lab]:
+    folder = tmp_path_factory.mktemp("faults")
+    with warm_ranks(folder / "zygote"):
+        yield Lab(folder)
 
 
 @pytest.mark.parametrize("work", WORK)
