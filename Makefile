@@ -11,10 +11,10 @@ quickstart:
 venv:
 	@bash launch/setup_venv.sh quickstart dev
 
-# Every test is in exactly one tier; the quick one comes first.
+# Every test is in exactly one tier; the quick one comes first, in two processes: it is one thread's work.
 test: venv
 	@echo "--- unit"
-	@$(PYTEST) -m "not (distributed or slow or real)"
+	@OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile -m "not (distributed or slow or real)"
 	@echo "--- distributed and slow"
 	@$(PYTEST) -m "(distributed or slow) and not real"
 	@echo "--- real: SmolLM2"

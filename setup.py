@@ -63,6 +63,7 @@ setup(
         "dev": [
             "pytest>=8.3",
             "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
             "hypothesis>=6.120",
             "peptides>=0.5",
             "peft>=0.19",
