@@ -55,7 +55,7 @@ class HeadConfig(Section):
     side: a small molecule does not vanish beside a protein."""
     layers: list[Annotated[int, Field(ge=0)]] = []
     """The means are of the states behind these layers of the backbone, side by side (0: the embeddings); none: of the
-    last one. Layers in the middle often tell more of a molecule. The tag's own state is of the last one always."""
+    last one. Layers in the middle may tell more of a molecule. The tag's own state is of the last one always."""
     kernel: Kernels = "linear"
     """`anova`: closed-form fits may take a kernel of the states that the head reads, each by itself and together, where
     that answers validation better. Tags still learn through the linear head."""
