@@ -15,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 
 from benchmarks.measure import peak_tensor_bytes
 from benchmarks.saved_bytes import KINDS, SHAPES, per_token_and_layer
+from tagllm.model import linear
 from tagllm.model.backbone import weights_digest
 from tagllm.model.frozen import FrozenGatedMLP, FrozenLayerNorm, FrozenRMSNorm, make_frozen_aware
 from tagllm.model.linear import FrozenLinear, halves
@@ -49,6 +50,27 @@ def test_a_frozen_linear_shares_its_parameters_and_saves_nothing(name: str) -> N
     up = torch.randn_like(found)
     torch.testing.assert_close(*(torch.autograd.grad(y, input, up)[0] for y in (found, expected)))
     assert saved_bytes(frozen, input) == 0
+
+
+@pytest.mark.parametrize("has_bf16", [True, False])
+@pytest.mark.parametrize("name", ["linear", "no bias", "conv1d"])
+def test_bf16_is_rounded_once_whether_or_not_the_cpu_has_it(
+    name: str, has_bf16: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "cpu_multiplies_bf16", lambda: has_bf16)
+    exact = layers()[name].bfloat16()
+    frozen = FrozenLinear.of(exact)
+    input = torch.randn(2, 3, 6).bfloat16().requires_grad_()
+    up = torch.randn(2, 3, 5).bfloat16()
+    found = frozen(input)
+    assert found.dtype == torch.bfloat16
+    (grad,) = torch.autograd.grad(found, input, up)
+    exact.float()
+    wide = input.detach().float().requires_grad_()
+    expected = exact(wide)
+    (expected_grad,) = torch.autograd.grad(expected, wide, up.float())
+    for ours, theirs in ((found, expected), (grad, expected_grad)):
+        torch.testing.assert_close(ours.float(), theirs, rtol=2**-8, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["linear", "no bias", "conv1d"])

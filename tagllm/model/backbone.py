@@ -15,7 +15,7 @@ import torch
 from tagllm.config import BackboneConfig
 from tagllm.errors import UserError
 from tagllm.model.allocator import keep_freed_memory
-from tagllm.model.linear import PACK_UP_TO, FrozenLinear
+from tagllm.model.linear import PACK_UP_TO, FrozenLinear, cpu_multiplies_bf16
 from tagllm.model.lm_head import FrozenHead
 from tagllm.model.loading import Place, load_model
 from tagllm.model.smollm2 import smollm2_folder
@@ -115,9 +115,9 @@ def multiply_fp32_in_onednn() -> None:
 
 
 def pack_weights(model: Any) -> None:
-    """Small bf16 maps keep a copy in the order that oneDNN reads, where it is there and multiplies bf16 on this CPU
-    (AVX2 is not enough); else it makes one in every product, a fifth of the time."""
-    if not torch.backends.mkldnn.is_available() or not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    """Small bf16 maps keep a copy in the order that oneDNN reads, where it multiplies bf16 on this CPU; else it makes
+    one in every product, a fifth of the time."""
+    if not cpu_multiplies_bf16():
         return
     maps = [layer for layer in model.modules() if type(layer) in (FrozenLinear, FrozenHead)]
     if sum(layer.weight.nbytes for layer in maps) <= PACK_UP_TO:

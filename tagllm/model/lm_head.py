@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tagllm.model.linear import FrozenLinear
+from tagllm.model.linear import FrozenLinear, multiply_rounded
 
 CHUNK_BYTES = 1 << 25
 """Of fp32 logits in one chunk; a chunk holds about three times as much at its peak."""
@@ -55,7 +55,7 @@ class _Nats(torch.autograd.Function):
             here = slice(at, at + chunk)
             nats_N[here], grad_CV = _nats_of(head.logits(hidden_ND[here]), label_N[here], softcap, needs_grad)
             if grad_ND is not None:
-                grad_ND[here] = grad_CV.to(head.weight.dtype) @ head.matrix()
+                grad_ND[here] = multiply_rounded(grad_CV.to(head.weight.dtype), head.matrix().t())
             del grad_CV  # before the next chunk is made
         if grad_ND is not None:
             ctx.save_for_backward(grad_ND)

@@ -9,6 +9,7 @@ O outputs, I inputs.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, Self
 
 import torch
@@ -103,12 +104,10 @@ class Nf4Linear(FrozenLinear):
         return self._dtype
 
     def matrix(self) -> Tensor:
-        from bitsandbytes.functional import QuantState, create_dynamic_map, dequantize_blockwise
+        from bitsandbytes.functional import QuantState, dequantize_blockwise
 
-        device = self.weight.device
-        of_scales = QuantState(
-            absmax=self.absmax_scale, code=create_dynamic_map().to(device), blocksize=256, dtype=torch.float32
-        )
+        levels = _levels_of_scales(self.weight.device)
+        of_scales = QuantState(absmax=self.absmax_scale, code=levels, blocksize=256, dtype=torch.float32)
         absmax = dequantize_blockwise(self.absmax, of_scales) + self.offset
         # as one long row: on a CPU bitsandbytes takes the wrong scales where rows are no multiple of a block (0.50.2)
         shape = (1, self.out_features * self.in_features)
@@ -116,6 +115,15 @@ class Nf4Linear(FrozenLinear):
             self.weight.view(-1, 1), absmax, 64, "nf4", shape, self._dtype
         )
         return row.view(self.out_features, self.in_features)
+
+
+@cache
+def _levels_of_scales(device: torch.device) -> Tensor:
+    """fp32 (256). bitsandbytes makes them from Python numbers, which takes longer than a small matrix."""
+    from bitsandbytes.functional import create_dynamic_map
+
+    levels: Tensor = create_dynamic_map().to(device)
+    return levels
 
 
 def quantised(layer: FrozenLinear, how: Quantization) -> FrozenLinear:
