@@ -7,7 +7,7 @@ pool), each of D features, the hidden size; F = S D, M landmarks, B rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
@@ -105,7 +105,12 @@ class Head:
 
 
 def num_states(spec: HeadConfig, num_pools: int) -> int:
-    return sum(states_read(spec.reads, 1, num_pools * max(len(spec.layers), 1)))
+    return sum(states_read(spec.reads, 1, num_means(num_pools, spec.layers)))
+
+
+def num_means(num_pools: int, layers: Sequence[int]) -> int:
+    """Over fields: of each pool behind each layer, or behind the last one."""
+    return num_pools * max(len(layers), 1)
 
 
 def layers_read(heads: Mapping[str, HeadConfig]) -> list[int]:

@@ -13,7 +13,7 @@ import torch
 
 from tagllm.config import Quantization, RunConfig
 from tagllm.data.batch import Batch
-from tagllm.model.linear import PACK_UP_TO, FrozenLinear
+from tagllm.model.linear import PACK_UP_TO, FrozenLinear, cpu_multiplies_bf16
 from tagllm.model.lm_head import CHUNK_BYTES
 from tagllm.model.quantize import bytes_per_weight
 
@@ -163,7 +163,9 @@ def estimate(
     of_layer = (shape.weight_bytes + shape.scale_bytes) // shape.layers
     work = max(largest.live, largest.computed) * (4 * shape.hidden + 3 * shape.mlp) * FP32
     copies = shape.width * (shape.map_weights * (shape.quantize == "none") + (shape.head or shape.embedding))
-    packs = not cuda and parts == 1 and shape.dtype == torch.bfloat16 and copies <= PACK_UP_TO
+    rounds = not cuda and shape.dtype == torch.bfloat16
+    packs = rounds and parts == 1 and copies <= PACK_UP_TO and cpu_multiplies_bf16()
+    layers = max((len(tag.head.layers) for tag in config.tags.values() if tag.head), default=0)
     memory = {
         "weights": shape.weight_bytes // parts,
         "packed copy of weights": copies * packs,
@@ -172,6 +174,8 @@ def estimate(
         "kept for backward": kept_per_live(shape) * largest.live,
         "prefix keys and values": per_key * largest.key_places,
         "work of one layer": work + 3 * shape.heads * largest.scores * FP32,
+        "a map in fp32": FP32 * max(height * width for height, width in shape.maps) * rounds,
+        "states of chosen layers": FP32 * shape.hidden * layers * max(largest.live, largest.computed),
         "logits": 3 * min(CHUNK_BYTES, FP32 * largest.labels * (shape.embedding // shape.hidden)),
         "remembered prefixes": device if cuda else host,
         "learned rows, moments, buffers": 4 * FP32 * learned + 2 * BUCKET_BYTES,

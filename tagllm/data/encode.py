@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tagllm.config import FieldConfig, HeadConfig, SourceConfig
-from tagllm.head import layers_read
+from tagllm.head import layers_read, num_means
 from tagllm.template import (
     FIELD,
     OUTPUT,
@@ -80,7 +80,7 @@ class TagLayout(NamedTuple):
     @property
     def num_means(self) -> int:
         """Over the fields of a row: of each layer, and there of each pool."""
-        return self.num_pools * max(len(self.layers), 1)
+        return num_means(self.num_pools, self.layers)
 
     @property
     def first_learned_id(self) -> int:
