@@ -38,9 +38,8 @@ class Examples:
 
     def __init__(self, table: Any, rows: Any, source: int) -> None:
         self._table, self._rows, self.source = table, rows, source
-        self.groups_n = np.array(
-            table["group"][:], np.int64
-        )  # a column without [:] is read row by row, 20 times as slow
+        # a column without [:] would be read row by row, which takes 20 times as long
+        self.groups_n = np.array(table["group"][:], np.int64)
 
     def __len__(self) -> int:
         return len(self._table)
