@@ -174,7 +174,7 @@ def estimate(
         "kept for backward": kept_per_live(shape) * largest.live,
         "prefix keys and values": per_key * largest.key_places,
         "work of one layer": work + 3 * shape.heads * largest.scores * FP32,
-        "a map in fp32": FP32 * max(height * width for height, width in shape.maps) * rounds,
+        "a map in fp32": FP32 * max((height * width for height, width in shape.maps), default=0) * rounds,
         "states of chosen layers": FP32 * shape.hidden * layers * max(largest.live, largest.computed),
         "logits": 3 * min(CHUNK_BYTES, FP32 * largest.labels * (shape.embedding // shape.hidden)),
         "remembered prefixes": device if cuda else host,
