@@ -56,6 +56,9 @@ class HeadConfig(Section):
     layers: list[Annotated[int, Field(ge=0)]] = []
     """The means are of the states behind these layers of the backbone, side by side (0: the embeddings); none: of the
     last one. Layers in the middle may tell more of a molecule. The tag's own state is of the last one always."""
+    lengths: bool = False
+    """Beside the means, the logarithm of how many tokens they are of: a mean knows no size, and what a molecule weighs
+    is a matter of its size."""
     kernel: Kernels = "linear"
     """`anova`: closed-form fits may take a kernel of the states that the head reads, each by itself and together, where
     that answers validation better. Tags still learn through the linear head."""
@@ -82,6 +85,8 @@ class HeadConfig(Section):
             raise ValueError(
                 f"layers is {self.layers}, but reads is last, and layers are of the means; set reads: both or mean"
             )
+        if self.lengths and self.reads == "last":
+            raise ValueError("lengths is true, but reads is last, and lengths are of fields; set reads: both or mean")
         if len(set(self.layers)) != len(self.layers):
             raise ValueError(f"layers is {self.layers}; each must be named once")
         if self.kernel != "linear" and (self.classes or not self.refit):

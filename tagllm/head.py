@@ -2,7 +2,7 @@
 kernel.
 
 K outputs, S states that a head reads side by side (of its tag, and means over fields: of each layer, and there of each
-pool), each of D features, the hidden size; F = S D, M landmarks, B rows.
+pool; then the length of each pool, if asked), each of D features, the hidden size; F = S D, M landmarks, B rows.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tagllm.config import HeadConfig, Reads
 from tagllm.errors import UserError
@@ -105,7 +105,7 @@ class Head:
 
 
 def num_states(spec: HeadConfig, num_pools: int) -> int:
-    return sum(states_read(spec.reads, 1, num_means(num_pools, spec.layers)))
+    return sum(states_read(spec.reads, 1, num_means(num_pools, spec.layers) + num_pools * spec.lengths))
 
 
 def num_means(num_pools: int, layers: Sequence[int]) -> int:
@@ -113,18 +113,35 @@ def num_means(num_pools: int, layers: Sequence[int]) -> int:
     return num_pools * max(len(layers), 1)
 
 
-def layers_read(heads: Mapping[str, HeadConfig]) -> list[int]:
-    """Behind which layers of the backbone means over fields are taken; of none: behind the last.
+def fields_read(sum_BGD: Tensor, num_BP: Tensor, lengths: bool) -> Tensor:
+    """What heads read of fields, side by side (B, features): of sums over the positions of each pool behind each layer
+    (G: P pools of each layer), the means; and, if asked, log(1 + positions) of each pool, the first feature of a state
+    that is 0 otherwise."""
+    length_BP1 = num_BP.to(sum_BGD.dtype)[:, :, None]
+    mean_BGD = sum_BGD / length_BP1.clamp(min=1).repeat(1, sum_BGD.shape[1] // num_BP.shape[1], 1)
+    if lengths:
+        length_BPD = nn.functional.pad(length_BP1.log1p(), (0, sum_BGD.shape[2] - 1))
+        mean_BGD = torch.cat([mean_BGD, length_BPD], dim=1)
+    return mean_BGD.flatten(1)
+
+
+def reads_of_fields(heads: Mapping[str, HeadConfig]) -> tuple[tuple[int, ...], bool]:
+    """Behind which layers of the backbone means over fields are taken (of none: behind the last), and whether lengths
+    stand beside them.
 
     Raises:
         UserError: heads that read means differ in this.
     """
-    of = {name: head.layers for name, head in heads.items() if head.reads != "last"}
-    first = next(iter(of), "")
-    for name, layers in of.items():
-        if layers != of[first]:
-            raise UserError(
-                f"tags.{name}.head.layers is {layers}, that of <{first}> is {of[first]}; heads that answer together "
-                "read the same layers. Train one of them anew, or use them apart."
-            )
-    return of.get(first, [])
+    of = {name: head for name, head in heads.items() if head.reads != "last"}
+    if not of:
+        return (), False
+    first, head = next(iter(of.items()))
+    for name, other in of.items():
+        for key in ("layers", "lengths"):
+            mine, its = getattr(other, key), getattr(head, key)
+            if mine != its:
+                raise UserError(
+                    f"tags.{name}.head.{key} is {mine}, that of <{first}> is {its}; heads that answer together read "
+                    f"the same {key}. Train one of them anew, or use them apart."
+                )
+    return tuple(head.layers), head.lengths

@@ -137,6 +137,24 @@ def test_states_count_by_themselves_and_together(states: int) -> None:
     np.testing.assert_allclose(found, np.mean([np.prod(chosen, axis=0) for chosen in sets], axis=0), atol=1e-3)
 
 
+@pytest.mark.parametrize("kernel", ["linear", "anova"])
+def test_a_length_that_never_differed_says_nothing(kernel: str) -> None:
+    """Of rows of one length: another one is answered as these are, and not as far away from all of them."""
+
+    def with_length(of: Rows, length: float) -> Rows:
+        state = np.zeros_like(of.features_nF)
+        state[:, 0] = length
+        return Rows(np.concatenate([of.features_nF, state], axis=1), of.targets_nK)
+
+    train, valid = (rows(n, seed, curved=kernel == "anova") for seed, n in enumerate((500, 300)))
+    spec = HeadConfig(reads="mean", lengths=True, kernel=kernel, landmarks=400)
+    head = replace(Head.new(spec, D), mean_K=torch.tensor([50.0]), std_K=torch.tensor([5.0]))
+    fit = fit_head(head, with_length(train, 2.3), with_length(valid, 2.3))
+    assert (fit.kernel is not None) == (kernel == "anova")
+    same, other = (answers_of(fit, with_length(valid, length).features_nF) for length in (2.3, 3.1))
+    np.testing.assert_allclose(other, same, rtol=1e-3)
+
+
 def test_steps_go_on_from_rows_that_are_landmarks() -> None:
     """A distance of 0 has no slope; the gradient stays a number."""
     x_BF = torch.randn(40, 2 * D, generator=torch.Generator().manual_seed(0)).requires_grad_()

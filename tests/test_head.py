@@ -39,11 +39,21 @@ def test_another_scale_gives_the_same_answers(seed: int, outputs: int) -> None:
 
 
 def test_a_mean_that_never_differs_does_no_harm() -> None:
+    """Not in these rows, nor in one where it differs, after steps on them."""
     head = head_of(0, 1)
+    head.weight_KF.data.zero_()
     last_nD, mean_nD = torch.randn(2, 9, tiny.HIDDEN)
-    mean_nD[:, 3] = 7.0
+    mean_nD[:, 3] = 7.1
     head.set_scale_of(mean_nD)
-    assert head(last_nD, mean_nD).isfinite().all()
+    optimizer = torch.optim.AdamW(head.parameters(), lr=1e-2)
+    for _ in range(20):
+        loss = ((head(last_nD, mean_nD) - last_nD[:, :1]) ** 2).sum()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert loss.isfinite()
+    other_nD = mean_nD + 2.0 * torch.nn.functional.one_hot(torch.tensor(3), tiny.HIDDEN)
+    assert (head(last_nD, other_nD) - head(last_nD, mean_nD)).abs().max() < 1.0
 
 
 def test_what_is_saved_reads_means_as_they_are(run: Run, folder: Path) -> None:

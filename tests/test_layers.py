@@ -1,4 +1,4 @@
-"""Means behind several layers of the backbone, in whatever way a row is computed."""
+"""What heads read of fields, in whatever way a row is computed: means behind several layers, and lengths."""
 
 from __future__ import annotations
 
@@ -24,17 +24,18 @@ PROMPTS: list[tuple[str | int, ...]] = [
     (4, "Learned", "~5", "Frozen", "~7", 2, "F"),
     ("Learned", "~3", 2, "F"),
 ]
+LENGTHS = [[9, 4], [5, 7], [3, 0]]
 SETTINGS: list[dict[str, Any]] = [{}, {"frozen": False}, {"block": True}, {"block": True, "free_spans": True}]
 
 
-def layout(*layers: int, pool: str = "together", learned: tuple[str, ...] = ("F",)) -> TagLayout:
-    spec = HeadConfig(reads="both", outputs=2, layers=list(layers), pool=pool)
+def layout(*layers: int, pool: str = "together", learned: tuple[str, ...] = ("F",), lengths: bool = False) -> TagLayout:
+    spec = HeadConfig(reads="both", outputs=2, layers=list(layers), pool=pool, lengths=lengths)
     num_pools = 2 if pool == "apart" else 1
     return TagLayout.of(tiny.VOCABULARY, tiny.KINDS, dict.fromkeys(tiny.KINDS, 3), learned, {"F": spec}, num_pools)
 
 
 def means(of: TagLayout, family: str, settings: dict[str, Any], remember: int = 0) -> torch.Tensor:
-    """(rows, layers, pools, D)."""
+    """(rows, layers and then lengths, pools, D)."""
     model, random = tiny.model(of, family, remember=remember), np.random.default_rng(0)
     rows = [tiny.example(of, prompt, random) for prompt in PROMPTS]
     collate = tiny.collator(of, **settings)
@@ -73,8 +74,18 @@ def test_each_is_what_it_is_alone(settings: dict[str, Any], remember: int) -> No
     torch.testing.assert_close(together[:, -1:], last, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("pool", ["together", "apart"])
+def test_lengths_stand_beside_the_means(settings: dict[str, Any], pool: str) -> None:
+    found = means(layout(0, 1, pool=pool, lengths=True), "llama", settings, remember=1 << 24)
+    torch.testing.assert_close(found[:, :2], means(layout(0, 1, pool=pool), "llama", settings))
+    lengths = torch.tensor(LENGTHS if pool == "apart" else [[sum(row)] for row in LENGTHS])
+    torch.testing.assert_close(found[:, 2, :, 0], lengths.float().log1p())
+    assert not found[:, 2, :, 1:].any()
+
+
 def test_the_gradient_is_that_of_the_whole_prompt() -> None:
-    of = layout(0, 1, pool="apart", learned=("Learned", "F"))
+    of = layout(0, 1, pool="apart", learned=("Learned", "F"), lengths=True)
     rows = [tiny.example(of, prompt, np.random.default_rng(1)) for prompt in PROMPTS]
     found = []
     for frozen, checkpointed in ((False, False), (True, False), (True, True)):
@@ -90,7 +101,7 @@ def test_the_gradient_is_that_of_the_whole_prompt() -> None:
             assert tiny.relative_error(gradients[name], gradient) <= 1e-5, name
 
 
-HEAD = {"type": "regression", "reads": "both", "layers": [0, 1], "kernel": "anova"}
+HEAD = {"type": "regression", "reads": "both", "layers": [0, 1], "lengths": True, "kernel": "anova"}
 
 
 @pytest.fixture
@@ -103,8 +114,8 @@ def finished(folder: Path, run: Run) -> Path:
 
 def test_a_run_reads_them_from_end_to_end(finished: Path, folder: Path, run: Run) -> None:
     head = TagLibrary.load(finished / "library").tags["W"].head
-    assert head is not None and head.spec.layers == [0, 1]
-    assert head.weight_KF.shape[1] == 3 * tiny.HIDDEN
+    assert head is not None and head.spec.layers == [0, 1] and head.spec.lengths
+    assert head.weight_KF.shape[1] == 4 * tiny.HIDDEN
     for command in (("eval", finished), ("predict", finished, folder / "rows.csv", folder / "layers.csv")):
         done = run(*command)
         assert done.exit_code == 0, done.output
@@ -115,7 +126,7 @@ def test_a_run_reads_them_from_end_to_end(finished: Path, folder: Path, run: Run
         assert baseline.exit_code == 0, baseline.output
 
 
-def test_layers_that_cannot_be_read_are_refused(folder: Path, run: Run) -> None:
+def test_what_cannot_be_read_is_refused(folder: Path, run: Run) -> None:
     def told(**heads: dict[str, Any]) -> Any:
         tags = {name: {"kind": "function", "length": 2, "head": head} for name, head in heads.items()}
         source = {"path": "rows.csv", "target": "weight"}
@@ -130,3 +141,6 @@ def test_layers_that_cannot_be_read_are_refused(folder: Path, run: Run) -> None:
     fails(told(W={"reads": "mean", "layers": [1, 1]}), "head", "layers is [1, 1]", "named once")
     two = told(V={"reads": "both", "layers": [1]}, W={"reads": "mean", "layers": []})
     fails(two, "tags.W.head.layers is []", "that of <V> is [1]", "read the same layers")
+    fails(told(W={"reads": "last", "lengths": True}), "head", "lengths is true", "set reads: both or mean")
+    two = told(V={"reads": "both", "lengths": True}, W={"reads": "mean"})
+    fails(two, "tags.W.head.lengths is False", "that of <V> is True", "read the same lengths")

@@ -16,7 +16,7 @@ from tagllm.baselines.methods import Method
 from tagllm.baselines.plain import twin
 from tagllm.baselines.prompts import Padded
 from tagllm.errors import UserError
-from tagllm.head import Head
+from tagllm.head import Head, fields_read
 from tagllm.model.tagged import states_of
 from tagllm.model.value_head import HeadModule
 
@@ -71,9 +71,8 @@ class Adapted(nn.Module):
             return Read(last_BD, last_BD[:, :0])
         pool_G = torch.arange(1, self.head.num_pools + 1, device=last_BD.device)
         into_BGS = (batch.pools_BS[:, None] == pool_G[:, None]).float()
-        num_BG1 = into_BGS.sum(dim=2, keepdim=True).clamp(min=1)
-        read_BSD = [states[:, self.num_virtual :].float() for states in states_of(out, layers)]
-        return Read(last_BD, torch.cat([(into_BGS @ states / num_BG1).flatten(1) for states in read_BSD], dim=1))
+        sums = [into_BGS @ states[:, self.num_virtual :].float() for states in states_of(out, layers)]
+        return Read(last_BD, fields_read(torch.cat(sums, dim=1), into_BGS.sum(dim=2), self.head.spec.lengths))
 
     def groups(self, adapter_lr: float, head_lr: float) -> list[dict[str, Any]]:
         """Parameter groups for AdamW; `base_lr` is before the schedule."""

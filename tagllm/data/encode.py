@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tagllm.config import FieldConfig, HeadConfig, SourceConfig
-from tagllm.head import layers_read, num_means
+from tagllm.head import num_means, reads_of_fields
 from tagllm.template import (
     FIELD,
     OUTPUT,
@@ -38,7 +38,7 @@ class TagLayout(NamedTuple):
     """Where the rows of each tag stand: frozen tags first, learned ones behind them.
 
     `heads` lists the function tags that own a head, in the order of their indices; `num_pools` means over fields are
-    what they read side by side, behind each of the `layers`.
+    what they read side by side, behind each of the `layers`, with lengths beside them or not.
     """
 
     vocabulary_size: int
@@ -48,6 +48,7 @@ class TagLayout(NamedTuple):
     heads: dict[str, HeadConfig]
     num_pools: int = 1
     layers: tuple[int, ...] = ()
+    reads_lengths: bool = False
 
     @classmethod
     def of(
@@ -58,7 +59,7 @@ class TagLayout(NamedTuple):
         order = [name for name in kinds if name not in learned] + list(learned)
         return cls(
             vocabulary_size, {name: kinds[name] for name in order}, {name: lengths[name] for name in order},
-            learned, dict(heads), num_pools, tuple(layers_read(heads)),
+            learned, dict(heads), num_pools, *reads_of_fields(heads),
         )  # fmt: skip
 
     def ids(self, name: str) -> range:

@@ -39,7 +39,7 @@ def value_baselines(
     probes = [("ridge", HeadConfig()), *(("kernel", head) for head in heads if head.kernel == "anova")]
     for name, head in probes:
         for reads in get_args(Reads):
-            spec = head.model_copy(update={"outputs": mean_1K.shape[1], "reads": reads, "layers": []})
+            spec = head.model_copy(update={"outputs": mean_1K.shape[1], "reads": reads, "layers": [], "lengths": False})
             probe = fit_head(_blank(spec, train), train.rows(reads), valid.rows(reads))
             found[f"{name}_{reads}"] = answers_of(probe, held_out.rows(reads).features_nF)
     return found
@@ -47,7 +47,7 @@ def value_baselines(
 
 def _blank(spec: HeadConfig, train: Features) -> Head:
     mean_K, std_K = train.targets_nK.mean(axis=0), train.targets_nK.std(axis=0)
-    """Every mean counts as a pool, of whichever layer it is."""
+    """Every mean counts as a pool, of whichever layer it is, and so does a length."""
     hidden_size = train.last_nD.shape[1]
     head = Head.new(spec, hidden_size, train.mean_nD.shape[1] // hidden_size)
     return replace(head, mean_K=torch.from_numpy(mean_K), std_K=torch.from_numpy(std_K).clamp(min=1e-12))

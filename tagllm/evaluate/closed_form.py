@@ -20,6 +20,7 @@ from tagllm.head import Head, Kernel, num_states
 
 SPREADS = (0.1, 0.6, 4.0)
 """What |(x - z) / width|^2 is on average, of two rows and in each state."""
+SMALLEST_DEVIATION, BOUNDLESS = 1e-7, 1e30
 ROWS_FOR_WIDTH = 4096
 """Training rows that the width is chosen on."""
 
@@ -69,9 +70,11 @@ def _on_landmarks(train: Rows, valid: Rows, width_SD: Tensor, number: int) -> tu
 
 
 def _widths(features_nF: Floats, num_states: int, spread: float) -> Tensor:
-    """(S, D), after the standard deviation of each feature."""
-    scale_SD = features_nF.std(axis=0).reshape(num_states, -1) + 1e-8
-    return torch.from_numpy(scale_SD * np.sqrt(2 * scale_SD.shape[1] / spread)).float()
+    """(S, D), after the standard deviation of each feature; one that is alike in all rows tells none apart."""
+    scale_SD = features_nF.std(axis=0, dtype=np.float64).reshape(num_states, -1)
+    differs_SD = scale_SD > SMALLEST_DEVIATION
+    width_SD = scale_SD * np.sqrt(2 * differs_SD.sum(axis=1, keepdims=True) / spread)
+    return torch.from_numpy(np.where(differs_SD, width_SD, BOUNDLESS)).float()
 
 
 def answers_of(head: Head, features_nF: Floats) -> Floats:

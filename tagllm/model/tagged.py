@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tagllm.data.batch import Batch, Placement, Tokens
 from tagllm.data.encode import TagLayout
 from tagllm.errors import UserError
-from tagllm.head import Head
+from tagllm.head import Head, fields_read
 from tagllm.model.attention import Part, Pass, use_parts_attention
 from tagllm.model.embedding import TagEmbedding
 from tagllm.model.lm_head import FrozenHead
@@ -82,8 +82,7 @@ class TaggedModel(nn.Module):
         live_ND, read_ND, _ = self._decode(batch.live, prefix.parts)
         last_BD = live_ND[batch.read_at_B].float()
         pooled_BGD = prefix.pooled_BGD + _pooled(read_ND, batch.live, self.layout.num_pools)
-        num_BG = batch.num_pooled_BG.clamp(min=1).repeat(1, len(read_ND))
-        mean_BD = (pooled_BGD / num_BG[:, :, None]).flatten(1)
+        mean_BD = fields_read(pooled_BGD, batch.num_pooled_BG, self.layout.reads_lengths)
         token_loss_M = self._token_losses(live_ND, batch)
         value_sum, values_BK = self._values(last_BD, mean_BD, batch)
         sums = Sums(

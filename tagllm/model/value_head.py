@@ -68,10 +68,12 @@ class HeadModule(nn.Module):
 
     def set_scale_of(self, mean_nD: Tensor) -> None:
         """Takes centre and scale of the means over the fields; the parameters must follow (`folded` before, `unfolded`
-        after). The state of the tag's last row stays as it is: training moves it by more than rows differ in it."""
+        after). The state of the tag's last row stays as it is: training moves it by more than rows differ in it. So
+        does what is alike in all rows, which a step would blow up in others."""
         if self.spec.reads != "last":
-            self.center_F[-mean_nD.shape[1] :] = mean_nD.mean(dim=0)
-            self.scale_F[-mean_nD.shape[1] :] = mean_nD.std(dim=0, correction=0).clamp(min=SMALLEST_SCALE)
+            center_D, scale_D = mean_nD.double().mean(dim=0), mean_nD.double().std(dim=0, correction=0)
+            self.center_F[-mean_nD.shape[1] :] = center_D
+            self.scale_F[-mean_nD.shape[1] :] = torch.where(scale_D > 0, scale_D.clamp(min=SMALLEST_SCALE), 1)
 
     def standardise(self, target_BK: Tensor) -> Tensor:
         return target_BK if self.spec.classes else (target_BK - self.mean_K) / self.std_K
