@@ -90,9 +90,14 @@ def test_the_json_has_all_results_and_where_they_come_from(run: Path, page: str)
 
 
 def test_a_sweep_is_a_table_and_a_figure(run: Path, tmp_path: Path) -> None:
-    """With the baselines of its first run beside it."""
+    """With the baselines of its first combination beside it, over the seeds that have them."""
     for name in ("length=1_seed=0", "length=2_seed=0", "length=2_seed=1"):
         shutil.copytree(run, tmp_path / "lengths" / name)
+    first, second = (json.loads((run / "results.json").read_text()) for _ in range(2))
+    first_mean = first["baselines"]["predict_mean"]["mse"]
+    second["baselines"]["predict_mean"]["mse"] = first_mean + 0.02
+    del second["baselines"]["ridge_last"]
+    (tmp_path / "lengths" / "length=2_seed=1" / "results.json").write_text(json.dumps(second))
     mse = {"length=1": [0.5, None], "length=2": [0.2, 0.05]}
     combinations = [
         {
@@ -100,7 +105,7 @@ def test_a_sweep_is_a_table_and_a_figure(run: Path, tmp_path: Path) -> None:
             "tried": {"1e-2": 0.7, "3e-2": 0.6},
             "folders": [f"length={n}_seed={seed}" for seed in range(n)],
         }
-        for n in (1, 2)
+        for n in (2, 1)
     ]  # fmt: skip
     about = json.loads((run / "results.json").read_text())
     about = {key: about[key] for key in ("command", "commit", "hardware", "versions", "date")}
@@ -109,7 +114,14 @@ def test_a_sweep_is_a_table_and_a_figure(run: Path, tmp_path: Path) -> None:
     result = RUNNER.invoke(app, ["report", str(tmp_path / "lengths"), "--out", str(tmp_path / "out")])
     assert result.exit_code == 0, result.stderr
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "| length=1 | 0.5 |" in text and "0.2 (0.15–0.25)" in text and "| predict_mean |" in text
+    assert "| length=1 | 0.5 |" in text and "0.2 (0.15–0.25)" in text
+    others = json.loads((tmp_path / "out" / "report.json").read_text())["sections"][0]["others"]
+    assert others["predict_mean"]["mse"] == pytest.approx([first_mean + 0.01, 0.01 * 12.706], rel=1e-3)
+    assert others["ridge_last"]["mse"] == [
+        json.loads((run / "results.json").read_text())["baselines"]["ridge_last"]["mse"],
+        None,
+    ]
+    assert f"| predict_mean | {first_mean + 0.01:.4g} (" in text
     assert "loss on validation by optim.tag_lr: 1e-2: 0.7, 3e-2: 0.6" in text
     assert (tmp_path / "out" / "report.html").read_text().count("<svg") == 5, "one more than the run alone"
 

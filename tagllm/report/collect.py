@@ -68,11 +68,13 @@ class Composed(NamedTuple):
 
 
 class Swept(NamedTuple):
-    """A sweep; `example` is the first run of its first combination, which has the baselines."""
+    """A sweep; `example` is the first run of its first combination, `others` what stands beside the runs of that
+    combination, by method: the metrics of each seed that has it."""
 
     name: str
     document: dict[str, Any]
     example: Run | None
+    others: dict[str, list[Metrics]]
 
 
 def collect(path: Path) -> Run | Composed | Swept:
@@ -83,8 +85,12 @@ def collect(path: Path) -> Run | Composed | Swept:
     """
     if (path / "sweep.json").is_file():
         document = read_json(path / "sweep.json")
-        done = [folder for one in document["combinations"] for folder in one["folders"]]
-        return Swept(path.name, document, _run(path / done[0]) if done else None)
+        done: list[str] = next((one["folders"] for one in document["combinations"] if one["folders"]), [])
+        others: dict[str, list[Metrics]] = {}
+        for results in (read_json(path / folder / "results.json") for folder in done):
+            for method, metrics in {**results["baselines"], **results["controls"]}.items():
+                others.setdefault(method, []).append(metrics)
+        return Swept(path.name, document, _run(path / done[0]) if done else None, others)
     if (path / "results.json").is_file():
         return _run(path)
     cases = [_run(file.parent) for file in sorted(path.glob("*/results.json"))]

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from tagllm.report.collect import HIGHER_IS_BETTER, Composed, Interval, Metrics, Run, Swept, metrics_of
 from tagllm.report.figures import changes, dots, learning_curves, predicted_against_true, tag_similarity
 from tagllm.report.paper import published_of
+from tagllm.sweep.summary import over_seeds
 
 TEXTS = 3
 """Generated texts that are shown of a prompt."""
@@ -92,14 +93,10 @@ def _of_composed(composed: Composed) -> Section:
 
 
 def _of_sweep(sweep: Swept) -> Section:
-    """Means and intervals over the seeds; baselines of the first run beside them."""
+    """Means and intervals over the seeds; what stands beside the first combination too, over the seeds that have it."""
     combinations = sweep.document["combinations"]
-    rows = {_label(one["shown"]): one["metrics"] for one in combinations if one["runs"]}
-    means = {label: {name: mean for name, (mean, _) in metrics.items()} for label, metrics in rows.items()}
-    spread = {
-        label: {name: (mean - half, mean + half) for name, (mean, half) in metrics.items() if half is not None}
-        for label, metrics in rows.items()
-    }
+    others = {method: over_seeds(metrics) for method, metrics in sweep.others.items()}
+    means, spread = _means_and_spread({_label(one["shown"]): one["metrics"] for one in combinations if one["runs"]})
     runs = ", ".join(f"{_label(one['shown'])}: {one['runs']}" for one in combinations)
     notes = [f"Mean over the seeds, 95 % interval (Student's t). Runs: {runs}.", _line(sweep.document)]
     for one in combinations:
@@ -108,15 +105,26 @@ def _of_sweep(sweep: Swept) -> Section:
             notes.append(f"{_label(one['shown'])}: loss on validation by {sweep.document['tuned']}: {tried}.")
     tables, figures = [], []
     if means:
-        others = sweep.example.methods if sweep.example else {}
-        others = {name: metrics for name, metrics in others.items() if sweep.example and name != sweep.example.first}
-        tables = [_table("", "run", means | others, spread)]
+        beside = _means_and_spread(others)
+        tables = [_table("", "run", means | beside[0], spread | beside[1])]
         name = _headline(means)
         if len(means) > 1 and name:
             figures = [dots(name, {k: (v[name], spread[k].get(name)) for k, v in means.items() if name in v})]
     return Section(
-        sweep.name, notes, tables, figures, [], {"where it comes from": _origin(sweep.document)}, sweep.document
-    )
+        sweep.name, notes, tables, figures, [], {"where it comes from": _origin(sweep.document)},
+        {**sweep.document, "others": others},
+    )  # fmt: skip
+
+
+def _means_and_spread(
+    rows: Mapping[str, Mapping[str, tuple[float, float | None]]],
+) -> tuple[dict[str, Metrics], dict[str, dict[str, Interval]]]:
+    means = {label: {name: mean for name, (mean, _) in metrics.items()} for label, metrics in rows.items()}
+    spread = {
+        label: {name: (mean - half, mean + half) for name, (mean, half) in metrics.items() if half is not None}
+        for label, metrics in rows.items()
+    }
+    return means, spread
 
 
 def _table(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,7 +16,7 @@ CONFIDENCE = 0.95
 
 
 class Summary(NamedTuple):
-    """Of the seeds of one combination: mean and half of the 95 % interval (Student's t; None for one seed).
+    """Of the seeds of one combination, as `over_seeds` says.
 
     `tried`: the loss on validation by value of the tuned key; `folders`: of the runs, first seed first."""
 
@@ -35,13 +35,18 @@ def summaries(sweep: Sweep) -> list[Summary]:
         waiting = sweep.tuned is not None and not tried
         points = [] if waiting else [sweep.final(combination, seed) for seed in range(sweep.seeds)]
         done = [point for point in points if point.done]
-        results = [read_json(point.folder / "results.json")["metrics"] for point in done]
-        names = [name for name, value in results[0].items() if isinstance(value, int | float)] if results else []
-        metrics = {name: _interval([float(metrics[name]) for metrics in results]) for name in names}
+        metrics = over_seeds([read_json(point.folder / "results.json")["metrics"] for point in done])
         shown = points[0].shown if points else combination.shown
         folders = [str(point.folder.relative_to(sweep.output)) for point in done]
         made.append(Summary(shown, len(done), metrics, tried, folders))
     return made
+
+
+def over_seeds(metrics: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float | None]]:
+    """Mean of each that all have, and half of its 95 % interval (Student's t; None of one seed)."""
+    first = metrics[0] if metrics else {}
+    names = [name for name in first if all(isinstance(one.get(name), int | float) for one in metrics)]
+    return {name: _interval([float(one[name]) for one in metrics]) for name in names}
 
 
 def write_summary(sweep: Sweep, found: Sequence[Summary]) -> None:
