@@ -46,8 +46,8 @@ def value_baselines(
 
 
 def _blank(spec: HeadConfig, train: Features) -> Head:
-    mean_K, std_K = train.targets_nK.mean(axis=0), train.targets_nK.std(axis=0)
     """Every mean counts as a pool, of whichever layer it is, and so does a length."""
+    mean_K, std_K = train.targets_nK.mean(axis=0), train.targets_nK.std(axis=0)
     hidden_size = train.last_nD.shape[1]
     head = Head.new(spec, hidden_size, train.mean_nD.shape[1] // hidden_size)
     return replace(head, mean_K=torch.from_numpy(mean_K), std_K=torch.from_numpy(std_K).clamp(min=1e-12))

@@ -21,6 +21,7 @@ from tagllm.head import Head, Kernel, num_states
 SPREADS = (0.1, 0.6, 4.0)
 """What |(x - z) / width|^2 is on average, of two rows and in each state."""
 SMALLEST_DEVIATION, BOUNDLESS = 1e-7, 1e30
+"""A feature that deviates by less is alike in all rows; it gets a width in which nothing is far."""
 ROWS_FOR_WIDTH = 4096
 """Training rows that the width is chosen on."""
 

@@ -99,6 +99,9 @@ def _of_sweep(sweep: Swept) -> Section:
     means, spread = _means_and_spread({_label(one["shown"]): one["metrics"] for one in combinations if one["runs"]})
     runs = ", ".join(f"{_label(one['shown'])}: {one['runs']}" for one in combinations)
     notes = [f"Mean over the seeds, 95 % interval (Student's t). Runs: {runs}.", _line(sweep.document)]
+    if others:
+        first = next(_label(one["shown"]) for one in combinations if one["folders"])
+        notes.append(f"Baselines and controls are those of {first}, over the seeds that have them.")
     for one in combinations:
         if one["tried"]:
             tried = ", ".join(f"{value}: {loss:.4g}" for value, loss in one["tried"].items())

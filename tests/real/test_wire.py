@@ -39,7 +39,7 @@ def test_a_step_sends_the_gradient_of_the_tags_and_hardly_more(tmp_path: Path) -
     found = []
     try:
         for step in (FIRST, LAST):
-            wait_until(lambda step=step: log.exists() and log.read_text().count("train/loss") >= step, [ranks], 300)  # type: ignore[misc]
+            wait_until(lambda step=step: log.exists() and log.read_text().count("train/loss") >= step, [ranks], 120)  # type: ignore[misc]
             found.append((log.read_text().count("train/loss"), bytes_sent(ranks.pid)))
     finally:
         kill([ranks])
