@@ -10,11 +10,14 @@ from tagllm.model.backbone import multiply_fp32_in_onednn
 from tagllm.model.merged_attention import Shared, attend_merged
 
 
-@pytest.mark.parametrize("kernel", ["explicit", "flash"])
+@pytest.mark.parametrize("kernel", ["at once", "few at a time", "flash"])
 @pytest.mark.parametrize("num_groups", [1, 2, 4])
 def test_sets_put_together_equal_one_softmax(kernel: str, num_groups: int, monkeypatch: pytest.MonkeyPatch) -> None:
     if kernel == "flash":
         monkeypatch.setattr(merged_attention, "EXPLICIT_UP_TO", 0)
+    if kernel == "few at a time":
+        monkeypatch.setattr(merged_attention, "SCORES_AT_ONCE", 40)
+        monkeypatch.setattr(merged_attention, "QUERIES_AT_ONCE", 2)
     torch.manual_seed(0)
     B, H, S, T, E, scale = 3, 4, 5, 7, 8, 0.3
     query, keys, values = torch.randn(B, H, S, E), *torch.randn(2, B, num_groups, S, E)

@@ -17,6 +17,10 @@ from torch import Tensor
 
 EXPLICIT_UP_TO = 512
 """Keys up to which three plain operations beat torch's flash kernel (on fewer than 100 keys more than fivefold)."""
+SCORES_AT_ONCE = 2**19
+"""2 MiB of fp32, which a core's cache holds: scores of all rows at once took up to four times as long."""
+QUERIES_AT_ONCE = 64
+"""Of a causal set with more scores than that: what keys behind them would say is not computed."""
 
 
 class Shared(NamedTuple):
@@ -67,6 +71,28 @@ def _attend(
         there = (t.expand(b, h, T, E) for t in (keys, values))
         out, log = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, *there, 0.0, causal, scale=1.0)
         return out, log[..., None]
+    if b * h * M * T <= SCORES_AT_ONCE:
+        return _attend_explicitly(query, keys, values, causal, log_too)
+    out, log = torch.empty_like(query), query.new_empty(b, h, M, 1)
+    step = QUERIES_AT_ONCE if causal else max(1, SCORES_AT_ONCE // (h * T))
+    for first in range(0, M, step):
+        end = min(M, first + step)
+        seen = T - M + end if causal else T
+        num_rows = max(1, SCORES_AT_ONCE // (h * (end - first) * seen))
+        for row in range(0, b, num_rows):
+            rows = slice(row, row + num_rows)
+            out[rows, :, first:end], log[rows, :, first:end] = _attend_explicitly(
+                query[rows, :, first:end], keys[rows, :, :seen], values[rows, :, :seen], causal, log_too
+            )
+    return out, log
+
+
+def _attend_explicitly(
+    query: Tensor, keys: Tensor, values: Tensor, causal: bool, log_too: bool
+) -> tuple[Tensor, Tensor]:
+    """As `_attend`, with all scores at once."""
+    b, h, M, E = query.shape
+    T = keys.shape[2]
     if keys.shape[1] == 1:  # all heads of a group in one product
         query, keys, values = query.reshape(b, h * M, E), keys[:, 0], values[:, 0]
     scores = (query @ keys.transpose(-1, -2)).view(b, h, M, T)
@@ -75,5 +101,5 @@ def _attend(
     weights = scores.softmax(dim=3)
     out = (weights.view(*query.shape[:-1], T) @ values).view(b, h, M, E)
     # from the largest weight: one fused softmax and two maxima are faster than an exponential of one's own
-    log = scores.amax(dim=3, keepdim=True) - weights.amax(dim=3, keepdim=True).log() if log_too else scores
+    log = scores.amax(dim=3, keepdim=True) - weights.amax(dim=3, keepdim=True).log() if log_too else weights[..., :1]
     return out, log
