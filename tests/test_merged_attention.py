@@ -19,18 +19,18 @@ def test_sets_put_together_equal_one_softmax(kernel: str, num_groups: int, monke
         monkeypatch.setattr(merged_attention, "SCORES_AT_ONCE", 40)
         monkeypatch.setattr(merged_attention, "QUERIES_AT_ONCE", 2)
     torch.manual_seed(0)
-    B, H, S, T, E, scale = 3, 4, 5, 7, 8, 0.3
+    B, H, S, E, scale = 3, 4, 5, 8, 0.3
     query, keys, values = torch.randn(B, H, S, E), *torch.randn(2, B, num_groups, S, E)
-    some_keys, some_values = torch.randn(2, num_groups, T, E)
-    rows_of = {"slice": slice(1, 3), "list": [0, 2]}
-    shared = [Shared(rows, query[rows], some_keys * n, some_values) for n, rows in enumerate(rows_of.values(), 1)]
+    rows_of = [slice(1, 3), [0, 2], slice(0, B)]
+    keys_of, values_of = zip(*(torch.randn(2, num_groups, T, E) for T in (7, 7, 4)), strict=True)
+    shared = [Shared(rows, query[rows], *of) for rows, *of in zip(rows_of, keys_of, values_of, strict=True)]
     found = attend_merged(query, keys, values, shared, scale)
-    for b, seen in enumerate([[2], [1], [1, 2]]):
+    for b, seen in enumerate([[1, 2], [0, 2], [0, 1, 2]]):
         for h in range(H):
             g = h * num_groups // H
-            scores = scale * query[b, h] @ torch.cat([keys[b, g], *(some_keys[g] * n for n in seen)]).T
+            scores = scale * query[b, h] @ torch.cat([keys[b, g], *(keys_of[n][g] for n in seen)]).T
             scores[:, :S].masked_fill_(torch.ones(S, S).triu(1).bool(), -torch.inf)
-            expected = scores.softmax(dim=1) @ torch.cat([values[b, g], *[some_values[g]] * len(seen)])
+            expected = scores.softmax(dim=1) @ torch.cat([values[b, g], *(values_of[n][g] for n in seen)])
             torch.testing.assert_close(found[b, h], expected, rtol=1e-5, atol=1e-6)
 
 

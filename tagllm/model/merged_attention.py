@@ -18,7 +18,8 @@ from torch import Tensor
 EXPLICIT_UP_TO = 512
 """Keys up to which three plain operations beat torch's flash kernel (on fewer than 100 keys more than fivefold)."""
 SCORES_AT_ONCE = 2**19
-"""2 MiB of fp32, which a core's cache holds: scores of all rows at once took up to four times as long."""
+"""2 MiB of fp32, which stay in the caches and are not allocated anew: with scores of all rows at once 256 to 512 keys
+took two and a half to four times as long."""
 QUERIES_AT_ONCE = 64
 """Of a causal set with more scores than that: what keys behind them would say is not computed."""
 
