@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from tagllm.data.batch import Counts, count
 from tagllm.data.encode import Example, TagLayout
-from tagllm.model import attention
+from tagllm.model import attention, prefix
 from tagllm.model.attention import plain_attention
 from tagllm.model.backbone import checkpoint_layers
 from tagllm.model.loss import Weights, total
@@ -43,9 +43,11 @@ def test_frozen_prefix_equals_full_backward(family: str, learned: tuple[str, ...
     torch.testing.assert_close(cut[3], full[3], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("at_once", [1, 30, 1 << 30])
 @pytest.mark.parametrize("budget", [1 << 30, 20_000])
-def test_remembered_prefix_changes_nothing(budget: int) -> None:
+def test_remembered_prefix_changes_nothing(budget: int, at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is in the memory, and in whatever company a row was first computed."""
+    monkeypatch.setattr(prefix, "POSITIONS_AT_ONCE", at_once)
     of = tiny.layout()
     rows = tiny.rows(of)
     plain, remembering = tiny.model(of), tiny.model(of, remember=budget)
@@ -110,6 +112,16 @@ def test_padding_does_not_matter() -> None:
         )
 
 
+def test_a_row_without_a_prefix_joins_remembered_ones() -> None:
+    of = tiny.layout(("F", "Learned"))
+    first, none = tiny.rows(of)[0], tiny.rows(of)[3]
+    assert none.function_at == 0
+    collate, tagged = tiny.collator(of), tiny.model(of, remember=1 << 24)
+    tagged(collate([first]))
+    expected = tiny.model(of)(collate([first, none])).values_BK
+    torch.testing.assert_close(tagged(collate([first, none])).values_BK, expected, equal_nan=True)
+
+
 SHARED = [
     ("~20#1", "~6", 2, "F"),
     ("~20#1", "~9", 2, "F"),
@@ -153,6 +165,29 @@ def test_shared_beginnings_change_nothing(family: str, grouped: bool, sharded: b
     for name, gradient in tiny.gradients(tagged).items():
         assert tiny.relative_error(shared[name], gradient) < 1e-5, name
     torch.testing.assert_close(output.values_BK, torch.cat(values), rtol=1e-4, atol=1e-5, equal_nan=True)
+
+
+@pytest.mark.parametrize("family", tiny.FAMILIES)
+@pytest.mark.parametrize("block", [False, True], ids=["causal", "block"])
+def test_in_how_many_passes_shared_beginnings_are_computed_changes_nothing(
+    family: str, block: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    of = tiny.layout(("F", "Text"))
+    batch = tiny.collator(of, block=block)(grouped_rows(of, group=False))
+    found = []
+    for at_once in (1 << 30, 12):
+        monkeypatch.setattr(prefix, "POSITIONS_AT_ONCE", at_once)
+        tagged = tiny.model(of, family, remember=1 << 24)
+        loss, output = tiny.loss_of(tagged, batch)
+        loss.backward()
+        found.append((output, tiny.gradients(tagged)))
+    (together, gradients), (apart, gradients_apart) = found
+    for values in ("values_BK", "mean_BD", "prefix_last_BD"):
+        torch.testing.assert_close(
+            getattr(apart, values), getattr(together, values), rtol=1e-4, atol=1e-5, equal_nan=True
+        )
+    for name, gradient in gradients.items():
+        assert tiny.relative_error(gradients_apart[name], gradient) < 1e-5, name
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

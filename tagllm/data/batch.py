@@ -49,9 +49,10 @@ class Tokens(NamedTuple):
         return self._replace(columns_4N=self.columns_4N.to(device, non_blocking=True))
 
     def only(self, chosen: Sequence[int]) -> Tokens:
-        """These stretches, in this order."""
+        """These stretches, in this order; a dummy if they have no position."""
         starts = np.cumsum([0, *self.lengths])
-        at = torch.from_numpy(np.concatenate([np.arange(starts[i], starts[i + 1]) for i in chosen]))
+        places = np.concatenate([np.arange(starts[i], starts[i + 1]) for i in chosen])
+        at = torch.from_numpy(places if len(places) else np.zeros(1, int))
         lengths = tuple(self.lengths[i] for i in chosen)
         return Tokens(self.columns_4N[:, at.to(self.columns_4N.device, non_blocking=True)], lengths, self.spans)
 

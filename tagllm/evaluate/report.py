@@ -31,18 +31,15 @@ def _row(run: Path, results: dict[str, Any]) -> list[str]:
     shown = "\n".join(f"{other} {values[name]:.4f}" for other, values in others.items() if name in values)
     ranks = [f"{metrics['spearman']:.2f}"] if "spearman" in metrics else [""]
     ranks += [f"{values['spearman']:.2f}" for values in others.values() if "spearman" in values]
-    seconds, peak = _cost(run)
+    peak = max((line.get("memory/peak_gib_all_ranks", 0.0) for line in _logged(run)), default=0.0)
     return [
         run.name, name, f"{metrics.get(name, float('nan')):.4f}", shown, " / ".join(filter(None, ranks)),
-        str(results["rows"]), f"{seconds:.0f} s", f"{peak:.1f} GiB",
+        str(results["rows"]), f"{results['training']['seconds']:.0f} s", f"{peak:.1f} GiB",
     ]  # fmt: skip
 
 
-def _cost(run: Path) -> tuple[float, float]:
-    """Seconds of training and peak memory over all ranks, from metrics.jsonl."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    seconds = max((line["seconds"] for line in lines), default=0.0)
-    return seconds, max((line.get("memory/peak_gib_all_ranks", 0.0) for line in lines), default=0.0)
+def _logged(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 if __name__ == "__main__":

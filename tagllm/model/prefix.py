@@ -19,6 +19,9 @@ from torch import Tensor
 from tagllm.data.batch import Tokens
 from tagllm.model.attention import Part
 
+POSITIONS_AT_ONCE = 1024
+"""In a pass on a CPU, unless one stretch has more."""
+
 
 class Piece(NamedTuple):
     """Keys and values (layers, 2, heads, length, E); the last state and behind it the sums over positions, fp32
@@ -42,6 +45,22 @@ class Prefix(NamedTuple):
     parts: list[Part]
     last_BD: Tensor
     pooled_BGD: Tensor
+
+
+def in_passes(tokens: Tokens, chosen: Sequence[int]) -> list[list[int]]:
+    """Which of the chosen stretches go through the backbone together, in ascending order; on a CPU few, and alike in
+    length."""
+    if tokens.ids_N.device.type != "cpu":
+        return [list(chosen)]
+    passes: list[list[int]] = []
+    room = 0
+    for i in sorted(chosen, key=lambda i: -tokens.lengths[i]):
+        if not passes or tokens.lengths[i] > max(room, 0):
+            passes.append([])
+            room = POSITIONS_AT_ONCE
+        passes[-1].append(i)
+        room -= tokens.lengths[i]
+    return [sorted(some) for some in passes]
 
 
 def cut_into_pieces(

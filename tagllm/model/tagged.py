@@ -20,7 +20,7 @@ from tagllm.model.attention import Part, Pass, use_parts_attention
 from tagllm.model.embedding import TagEmbedding
 from tagllm.model.lm_head import FrozenHead
 from tagllm.model.loss import Sums, value_losses
-from tagllm.model.prefix import Piece, Prefix, PrefixMemory, cut_into_pieces, part_of
+from tagllm.model.prefix import Piece, Prefix, PrefixMemory, cut_into_pieces, in_passes, part_of
 from tagllm.model.rotation import Rotation
 from tagllm.model.value_head import HeadModule
 from tagllm.tags import Tag
@@ -115,7 +115,8 @@ class TaggedModel(nn.Module):
         return Prefix(parts, torch.stack(last), torch.stack(pooled))
 
     def _pieces(self, tokens: Tokens, keys: Sequence[bytes], parts: list[Part]) -> list[Piece]:
-        """The pieces of `tokens` on top of `parts`: remembered ones, and the others computed in one pass."""
+        """The pieces of `tokens` on top of `parts`: remembered ones, and the others computed (without a memory in one
+        pass, since ranks may be in it together)."""
         if not len(tokens.ids_N):
             return []
         if self.memory is None:
@@ -125,11 +126,13 @@ class TaggedModel(nn.Module):
         missing = [i for i, piece in enumerate(found) if piece is None]
         if not missing:
             return [piece for piece in found if piece is not None]
-        some = len(missing) < len(keys)
-        here, below = (tokens.only(missing), [part.only(missing) for part in parts]) if some else (tokens, parts)
-        for i, piece in zip(missing, self._compute(here, below), strict=True):
-            self.memory.admit(keys[i], piece)
-            found[i] = piece
+        for some in in_passes(tokens, missing):
+            here, below = tokens, parts
+            if len(some) < len(keys):
+                here, below = tokens.only(some), [part.only(some) for part in parts]
+            for i, piece in zip(some, self._compute(here, below), strict=True):
+                self.memory.admit(keys[i], piece)
+                found[i] = piece
         return [piece for piece in found if piece is not None]
 
     def head_scales(self) -> dict[str, Tensor]:
