@@ -15,6 +15,7 @@ from tagllm.config import Quantization, RunConfig
 from tagllm.data.batch import Batch
 from tagllm.model.linear import PACK_UP_TO, FrozenLinear, cpu_multiplies_bf16
 from tagllm.model.lm_head import CHUNK_BYTES
+from tagllm.model.prefix import POSITIONS_AT_ONCE
 from tagllm.model.quantize import bytes_per_weight
 
 Placement = Literal["replicate", "shard in a node", "shard"]
@@ -92,6 +93,8 @@ class Load(NamedTuple):
     live: int
     computed: int
     """Frozen positions, each distinct one once."""
+    longest: int
+    """Of the stretches that these are in."""
     key_places: int
     """Places for keys, pads included: of each row's own frozen and live positions, and of shared pieces."""
     labels: int
@@ -110,8 +113,8 @@ class Load(NamedTuple):
         apart = [len(set(p.piece_B) - {-1}) * max(piece) for p in shared if p not in short]
         seen = own + longest + sum(max(piece) for p in shared if p not in short)
         return cls(
-            sum(batch.live.lengths), sum(piece) + sum(batch.own.lengths), rows * (own + longest) + sum(apart),
-            int((batch.label_term_M >= 0).sum()), rows * longest * seen,
+            sum(batch.live.lengths), sum(piece) + sum(batch.own.lengths), max([*piece, *batch.own.lengths]),
+            rows * (own + longest) + sum(apart), int((batch.label_term_M >= 0).sum()), rows * longest * seen,
         )  # fmt: skip
 
 
@@ -161,10 +164,15 @@ def estimate(
     per_key = 2 * shape.layers * shape.kv_heads * shape.head_size * (shape.width if cuda else FP32)
     device, host = config.remembered_bytes if placement == "replicate" else (0, 0)
     of_layer = (shape.weight_bytes + shape.scale_bytes) // shape.layers
-    work = max(largest.live, largest.computed) * (4 * shape.hidden + 3 * shape.mlp) * FP32
+    at_once = largest.computed if cuda or not config.remembers else max(POSITIONS_AT_ONCE, largest.longest)
+    at_once = max(largest.live, min(largest.computed, at_once))
+    work = at_once * (4 * shape.hidden + 3 * shape.mlp) * FP32
     copies = shape.width * (shape.map_weights * (shape.quantize == "none") + (shape.head or shape.embedding))
     rounds = not cuda and shape.dtype == torch.bfloat16
-    packs = rounds and parts == 1 and copies <= PACK_UP_TO and cpu_multiplies_bf16()
+    multiplies = cpu_multiplies_bf16()
+    packs = rounds and parts == 1 and copies <= PACK_UP_TO and multiplies
+    cast = [height * width for height, width in shape.maps]
+    cast += [shape.head or shape.embedding] if largest.labels and not multiplies else []
     layers = max((len(tag.head.layers) for tag in config.tags.values() if tag.head), default=0)
     memory = {
         "weights": shape.weight_bytes // parts,
@@ -174,8 +182,8 @@ def estimate(
         "kept for backward": kept_per_live(shape) * largest.live,
         "prefix keys and values": per_key * largest.key_places,
         "work of one layer": work + 3 * shape.heads * largest.scores * FP32,
-        "a map in fp32": FP32 * max((height * width for height, width in shape.maps), default=0) * rounds,
-        "states of chosen layers": FP32 * shape.hidden * layers * max(largest.live, largest.computed),
+        "a map in fp32": FP32 * max(cast, default=0) * rounds,
+        "states of chosen layers": FP32 * shape.hidden * layers * at_once,
         "logits": 3 * min(CHUNK_BYTES, FP32 * largest.labels * (shape.embedding // shape.hidden)),
         "remembered prefixes": device if cuda else host,
         "learned rows, moments, buffers": 4 * FP32 * learned + 2 * BUCKET_BYTES,

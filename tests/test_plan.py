@@ -17,7 +17,7 @@ from tests import tiny
 from tests.tiny import OUTPUT
 
 GPUS = Hardware(16, 8, 80, 300, 25, 300)
-LOADS = [Load(live=160, computed=4000, key_places=4200, labels=0, scores=160 * 300)]
+LOADS = [Load(live=160, computed=4000, longest=300, key_places=4200, labels=0, scores=160 * 300)]
 SEVEN = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32)
 SEVENTY = dict(
     hidden_size=8192, intermediate_size=28672, num_hidden_layers=80, num_attention_heads=64, num_key_value_heads=8

@@ -45,7 +45,7 @@ def score_pass(built: Built, ranks: Ranks, split: Split, limit: int | None, prob
     size = built.config.evaluation.rows_per_batch
     # A prompt is seen once; under the block mask its fields come again in others. Kept for one pass, since the next may
     # be through other tags, and their memory beside this one.
-    built.model.memory = empty_memory(built.config) if built.config.mask == "block" else None
+    built.model.memory = empty_memory(built.config, keeps=built.config.mask == "block")
     with torch.no_grad():
         result = run_over(
             lambda batch: built.model(batch.to(ranks.device)), sources, all_draws(sources, limit), collate, ranks, size,

@@ -88,9 +88,9 @@ def assemble(stage: Stage, backbone: Backbone, layout: TagLayout, tags: dict[str
     return model.to(ranks.device)
 
 
-def empty_memory(config: RunConfig) -> PrefixMemory | None:
-    budgets = config.remembered_bytes
-    return PrefixMemory(*budgets) if any(budgets) else None
+def empty_memory(config: RunConfig, keeps: bool = True) -> PrefixMemory | None:
+    """None where ranks must run the same passes."""
+    return PrefixMemory(*(config.remembered_bytes if keeps else (0, 0))) if config.remembers else None
 
 
 def prepare_on_all(
