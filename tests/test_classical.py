@@ -47,6 +47,19 @@ def test_additive_effects_are_what_the_means_find() -> None:
     assert r2["ridge_fingerprints"] > 0.9
 
 
+def test_what_is_a_matter_of_letters_and_length_is_found_in_sequences() -> None:
+    random = np.random.default_rng(1)
+    weight = dict(zip("ACDEFGHIKLMNPQRSTVWY", random.uniform(60, 190, 20), strict=True))
+    sequences = ["".join(random.choice(list(weight), random.integers(20, 60))) for _ in range(500)]
+    targets = np.array([[sum(weight[letter] for letter in one)] for one in sequences], np.float32)
+    known = Table({"sequence": sequences[:400]}, targets[:400])
+    nothing = Table({"sequence": []}, targets[:0])
+    found = classical_baselines(known, nothing, {"sequence": sequences[400:]})
+    r2 = {name: value_metrics(values, targets[400:], classes=False)["r2"] for name, values in found.items()}
+    assert r2["ridge_fingerprints"] > 0.99
+    assert r2["boosting_fingerprints"] > 0.6
+
+
 def test_what_is_chosen_is_chosen_on_validation_where_it_can_be() -> None:
     """Targets of training rows are noise alone, of validation rows zero: the strongest penalty, no tree."""
     random = np.random.default_rng(0)

@@ -17,7 +17,8 @@ from tagllm.evaluate.ridge import ENOUGH_ROWS, Floats, Rows
 Fields = Mapping[str, Sequence[str]]
 Kind = Literal["molecule", "sequence", "category"]
 BITS, RADIUS, LETTERS = 1024, 2, 3
-"""Morgan fingerprints of this size and radius; runs of so many letters hashed into as many bits."""
+"""Morgan fingerprints of this size and radius; runs of so many letters hashed into as many bits, and shorter ones
+counted."""
 PENALTIES = (0.1, 1.0, 10.0, 100.0, 1000.0)
 MANY, RESIDUES = 50, frozenset("ACDEFGHIKLMNPQRSTVWY")
 """So many distinct words of these letters are peptides rather than names."""
@@ -37,7 +38,9 @@ class Field(NamedTuple):
 
     kind: Kind
     bits_UF: Any
-    """Sparse 0/1; one column per value for a category."""
+    """Sparse 0/1, by which values are alike; one column per value for a category."""
+    features_UF: Any
+    """What is fitted: these bits, and of a sequence how often it has each letter and pair of letters."""
     train_n: NDArray[np.intp]
     valid_n: NDArray[np.intp]
     held_out_n: NDArray[np.intp]
@@ -89,7 +92,9 @@ def kind_of(values: Sequence[str]) -> Kind:
 def _field(train: Sequence[str], valid: Sequence[str], held_out: Sequence[str]) -> Field:
     distinct, at = np.unique(np.array([*train, *valid, *held_out], dtype=object).astype(str), return_inverse=True)
     kind = kind_of(list(distinct))
-    return Field(kind, _bits(list(distinct), kind), *np.split(at, [len(train), len(train) + len(valid)]))
+    bits_UF = _bits(list(distinct), kind)
+    features_UF = _with_counts(list(distinct), bits_UF) if kind == "sequence" else bits_UF
+    return Field(kind, bits_UF, features_UF, *np.split(at, [len(train), len(train) + len(valid)]))
 
 
 def _bits(values: Sequence[str], kind: Kind) -> Any:
@@ -116,11 +121,20 @@ def _bits(values: Sequence[str], kind: Kind) -> Any:
     )
 
 
+def _with_counts(sequences: Sequence[str], bits_UF: Any) -> Any:
+    """What is a matter of composition or of length is not in bits."""
+    from scipy.sparse import hstack
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    counter = CountVectorizer(analyzer="char", ngram_range=(1, LETTERS - 1), lowercase=False, dtype=np.float32)
+    return hstack([counter.fit_transform(sequences), bits_UF], format="csr")
+
+
 def _problem(fields: Sequence[Field], train_nK: Floats, valid_nK: Floats, categories: bool = False) -> Problem:
     """Sparse features of all rows; `categories` takes each value as it is."""
     from scipy.sparse import hstack, identity
 
-    blocks = [identity(f.bits_UF.shape[0], np.float32, format="csr") if categories else f.bits_UF for f in fields]
+    blocks = [identity(f.bits_UF.shape[0], np.float32, format="csr") if categories else f.features_UF for f in fields]
 
     def columns(rows: Sequence[NDArray[np.intp]]) -> Any:
         return hstack([block[rows_n] for block, rows_n in zip(blocks, rows, strict=True)], format="csr")
