@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
+from tagllm import plan
 from tagllm.config_file import parse_config
 from tagllm.errors import UserError
 from tagllm.stage import Stage, read_stage
@@ -48,6 +49,7 @@ def test_no_more_is_sent_than_memory_asks_for(
     monkeypatch.setenv("TAGLLM_CACHE", str(tmp_path / "cache"))
     pages = {"SC_PAGE_SIZE": PAGE, "SC_PHYS_PAGES": gib_per_rank * per_node * 2**30 // PAGE}
     monkeypatch.setattr(os, "sysconf", pages.__getitem__)
+    monkeypatch.setattr(plan, "cpu_multiplies_bf16", lambda: True)  # others hold the LM head in fp32 as well
     config, why = placed(stage(tmp_path), Ranks(0, 16, torch.device("cpu")))
     assert (config.engine.zero_stage, config.engine.shard_over) == expected, why
     assert why.startswith(("replicate", "shard")[config.engine.stage // 3])

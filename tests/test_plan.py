@@ -9,6 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from tagllm import plan
 from tagllm.config import RunConfig
 from tagllm.config_file import parse_config
 from tagllm.model.frozen import make_frozen_aware
@@ -79,6 +80,17 @@ def test_only_gradients_are_sent_where_all_hold_the_backbone() -> None:
     assert sent[1] == 0
     assert sent[2] == 4 * 40960
     assert sent[1024] == pytest.approx(2 * 4 * 40960, rel=0.01)
+
+
+def test_a_cpu_that_cannot_multiply_bf16_holds_the_lm_head_in_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
+    of = shape(SEVEN)
+    held = {}
+    for multiplies, labels in ((True, 9), (False, 9), (False, 0)):
+        monkeypatch.setattr(plan, "cpu_multiplies_bf16", lambda multiplies=multiplies: multiplies)
+        loads = [LOADS[0]._replace(labels=labels)]
+        told = estimate(of, loads, 40960, config(), GPUS, "shard", cuda=False)
+        held[multiplies, labels] = told.memory["a map in fp32"]
+    assert held == {(True, 9): 4 * 4096 * 11008, (False, 9): 4 * 4096 * 32000, (False, 0): 4 * 4096 * 11008}
 
 
 def test_a_load_counts_positions_once() -> None:
