@@ -16,6 +16,7 @@ import yaml
 from typer.testing import CliRunner
 
 from tagllm.cli import app
+from tagllm.report.sections import Cell
 from tagllm.report.tags import nearest_tokens
 from tagllm.tags import TagLibrary
 from tests import tiny
@@ -57,6 +58,13 @@ def test_every_method_has_a_row_and_one_of_them_is_best(page: str) -> None:
     assert methods[0] == "tag"
     assert {"predict_mean", "ridge_last", "nearest_row", "boosting_fingerprints"} <= set(methods)
     assert page.count('class="best"') >= len(re.findall(r"<th>", page)) - 1
+
+
+def test_numbers_are_read_at_a_glance() -> None:
+    assert str(Cell(82541.2, (73279.3, 93668.2))) == "82540 (73300–93700)"
+    assert str(Cell(0.00018, (0.00017, 0.00021))) == "0.00018 (0.00017–0.00021)"
+    assert str(Cell(1783.0)) == "1783"
+    assert str(Cell(None)) == ""
 
 
 def test_nothing_is_fetched(page: str) -> None:

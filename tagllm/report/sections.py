@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from tagllm.report.collect import HIGHER_IS_BETTER, Composed, Interval, Metrics, Run, Swept, metrics_of
 from tagllm.report.figures import changes, dots, learning_curves, predicted_against_true, tag_similarity
 from tagllm.report.paper import published_of
-from tagllm.sweep.summary import over_seeds
+from tagllm.sweep.summary import digits, over_seeds
 
 TEXTS = 3
 """Generated texts that are shown of a prompt."""
@@ -20,10 +20,15 @@ class Cell(NamedTuple):
     best: bool = False
 
     def __str__(self) -> str:
-        if self.value is None:
-            return ""
-        shown = f"{self.value:.4g}"
-        return shown if self.interval is None else f"{shown} ({self.interval[0]:.3g}–{self.interval[1]:.3g})"
+        return f"{self.number} ({self.bounds})" if self.bounds else self.number
+
+    @property
+    def number(self) -> str:
+        return "" if self.value is None else digits(self.value, 4)
+
+    @property
+    def bounds(self) -> str:
+        return "–".join(digits(end, 3) for end in self.interval or ())
 
 
 class Table(NamedTuple):

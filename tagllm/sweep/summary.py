@@ -82,4 +82,10 @@ def _interval(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def _shown(mean: float, half: float | None) -> str:
-    return f"{mean:.4g}" if half is None else f"{mean:.4g} ± {half:.2g}"
+    return digits(mean, 4) if half is None else f"{digits(mean, 4)} ± {digits(half, 2)}"
+
+
+def digits(value: float, count: int) -> str:
+    """So many significant ones; 82540 and not 8.254e+04."""
+    told = f"{value:.{count}g}"
+    return f"{float(told):.0f}" if "e+" in told else told
