@@ -164,15 +164,16 @@ def estimate(
     per_key = 2 * shape.layers * shape.kv_heads * shape.head_size * (shape.width if cuda else FP32)
     device, host = config.remembered_bytes if placement == "replicate" else (0, 0)
     of_layer = (shape.weight_bytes + shape.scale_bytes) // shape.layers
-    at_once = largest.computed if cuda or not config.remembers else max(POSITIONS_AT_ONCE, largest.longest)
-    at_once = max(largest.live, min(largest.computed, at_once))
+    in_few = not cuda and placement == "replicate" and config.remembers
+    computed = min(largest.computed, max(POSITIONS_AT_ONCE, largest.longest)) if in_few else largest.computed
+    at_once = max(largest.live, computed)
     work = at_once * (4 * shape.hidden + 3 * shape.mlp) * FP32
     copies = shape.width * (shape.map_weights * (shape.quantize == "none") + (shape.head or shape.embedding))
     rounds = not cuda and shape.dtype == torch.bfloat16
     multiplies = cpu_multiplies_bf16()
-    packs = rounds and parts == 1 and copies <= PACK_UP_TO and multiplies
+    packs = rounds and multiplies and parts == 1 and copies <= PACK_UP_TO
     cast = [height * width for height, width in shape.maps]
-    cast += [shape.head or shape.embedding] if largest.labels and not multiplies else []
+    cast += [shape.head or shape.embedding] * (largest.labels > 0 and not multiplies)
     layers = max((len(tag.head.layers) for tag in config.tags.values() if tag.head), default=0)
     memory = {
         "weights": shape.weight_bytes // parts,

@@ -13,6 +13,7 @@ from tagllm import plan
 from tagllm.config import RunConfig
 from tagllm.config_file import parse_config
 from tagllm.model.frozen import make_frozen_aware
+from tagllm.model.prefix import POSITIONS_AT_ONCE
 from tagllm.plan import Hardware, Load, Shape, choose, estimate
 from tests import tiny
 from tests.tiny import OUTPUT
@@ -91,6 +92,18 @@ def test_a_cpu_that_cannot_multiply_bf16_holds_the_lm_head_in_fp32(monkeypatch: 
         told = estimate(of, loads, 40960, config(), GPUS, "shard", cuda=False)
         held[multiplies, labels] = told.memory["a map in fp32"]
     assert held == {(True, 9): 4 * 4096 * 11008, (False, 9): 4 * 4096 * 32000, (False, 0): 4 * 4096 * 11008}
+
+
+def test_a_pass_on_a_cpu_is_over_few_stretches_where_ranks_need_not_go_together() -> None:
+    of, long = shape(SEVEN), [LOADS[0]._replace(computed=9000, longest=2500)]
+
+    def work(placement: Any, loads: list[Load], cuda: bool = False) -> int:
+        return estimate(of, loads, 40960, config(), GPUS, placement, cuda).memory["work of one layer"]
+
+    of_position = 4 * (4 * 4096 + 3 * 11008)
+    assert work("shard", LOADS) - work("replicate", LOADS) == (4000 - POSITIONS_AT_ONCE) * of_position
+    assert work("shard", long) - work("replicate", long) == (9000 - 2500) * of_position
+    assert work("replicate", LOADS, cuda=True) == work("shard", LOADS)
 
 
 def test_a_load_counts_positions_once() -> None:

@@ -48,8 +48,8 @@ class Prefix(NamedTuple):
 
 
 def in_passes(tokens: Tokens, chosen: Sequence[int]) -> list[list[int]]:
-    """Which of the chosen stretches go through the backbone together, in ascending order; on a CPU few, and alike in
-    length."""
+    """Which of the chosen stretches go through the backbone together: all, but on a CPU few that are alike in length,
+    since attention pads them to the longest."""
     if tokens.ids_N.device.type != "cpu":
         return [list(chosen)]
     passes: list[list[int]] = []

@@ -46,7 +46,8 @@ class TaggedModel(nn.Module):
     Args:
         backbone: a transformers causal LM, frozen and in eval mode.
         tags: every tag of the layout; learned ones become rows of one parameter.
-        memory: where prefixes are remembered; None (a must under ZeRO-3) computes them anew each time.
+        memory: where prefixes are remembered, be it none of them; None (a must under ZeRO-3): every rank computes
+            them anew each time, all in one pass.
         reads_tokens: whether any token is supervised; decided by the config, so that all ranks call the LM head alike.
         kernel: what computes attention where a row sees nothing but itself (`sdpa`, `flash_attention_2`).
     """
@@ -115,8 +116,7 @@ class TaggedModel(nn.Module):
         return Prefix(parts, torch.stack(last), torch.stack(pooled))
 
     def _pieces(self, tokens: Tokens, keys: Sequence[bytes], parts: list[Part]) -> list[Piece]:
-        """The pieces of `tokens` on top of `parts`: remembered ones, and the others computed (without a memory in one
-        pass, since ranks may be in it together)."""
+        """The pieces of `tokens` on top of `parts`: remembered ones, and the others computed."""
         if not len(tokens.ids_N):
             return []
         if self.memory is None:

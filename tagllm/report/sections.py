@@ -109,7 +109,7 @@ def _of_sweep(sweep: Swept) -> Section:
         notes.append(f"Baselines and controls are those of {first}, over the seeds that have them.")
     for one in combinations:
         if one["tried"]:
-            tried = ", ".join(f"{value}: {loss:.4g}" for value, loss in one["tried"].items())
+            tried = ", ".join(f"{value}: {digits(loss, 4)}" for value, loss in one["tried"].items())
             notes.append(f"{_label(one['shown'])}: loss on validation by {sweep.document['tuned']}: {tried}.")
     tables, figures = [], []
     if means:
