@@ -60,8 +60,8 @@ class HeadConfig(Section):
     """Beside the means, the logarithm of how many tokens they are of: a mean knows no size, and what a molecule weighs
     is a matter of its size."""
     kernel: Kernels = "linear"
-    """`anova`: closed-form fits may take a kernel of the states that the head reads, each by itself and together, where
-    that answers validation better. Tags still learn through the linear head."""
+    """`anova`: closed-form fits may take a kernel of the states that the head reads, each by itself and together, and
+    each in a width of its own, where that answers validation better. Tags still learn through the linear head."""
     landmarks: Count = 2048
     """Training rows that the kernel is seen from, all if there are no more; the library holds what they read."""
     refit: bool = True

@@ -44,8 +44,13 @@ def _in_widths(features_BF: Tensor, width_SD: Tensor) -> Tensor:
 
 
 def _anova(x_SBD: Tensor, z_SMD: Tensor) -> Tensor:
-    apart_SBM = 3**0.5 * torch.cdist(x_SBD, z_SMD)
-    alike_SBM = (1 + apart_SBM) * torch.exp(-apart_SBM)
+    return anova(torch.cdist(x_SBD, z_SMD))
+
+
+def anova(apart_SBM: Tensor) -> Tensor:
+    """`similarity` of distances in widths."""
+    far_SBM = 3**0.5 * apart_SBM
+    alike_SBM = (1 + far_SBM) * torch.exp(-far_SBM)
     mean_BM: Tensor = ((1 + alike_SBM).prod(dim=0) - 1) / float(2 ** len(alike_SBM) - 1)
     return mean_BM
 

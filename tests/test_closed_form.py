@@ -11,11 +11,13 @@ import pytest
 import torch
 from sklearn.gaussian_process.kernels import Matern
 from sklearn.kernel_ridge import KernelRidge
+from sklearn.model_selection import KFold
 
 from tagllm.config import HeadConfig
 from tagllm.data.batch import Counts
-from tagllm.evaluate.closed_form import SPREADS, answers_of, fit_head
+from tagllm.evaluate.closed_form import answers_of, fit_head
 from tagllm.evaluate.kernel_ridge import PENALTIES, RANK, KernelFits, Landmarks
+from tagllm.evaluate.kernel_widths import SOME_PENALTIES, SPREADS, choose_widths
 from tagllm.evaluate.passes import Pass
 from tagllm.evaluate.ridge import Rows, clearly_better, fit_ridge
 from tagllm.head import Head, similarity
@@ -61,15 +63,62 @@ def test_a_line_stays_a_line() -> None:
 def test_many_rows_are_fitted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The width is chosen on some of them: a fit on 20,000 takes minutes."""
     fitted, fit = list[int](), KernelFits.of
-    monkeypatch.setattr("tagllm.evaluate.closed_form.ROWS_FOR_WIDTH", 200)
+    monkeypatch.setattr("tagllm.evaluate.kernel_widths.ROWS_FOR_WIDTH", 200)
     monkeypatch.setattr(
         KernelFits, "of", lambda rows, width_SD: fitted.append(len(rows.targets_nK)) or fit(rows, width_SD)
     )
     train, valid = (rows(n, seed, curved=True) for seed, n in enumerate((600, 300)))
     head = fit_head(blank(landmarks=600), train, valid)
-    assert fitted == [200] * len(SPREADS) + [600]
+    assert fitted == [600]
     assert head.kernel is not None and len(head.kernel.landmarks_MF) == 600
     assert error(head, valid) < error(fit_head(blank(landmarks=600), train.some(np.arange(200)), valid), valid)
+
+
+@pytest.mark.parametrize("held_out", [300, 0], ids=["validation rows", "folds"])
+def test_the_width_is_the_best_that_kernel_ridge_regression_finds(held_out: int) -> None:
+    train, valid = rows(250, 0, curved=True), rows(held_out, 1, curved=True)
+    one_F = train.features_nF.std(axis=0) * np.sqrt(2 * D)
+
+    def error_at(spread: float) -> float:
+        kernel = Matern(np.ones(D), nu=1.5)
+        scaled, width_F = lambda penalty: KernelRidge(alpha=penalty, kernel=kernel), one_F / np.sqrt(spread)
+        folds = KFold(5, shuffle=True, random_state=0).split(train.features_nF)
+        pairs = [(train, valid)] if held_out else [(train.some(seen), train.some(unseen)) for seen, unseen in folds]
+
+        def once(penalty: float, seen: Rows, unseen: Rows) -> float:
+            mean_K = seen.targets_nK.mean(axis=0)
+            fit = scaled(penalty).fit(seen.features_nF / width_F, seen.targets_nK - mean_K)
+            answers = fit.predict(unseen.features_nF / width_F) + mean_K
+            return float(np.mean((answers - unseen.targets_nK) ** 2))
+
+        return min(float(np.mean([once(penalty, *pair) for pair in pairs])) for penalty in SOME_PENALTIES)
+
+    best = min(SPREADS, key=error_at)
+    assert best not in (SPREADS[0], SPREADS[-1]), "or else the test tells little"
+    found_1D = choose_widths(train, valid, 1, landmarks=400)
+    np.testing.assert_allclose(found_1D[0], one_F / np.sqrt(best), rtol=1e-5)
+
+
+def test_each_state_has_its_own_width() -> None:
+    """One of which only near rows tell something, one that tells something from afar, and one that is noise."""
+    random = np.random.default_rng(0)
+
+    def three_states(number: int) -> Rows:
+        kind, x = random.integers(60, size=number), random.normal(size=(number, D))
+        near = directions[kind] + 0.01 * random.normal(size=(number, D))
+        y = worth[kind] + np.sin(x[:, 0])
+        states = np.stack([near, x, random.normal(size=(number, D))], axis=1)
+        return Rows((states + OFFSET).reshape(number, -1).astype(np.float32), y[:, None].astype(np.float32))
+
+    directions, worth = random.normal(size=(60, D)), random.normal(size=60)
+    train, valid, test = (three_states(number) for number in (600, 300, 1000))
+    head = Head.new(HeadConfig(reads="both", kernel="anova", landmarks=1000), D, num_pools=2)
+    one_SD = torch.from_numpy(train.features_nF.std(axis=0)).reshape(3, D) * (2 * D) ** 0.5
+    of_one_width = []
+    for spread in SPREADS:
+        fits = KernelFits.of(train, one_SD / spread**0.5)
+        of_one_width.append(min(fits.errors(test)) / test.targets_nK.var())
+    assert error(fit_head(head, train, valid), test) < 0.8 * min(of_one_width)
 
 
 def test_a_kernel_whose_error_is_no_number_never_wins(monkeypatch: pytest.MonkeyPatch) -> None:

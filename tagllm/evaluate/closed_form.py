@@ -8,27 +8,20 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from operator import itemgetter
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from tagllm.evaluate.kernel_ridge import KernelFits, Landmarks
+from tagllm.evaluate.kernel_widths import choose_widths
 from tagllm.evaluate.ridge import Floats, Rows, errors_of_penalties, fit_ridge
 from tagllm.head import Head, Kernel, num_states
 
-SPREADS = (0.1, 0.6, 4.0)
-"""What |(x - z) / width|^2 is on average, of two rows and in each state."""
-SMALLEST_DEVIATION, BOUNDLESS = 1e-7, 1e30
-"""A feature that deviates by less is alike in all rows; it gets a width in which nothing is far."""
-ROWS_FOR_WIDTH = 4096
-"""Training rows that the width is chosen on."""
-
 
 def fit_head(head: Head, train: Rows, valid: Rows) -> Head:
-    """`head` with weights in closed form of `train`; what has to be chosen is chosen as `errors_of_penalties` says.
-    Targets are in units of the data."""
+    """`head` with weights in closed form of `train`; what has to be chosen is chosen as `held_out_by` says. Targets
+    are in units of the data."""
     train, valid = (_standardised(rows, head) for rows in (train, valid))
     linear = fit_ridge(train, valid)
     weight_KF, bias_K = torch.from_numpy(linear.weight_KF), torch.from_numpy(linear.bias_K)
@@ -40,16 +33,8 @@ def fit_head(head: Head, train: Rows, valid: Rows) -> Head:
 
 
 def _best_kernel(head: Head, train: Rows, valid: Rows) -> tuple[Kernel, Tensor, float]:
-    """With bias (K) and error. The width, one of SPREADS, is chosen on some of the training rows: a fit on 20,000 takes
-    minutes."""
-    rows = len(train.targets_nK)
-    some = train.some(np.sort(np.random.default_rng(0).choice(rows, min(rows, ROWS_FOR_WIDTH), replace=False)))
-    widths = [_widths(train.features_nF, num_states(head.spec, head.num_pools), spread) for spread in SPREADS]
-    best = min((_fit_kernel(head, some, valid, width_SD) for width_SD in widths), key=itemgetter(2))
-    return best if rows <= ROWS_FOR_WIDTH else _fit_kernel(head, train, valid, best[0].width_SD)
-
-
-def _fit_kernel(head: Head, train: Rows, valid: Rows, width_SD: Tensor) -> tuple[Kernel, Tensor, float]:
+    """With bias (K) and error."""
+    width_SD = choose_widths(train, valid, num_states(head.spec, head.num_pools), head.spec.landmarks)
     if head.spec.landmarks < len(train.targets_nK):
         return _on_landmarks(train, valid, width_SD, head.spec.landmarks)
     return _on_every_row(train, valid, width_SD)
@@ -68,14 +53,6 @@ def _on_landmarks(train: Rows, valid: Rows, width_SD: Tensor, number: int) -> tu
     landmarks = Landmarks.of(train.features_nF, number, width_SD)
     fit = fit_ridge(landmarks.rows(train), landmarks.rows(valid), one_scale=True)
     return landmarks.kernel(fit), torch.from_numpy(fit.bias_K), fit.error
-
-
-def _widths(features_nF: Floats, num_states: int, spread: float) -> Tensor:
-    """(S, D), after the standard deviation of each feature; one that is alike in all rows tells none apart."""
-    scale_SD = features_nF.std(axis=0, dtype=np.float64).reshape(num_states, -1)
-    differs_SD = scale_SD > SMALLEST_DEVIATION
-    width_SD = scale_SD * np.sqrt(2 * differs_SD.sum(axis=1, keepdims=True) / spread)
-    return torch.from_numpy(np.where(differs_SD, width_SD, BOUNDLESS)).float()
 
 
 def answers_of(head: Head, features_nF: Floats) -> Floats:

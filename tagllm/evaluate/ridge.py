@@ -65,19 +65,25 @@ class Fits(Protocol):
         """Mean squared error (P) on held-out rows."""
 
 
-def errors_of_penalties(fit: Callable[[Rows], Fits], fitted: Fits, train: Rows, valid: Rows) -> Doubles:
-    """By which to choose (P): of `fitted`, which is `fit(train)`, on `valid`; where these are fewer than ENOUGH_ROWS,
-    of 5-fold cross-validation on `train`.
+def held_out_by(train: Rows, valid: Rows) -> list[tuple[Rows, Rows]]:
+    """What to fit on and what to score, by which to choose: `train` and `valid`; where the latter are fewer than
+    ENOUGH_ROWS, 5-fold cross-validation on `train`.
 
     Validation rows first, since folds of rows are easier than what is asked where rows are related: pairs of drugs
     that stand in several folds ask for a penalty far too weak for pairs never seen.
     """
     if len(valid.targets_nK) >= ENOUGH_ROWS:
-        return fitted.errors(valid)
+        return [(train, valid)]
     from sklearn.model_selection import KFold
 
     folds = KFold(min(5, len(train.targets_nK)), shuffle=True, random_state=0).split(train.features_nF)
-    error_P: Doubles = np.mean([fit(train.some(seen)).errors(train.some(unseen)) for seen, unseen in folds], axis=0)
+    return [(train.some(seen), train.some(unseen)) for seen, unseen in folds]
+
+
+def errors_of_penalties(fit: Callable[[Rows], Fits], fitted: Fits, train: Rows, valid: Rows) -> Doubles:
+    """By which to choose (P), on rows as `held_out_by` says; `fitted` is `fit(train)`, which is not done twice."""
+    pairs = held_out_by(train, valid)
+    error_P: Doubles = np.mean([(fitted if seen is train else fit(seen)).errors(rest) for seen, rest in pairs], axis=0)
     return error_P
 
 
