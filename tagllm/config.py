@@ -325,12 +325,13 @@ class RunConfig(Section):
         return self.model_copy(update={"backbone": self.backbone.model_copy(update={"dtype": dtype})})
 
     def digest(self) -> str:
-        """sha256 of what shapes the learned rows; not of where they are written or how the work is spread."""
+        """sha256 of what shapes the learned rows; not of where they are written or how the work is spread. Nor of
+        defaults, so that a run goes on under a later version, which has more keys."""
         left_out = dict.fromkeys(("output", "checkpoint", "engine", "remember_gib", "remember_device_gib"), True)
         backbone, optim = {"gradient_checkpointing", "quantize"}, {"rows_per_micro_batch", "skipped_in_a_row"}
         text = {"generated_rows", "max_new_tokens", "beams", "spbleu_model", "comet_model"}
         spread = {"backbone": backbone, "optim": optim, "evaluation": text}
-        return digest_of(self.model_dump(mode="json", exclude={**left_out, **spread}))
+        return digest_of(self.model_dump(mode="json", exclude={**left_out, **spread}, exclude_defaults=True))
 
 
 def digest_of(value: Any) -> str:

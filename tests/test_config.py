@@ -289,6 +289,15 @@ def test_the_digest_is_of_what_shapes_the_rows_alone() -> None:
     assert parse_config(changed("seed", 0), "").digest() == digest, "a default said aloud is no change"
 
 
+def test_a_run_goes_on_under_a_version_with_more_keys() -> None:
+    class Later(RunConfig):
+        came_later: int = 0
+
+    values = parse_config(BASE, "").model_dump()
+    assert Later.model_validate(values).digest() == RunConfig.model_validate(values).digest()
+    assert Later.model_validate({**values, "came_later": 1}).digest() != RunConfig.model_validate(values).digest()
+
+
 def test_a_config_cannot_be_changed_later_and_survives_json() -> None:
     config = parse_config(BASE, "")
     with pytest.raises(ValueError, match="frozen"):
