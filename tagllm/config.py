@@ -326,7 +326,8 @@ class RunConfig(Section):
 
     def digest(self) -> str:
         """sha256 of what shapes the learned rows; not of where they are written or how the work is spread. Nor of
-        defaults, so that a run goes on under a later version, which has more keys."""
+        defaults, so that a run goes on under a later version, which has more keys: where a default is another one
+        there, config.yaml still has the old one, and differs."""
         left_out = dict.fromkeys(("output", "checkpoint", "engine", "remember_gib", "remember_device_gib"), True)
         backbone, optim = {"gradient_checkpointing", "quantize"}, {"rows_per_micro_batch", "skipped_in_a_row"}
         text = {"generated_rows", "max_new_tokens", "beams", "spbleu_model", "comet_model"}

@@ -15,6 +15,7 @@ from sklearn.model_selection import KFold
 
 from tagllm.config import HeadConfig
 from tagllm.data.batch import Counts
+from tagllm.evaluate import kernel_widths
 from tagllm.evaluate.closed_form import answers_of, fit_head
 from tagllm.evaluate.kernel_ridge import PENALTIES, RANK, KernelFits, Landmarks
 from tagllm.evaluate.kernel_widths import SOME_PENALTIES, SPREADS, choose_widths
@@ -62,14 +63,18 @@ def test_a_line_stays_a_line() -> None:
 
 def test_many_rows_are_fitted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """The width is chosen on some of them: a fit on 20,000 takes minutes."""
+    tried, held_out_by = list[int](), kernel_widths.held_out_by
     fitted, fit = list[int](), KernelFits.of
-    monkeypatch.setattr("tagllm.evaluate.kernel_widths.ROWS_FOR_WIDTH", 200)
+    monkeypatch.setattr(
+        kernel_widths, "held_out_by", lambda some, valid: tried.append(len(some.targets_nK)) or held_out_by(some, valid)
+    )
+    monkeypatch.setattr(kernel_widths, "ROWS_FOR_WIDTH", 200)
     monkeypatch.setattr(
         KernelFits, "of", lambda rows, width_SD: fitted.append(len(rows.targets_nK)) or fit(rows, width_SD)
     )
     train, valid = (rows(n, seed, curved=True) for seed, n in enumerate((600, 300)))
     head = fit_head(blank(landmarks=600), train, valid)
-    assert fitted == [600]
+    assert tried == [200] and fitted == [600]
     assert head.kernel is not None and len(head.kernel.landmarks_MF) == 600
     assert error(head, valid) < error(fit_head(blank(landmarks=600), train.some(np.arange(200)), valid), valid)
 
@@ -77,21 +82,19 @@ def test_many_rows_are_fitted_once(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("held_out", [300, 0], ids=["validation rows", "folds"])
 def test_the_width_is_the_best_that_kernel_ridge_regression_finds(held_out: int) -> None:
     train, valid = rows(250, 0, curved=True), rows(held_out, 1, curved=True)
+    folds = KFold(5, shuffle=True, random_state=0).split(train.features_nF)
+    pairs = [(train, valid)] if held_out else [(train.some(seen), train.some(unseen)) for seen, unseen in folds]
     one_F = train.features_nF.std(axis=0) * np.sqrt(2 * D)
 
+    def error_of(penalty: float, width_F: np.ndarray, seen: Rows, unseen: Rows) -> float:
+        mean_K = seen.targets_nK.mean(axis=0)
+        plain = KernelRidge(alpha=penalty, kernel=Matern(1.0, nu=1.5))
+        plain.fit(seen.features_nF / width_F, seen.targets_nK - mean_K)
+        return float(np.mean((plain.predict(unseen.features_nF / width_F) + mean_K - unseen.targets_nK) ** 2))
+
     def error_at(spread: float) -> float:
-        kernel = Matern(np.ones(D), nu=1.5)
-        scaled, width_F = lambda penalty: KernelRidge(alpha=penalty, kernel=kernel), one_F / np.sqrt(spread)
-        folds = KFold(5, shuffle=True, random_state=0).split(train.features_nF)
-        pairs = [(train, valid)] if held_out else [(train.some(seen), train.some(unseen)) for seen, unseen in folds]
-
-        def once(penalty: float, seen: Rows, unseen: Rows) -> float:
-            mean_K = seen.targets_nK.mean(axis=0)
-            fit = scaled(penalty).fit(seen.features_nF / width_F, seen.targets_nK - mean_K)
-            answers = fit.predict(unseen.features_nF / width_F) + mean_K
-            return float(np.mean((answers - unseen.targets_nK) ** 2))
-
-        return min(float(np.mean([once(penalty, *pair) for pair in pairs])) for penalty in SOME_PENALTIES)
+        width_F = one_F / np.sqrt(spread)
+        return min(np.mean([error_of(penalty, width_F, *pair) for pair in pairs]) for penalty in SOME_PENALTIES)
 
     best = min(SPREADS, key=error_at)
     assert best not in (SPREADS[0], SPREADS[-1]), "or else the test tells little"

@@ -298,6 +298,16 @@ def test_a_run_goes_on_under_a_version_with_more_keys() -> None:
     assert Later.model_validate({**values, "came_later": 1}).digest() != RunConfig.model_validate(values).digest()
 
 
+def test_a_run_does_not_go_on_under_a_version_with_another_default() -> None:
+    """A run folder holds every value; the config of a user does not."""
+
+    class Later(RunConfig):
+        seed: int = 7
+
+    held = parse_config(BASE, "").model_dump()
+    assert Later.model_validate(held).digest() != Later.model_validate(BASE).digest()
+
+
 def test_a_config_cannot_be_changed_later_and_survives_json() -> None:
     config = parse_config(BASE, "")
     with pytest.raises(ValueError, match="frozen"):

@@ -1,7 +1,7 @@
 """The widths of a kernel: one for all states, and then for each of them in turn, whichever answers held-out rows best.
 
-States differ in how far away a row may be and still say something: a drug tells of drugs much like it, a cell line of
-itself, and a state that knows nothing of the target should tell no rows apart, or all.
+States differ in how far away a row may be and still say something: a drug tells of drugs much like it, and a cell line
+of little but itself.
 
 n rows, m held out, F features (D of each of S states), K targets, P penalties.
 """
@@ -25,6 +25,7 @@ SMALLEST_DEVIATION, BOUNDLESS = 1e-7, 1e30
 ROWS_FOR_WIDTH = 4096
 """Training rows that widths are chosen on, at most; a fit on 20,000 takes minutes."""
 SOME_PENALTIES = PENALTIES[::2]
+"""Enough to tell widths apart; the final fit tries all."""
 
 
 def choose_widths(train: Rows, valid: Rows, num_states: int, landmarks: int) -> Tensor:
