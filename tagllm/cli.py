@@ -214,6 +214,9 @@ def baseline(
     tune_share: Annotated[float, typer.Option(min=0.001, max=1, help="Of that, for each rate tried.")] = 0.5,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings at the chosen rate; metrics are their mean.")] = 1,
     virtual: Annotated[int | None, typer.Option(min=1, help="Rows of prompt tuning; else those of the tag.")] = None,
+    fit_rows: Annotated[
+        int | None, typer.Option(min=1, help="Training rows of each closed-form fit, drawn evenly; else as in the run.")
+    ] = None,
     offline: Offline = False,
 ) -> None:
     """Train PEFT prompt tuning and LoRA, each with a head, on a run's own rows; eval and report then show them."""
@@ -221,7 +224,7 @@ def baseline(
     def work() -> None:
         from tagllm.baselines.command import Request, read_rates, run_baselines
 
-        run_baselines(run, Request(method or [], read_rates(lr), budget_s, tune_share, seeds, virtual))
+        run_baselines(run, Request(method or [], read_rates(lr), budget_s, tune_share, seeds, virtual, fit_rows))
 
     _run(work, offline)
 

@@ -15,6 +15,10 @@ from tagllm.baselines.prompts import Row, pad
 from tagllm.baselines.task import Task, open_task
 from tagllm.baselines.train import Clock, errors, refit, see, step
 from tagllm.config import BackboneConfig
+from tagllm.evaluate.closed_form import fit_head
+from tagllm.evaluate.ridge import Rows
+from tagllm.head import Head
+from tagllm.train.gradient_free import FIT_ROWS
 from tests.test_cli import Run, config, fails, folder, run
 
 pytest.importorskip("peft")
@@ -63,6 +67,21 @@ def test_what_is_done_is_not_done_again_and_other_settings_are_refused(finished:
     assert now["tuning"] == then["tuning"] and now["final"] == then["final"]
     other = run("baseline", finished, "--lr", "1e-3", "--budget-s", "9", "--method", "lora")
     fails(other, "lora.json", "budget_s 0.5 and not 9")
+
+
+def test_fits_see_no_more_rows_than_asked(finished: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def fit(head: Head, train: Rows, valid: Rows) -> Head:
+        seen.append(len(train.targets_nK))
+        return fit_head(head, train, valid)
+
+    monkeypatch.setattr("tagllm.baselines.train.fit_head", fit)
+    (finished / "baselines" / "lora.json").unlink(missing_ok=True)  # of other tests: they share the folder
+    told = run("baseline", finished, *QUICK, "--method", "lora", "--fit-rows", 10)
+    assert told.exit_code == 0, told.output
+    assert seen and set(seen) == {10}
+    fails(run("baseline", finished, *QUICK, "--method", "lora"), "lora.json", "fit_rows 10 and not None")
 
 
 def test_mistakes(finished: Path, run: Run, folder: Path) -> None:
@@ -118,14 +137,14 @@ def test_the_closed_form_head_is_kept_unless_the_trained_one_is_clearly_better(t
     valid = see(model, task.rows("valid", method), 8)
     expected = (torch.from_numpy(valid.targets_nK) - task.head.mean_K) / task.head.std_K
     before_n = errors(model.head.as_head(), valid)
-    head, kept, loss = refit(model, task, method, valid)
+    head, kept, loss = refit(model, task, method, valid, FIT_ROWS)
     assert loss == pytest.approx(float(errors(head, valid).mean()))
     assert kept, f"{before_n.mean()} of a head that knows nothing, {loss} of the fit"
     known = torch.cat([torch.from_numpy(valid.rows(head.spec.reads).features_nF), torch.ones(len(expected), 1)], dim=1)
     answer = torch.linalg.lstsq(known, expected, driver="gelsd").solution.T
     weight_KF, bias_K = model.head.unfolded(answer[:, :-1], answer[:, -1])
     model.overwrite(model.learned() | {"head.weight_KF": weight_KF, "head.bias_K": bias_K})
-    _, kept, loss = refit(model, task, method, valid)
+    _, kept, loss = refit(model, task, method, valid, FIT_ROWS)
     assert not kept and loss < 0.01, "it knew every answer of the validation split"
 
 

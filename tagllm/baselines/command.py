@@ -22,6 +22,7 @@ from tagllm.evaluate.metrics import intervals, value_metrics
 from tagllm.files import RunLock
 from tagllm.head import Head
 from tagllm.origin import origin
+from tagllm.train.gradient_free import FIT_ROWS
 from tagllm.train.monitor import peak_memory_gib
 from tagllm.train.run_folder import read_config
 
@@ -29,7 +30,8 @@ from tagllm.train.run_folder import read_config
 class Request(NamedTuple):
     """`methods`: all that fit the run if empty. `rates`: those of the method if empty. `budget_s`: seconds of one
     training, those of the run's own if None; tuning gets `tune_share` of it. `seeds`: final trainings, from the run's
-    seed on. `virtual`: rows of prompt tuning, those of the run's function tags if None."""
+    seed on. `virtual`: rows of prompt tuning, those of the run's function tags if None. `fit_rows`: training rows that
+    a head is fitted on in closed form, at most; as many as the run's own fits see if None."""
 
     methods: Sequence[str]
     rates: Sequence[float]
@@ -37,6 +39,7 @@ class Request(NamedTuple):
     tune_share: float
     seeds: int
     virtual: int | None
+    fit_rows: int | None
 
 
 def read_rates(text: str) -> list[float]:
@@ -84,7 +87,8 @@ def _compare(task: Task, method: Method, request: Request) -> None:
     budget_s = task.seconds if request.budget_s is None else request.budget_s
     virtual = request.virtual or task.virtual
     learns = {"virtual": virtual, "init": "SAMPLE_VOCAB"} if method.virtual else {"rank": RANK, "alpha": ALPHA}
-    settings = {"config_digest": task.config.digest(), "budget_s": budget_s, "tune_share": request.tune_share, **learns}
+    settings = {"config_digest": task.config.digest(), "budget_s": budget_s, "tune_share": request.tune_share}
+    settings |= {"fit_rows": request.fit_rows, **learns}
     record = Record(task.run, method.key, method.name, settings)
     longest = max(len(row.ids) for row in task.rows("train", method)) if method.virtual else 0
     if longest + virtual > task.backbone.max_tokens:
@@ -97,7 +101,7 @@ def _compare(task: Task, method: Method, request: Request) -> None:
         entry = record.entry("tuning", str(rate))
         if entry is None:
             seconds = budget_s * request.tune_share
-            _, trained, _ = _train(task, method, virtual, rate, seconds, task.config.seed, looks=1)
+            _, trained, _ = _train(task, method, settings, rate, seconds, task.config.seed, looks=1)
             entry = trained._asdict()
             record.add("tuning", str(rate), entry)
         losses[rate] = entry["valid_loss"]
@@ -125,8 +129,7 @@ def _final(task: Task, method: Method, request: Request, record: Record, rate: f
     entry = record.entry("final", key)
     if entry is None:
         settings = record.document["settings"]
-        virtual = settings.get("virtual", 0)
-        model, trained, head = _train(task, method, virtual, rate, settings["budget_s"], seed)
+        model, trained, head = _train(task, method, settings, rate, settings["budget_s"], seed)
         test = see(model, task.rows("test", method), task.config.evaluation.rows_per_batch).rows(head.spec.reads)
         answer_nK, targets_nK = answers_of(head, test.features_nF), test.targets_nK
         entry = trained._asdict() | {
@@ -139,10 +142,10 @@ def _final(task: Task, method: Method, request: Request, record: Record, rate: f
 
 
 def _train(
-    task: Task, method: Method, virtual: int, rate: float, budget_s: float, seed: int, looks: int = LOOKS
+    task: Task, method: Method, settings: dict[str, Any], rate: float, budget_s: float, seed: int, looks: int = LOOKS
 ) -> tuple[Adapted, Trained, Head]:
-    model = Adapted(task.backbone.model, method, task.head, virtual, seed)
-    return model, *train(model, task, method, rate, budget_s, seed, looks)
+    model = Adapted(task.backbone.model, method, task.head, settings.get("virtual", 0), seed)
+    return model, *train(model, task, method, rate, budget_s, seed, settings.get("fit_rows") or FIT_ROWS, looks)
 
 
 def _pace(entry: dict[str, Any]) -> str:

@@ -25,7 +25,7 @@ from tagllm.evaluate.features import Features
 from tagllm.evaluate.ridge import clearly_better
 from tagllm.head import Head
 from tagllm.model.loss import value_losses
-from tagllm.train.gradient_free import FIT_ROWS, SCALE_ROWS, SOME_ROWS
+from tagllm.train.gradient_free import SCALE_ROWS, SOME_ROWS
 from tagllm.train.rows import StepRows
 from tagllm.train.schedule import lr_factor, total_steps
 
@@ -70,16 +70,27 @@ class Clock:
 
 
 def train(
-    model: Adapted, task: Task, method: Method, rate: float, budget_s: float, seed: int, looks: int = LOOKS
+    model: Adapted,
+    task: Task,
+    method: Method,
+    rate: float,
+    budget_s: float,
+    seed: int,
+    fit_rows: int,
+    looks: int = LOOKS,
 ) -> tuple[Trained, Head]:
     """Leaves `model` in the state that is best on validation with its head refitted, which comes with it; so many
-    `looks` are taken."""
+    `looks` are taken, and fits see `fit_rows` training rows at most."""
     config, untagged = task.config, task.untagged(method)
     valid, optim = task.rows("valid", method), config.optim
     rows = StepRows(config.model_copy(update={"seed": seed}), task.data.splits["train"], 0, 1)
     optimizer = torch.optim.AdamW(model.groups(rate, optim.head_lr), betas=optim.betas, weight_decay=0.0)
     clock = Clock(budget_s, MOST_EPOCHS * total_steps(optim, rows.rows_per_epoch))
     scale_head(model, task, method)
+
+    def look(limit: int) -> tuple[Head, bool, float]:
+        return refit(model, task, method, see(model, valid, config.evaluation.rows_per_batch), limit)
+
     best_loss, best_step, best, skipped, evaluated = math.inf, 0, model.learned(), 0, 0
     while (at := len(clock.seconds)) < (total := clock.total()):
         began = time.perf_counter()
@@ -92,14 +103,14 @@ def train(
         done, total = at + 1, clock.total()
         if done < total and done * looks >= (evaluated + 1) * total:
             evaluated = done * looks // total
-            _, _, loss = refit(model, task, method, see(model, valid, config.evaluation.rows_per_batch), SOME_ROWS)
+            _, _, loss = look(min(fit_rows, SOME_ROWS))
             if loss < best_loss:
                 best_loss, best_step, best = loss, done, model.learned()
     steps = len(clock.seconds)
-    head, refitted, loss = refit(model, task, method, see(model, valid, config.evaluation.rows_per_batch))
+    head, refitted, loss = look(fit_rows)
     if best_loss < loss:
         model.overwrite(best)
-        head, refitted, loss = refit(model, task, method, see(model, valid, config.evaluation.rows_per_batch))
+        head, refitted, loss = look(fit_rows)
     else:
         best_step = steps
     learns = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -154,9 +165,7 @@ def scale_head(model: Adapted, task: Task, method: Method) -> None:
         model.head.set_scale_of(torch.from_numpy(means_nD))
 
 
-def refit(
-    model: Adapted, task: Task, method: Method, valid: Features, limit: int = FIT_ROWS
-) -> tuple[Head, bool, float]:
+def refit(model: Adapted, task: Task, method: Method, valid: Features, limit: int) -> tuple[Head, bool, float]:
     """The head as it is to be used: fitted in closed form on `limit` training rows, unless the trained one is clearly
     better on validation, as the run does. Whether it is the fit, and the loss on validation. The model stays as it is.
     """
