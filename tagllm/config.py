@@ -64,6 +64,12 @@ class HeadConfig(Section):
     each in a width of its own, where that answers validation better. Tags still learn through the linear head."""
     landmarks: Count = 2048
     """Training rows that the kernel is seen from, all if there are no more; the library holds what they read."""
+    censored_below: float | None = None
+    """A target no greater than this says only that the value is no greater, as where a drug binds too weakly for an
+    assay to tell how weakly. Closed-form fits take it so (a Tobit model), and answer with what would be measured. Tags
+    learn, and what is to be chosen is chosen, on targets as they stand."""
+    censored_above: float | None = None
+    """The same of a target no smaller than this."""
     refit: bool = True
     """Fit in closed form at each evaluation and at the end, and keep that unless the trained head is better on
     validation by more than chance (regression only)."""
@@ -93,7 +99,19 @@ class HeadConfig(Section):
             raise ValueError(
                 f"kernel is {self.kernel}, which only a regression with refit: true has; set kernel: linear"
             )
+        low, high = self.censored_below, self.censored_above
+        if self.censored and (self.classes or not self.refit):
+            key, value = ("censored_below", low) if low is not None else ("censored_above", high)
+            raise ValueError(f"{key} is {value}, which only a regression with refit: true has; leave it out")
+        if low is not None and high is not None and low >= high:
+            raise ValueError(
+                f"censored_below is {low} and censored_above {high}; no target lies between them. Leave one of them out"
+            )
         return self
+
+    @property
+    def censored(self) -> bool:
+        return self.censored_below is not None or self.censored_above is not None
 
 
 class TagConfig(Section):

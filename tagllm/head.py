@@ -67,6 +67,25 @@ class Kernel(NamedTuple):
         return similarity(features_BF, self.landmarks_MF, self.width_SD) @ self.weight_KM.T
 
 
+def measured(values_BK: Tensor, noise_K: Tensor, spec: HeadConfig, mean_K: Tensor, std_K: Tensor) -> Tensor:
+    """What is expected to be measured where values lie so with normal noise and what is beyond a limit reads as the
+    limit: low + noise g((value - low) / noise) with g(x) = x Phi(x) + phi(x), and likewise above. All standardised."""
+    found_BK, exact_BK, noise_K = values_BK.double(), values_BK.double(), noise_K.double()
+    if spec.censored_below is not None:
+        low_K = (spec.censored_below - mean_K.double()) / std_K
+        found_BK = low_K + noise_K * _mean_above_0((exact_BK - low_K) / noise_K)
+    if spec.censored_above is not None:
+        high_K = (spec.censored_above - mean_K.double()) / std_K
+        found_BK = found_BK - noise_K * _mean_above_0((exact_BK - high_K) / noise_K)
+    return found_BK.to(values_BK.dtype)
+
+
+def _mean_above_0(x: Tensor) -> Tensor:
+    """Of max(0, x + noise) where the noise is standard normal."""
+    mean: Tensor = x * torch.special.ndtr(x) + torch.exp(-x.square() / 2) / (2 * torch.pi) ** 0.5
+    return mean.clamp(min=0)
+
+
 @dataclass(frozen=True)
 class Head:
     """A map from hidden states to standardised targets, linear plus that of a kernel if there is one; `mean` and `std`
@@ -80,6 +99,9 @@ class Head:
     kernel: Kernel | None = None
     num_pools: int = 1
     """So many means over fields are read side by side of each layer."""
+    noise_K: Tensor | None = None
+    """Of targets around values, standardised, where the head was fitted to censored ones: it answers with what would be
+    measured."""
 
     @classmethod
     def new(cls, spec: HeadConfig, hidden_size: int, num_pools: int = 1) -> Head:
@@ -90,14 +112,23 @@ class Head:
     def blank(self) -> Head:
         """The same before it learned anything but the mean and spread of its targets."""
         return replace(
-            self, weight_KF=torch.zeros_like(self.weight_KF), bias_K=torch.zeros_like(self.bias_K), kernel=None
+            self,
+            weight_KF=torch.zeros_like(self.weight_KF),
+            bias_K=torch.zeros_like(self.bias_K),
+            kernel=None,
+            noise_K=None,
         )
+
+    def values(self, features_BF: Tensor) -> Tensor:
+        """(B, K), standardised."""
+        values_BK = features_BF @ self.weight_KF.T + self.bias_K
+        return values_BK if self.kernel is None else values_BK + self.kernel(features_BF)
 
     def answer(self, features_BF: Tensor) -> Tensor:
         """(B, K) in units of the data, of a regression."""
-        values_BK = features_BF @ self.weight_KF.T + self.bias_K
-        if self.kernel is not None:
-            values_BK = values_BK + self.kernel(features_BF)
+        values_BK = self.values(features_BF)
+        if self.noise_K is not None:
+            values_BK = measured(values_BK, self.noise_K, self.spec, self.mean_K, self.std_K)
         return values_BK * self.std_K + self.mean_K
 
     def tensors(self) -> dict[str, Tensor]:
@@ -106,6 +137,8 @@ class Head:
         if self.kernel is not None:
             kernel = self.kernel
             found |= {"landmarks": kernel.landmarks_MF, "width": kernel.width_SD, "kernel_weight": kernel.weight_KM}
+        if self.noise_K is not None:
+            found["noise"] = self.noise_K
         return found
 
 

@@ -232,6 +232,7 @@ def _rebuild(
             tensor("head.std", outputs),
             kernel,
             pools,
+            tensor("head.noise", outputs) if f"{name}.head.noise" in tensors else None,
         )
     return Tag(name, described["kind"], rows, head, dict(described["about"]))
 

@@ -136,7 +136,7 @@ def test_all_rows_as_landmarks_are_kernel_ridge_regression(spread: float) -> Non
     width = torch.from_numpy(train.features_nF.std(axis=0, keepdims=True) * np.sqrt(2 * D / spread)).float()
     landmarks = Landmarks.of(train.features_nF, len(train.targets_nK), width)
     fit = fit_ridge(landmarks.rows(train), landmarks.rows(valid), one_scale=True)
-    found = landmarks.kernel(fit)(torch.from_numpy(valid.features_nF)).numpy() + fit.bias_K
+    found = landmarks.kernel(fit.weight_KF)(torch.from_numpy(valid.features_nF)).numpy() + fit.bias_K
     width_F = width[0].numpy()
     kernel = Matern(1.0, nu=1.5)(train.features_nF / width_F)
     mean_n = kernel.mean(axis=0)
@@ -165,7 +165,7 @@ def test_every_penalty_is_kernel_ridge_regression(monkeypatch: pytest.MonkeyPatc
     for at, penalty in enumerate(PENALTIES):
         plain = KernelRidge(alpha=penalty, kernel="precomputed").fit(kernel, train.targets_nK - mean_K)
         expected = plain.predict(across).reshape(-1, outputs)
-        found = fits.kernel(at)(torch.from_numpy(valid.features_nF)).numpy()
+        found = fits.fit(at, train.targets_nK, 0.0).kernel()(torch.from_numpy(valid.features_nF)).numpy()
         assert np.isfinite(found).all() and np.std(found - expected) < 0.01 * np.std(expected), penalty
 
 

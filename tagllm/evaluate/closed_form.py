@@ -11,48 +11,50 @@ from functools import partial
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from tagllm.evaluate.kernel_ridge import KernelFits, Landmarks
+from tagllm.evaluate.censored import Limits, beyond_limits, noise_of
+from tagllm.evaluate.kernel_ridge import KernelFit, KernelFits, LandmarkFit, Landmarks
 from tagllm.evaluate.kernel_widths import choose_widths
-from tagllm.evaluate.ridge import Floats, Rows, errors_of_penalties, fit_ridge
-from tagllm.head import Head, Kernel, num_states
+from tagllm.evaluate.ridge import Floats, RidgeFit, Rows, errors_of_penalties, fit_ridge
+from tagllm.head import Head, num_states
 
 
 def fit_head(head: Head, train: Rows, valid: Rows) -> Head:
-    """`head` with weights in closed form of `train`; what has to be chosen is chosen as `held_out_by` says. Targets
-    are in units of the data."""
+    """`head` with weights in closed form of `train`; what has to be chosen is chosen as `held_out_by` says, as if no
+    target were censored. Targets are in units of the data."""
+    limits, limits_held_out = (_limits(rows, head) for rows in (train, valid))
     train, valid = (_standardised(rows, head) for rows in (train, valid))
-    linear = fit_ridge(train, valid)
-    weight_KF, bias_K = torch.from_numpy(linear.weight_KF), torch.from_numpy(linear.bias_K)
+    fit: RidgeFit | KernelFit | LandmarkFit = fit_ridge(train, valid)
     if head.spec.kernel != "linear":
-        kernel, kernel_bias_K, error = _best_kernel(head, train, valid)
-        if error < linear.error:  # not so where it is no number
-            return replace(head, weight_KF=torch.zeros_like(weight_KF), bias_K=kernel_bias_K, kernel=kernel)
-    return replace(head, weight_KF=weight_KF, bias_K=bias_K, kernel=None)
+        kernel = _best_kernel(head, train, valid)
+        if kernel.error < fit.error:  # not so where it is no number
+            fit = kernel
+    if not head.spec.censored:
+        return _filled(head, fit)
+    latent = _filled(head, beyond_limits(fit, train.targets_nK, limits))
+    values_nK = latent.values(torch.from_numpy(valid.features_nF)).numpy()
+    noise_K = noise_of(values_nK, valid.targets_nK, limits_held_out, otherwise=fit.error**0.5)
+    return replace(latent, noise_K=torch.from_numpy(noise_K))
 
 
-def _best_kernel(head: Head, train: Rows, valid: Rows) -> tuple[Kernel, Tensor, float]:
-    """With bias (K) and error."""
+def _filled(head: Head, fit: RidgeFit | KernelFit | LandmarkFit) -> Head:
+    if isinstance(fit, RidgeFit):
+        weight_KF, bias_K = torch.from_numpy(fit.weight_KF), torch.from_numpy(fit.bias_K)
+        return replace(head, weight_KF=weight_KF, bias_K=bias_K, kernel=None)
+    return replace(head, weight_KF=torch.zeros_like(head.weight_KF), bias_K=fit.bias_K, kernel=fit.kernel())
+
+
+def _best_kernel(head: Head, train: Rows, valid: Rows) -> KernelFit | LandmarkFit:
+    """Seen from landmarks only where these are far fewer than the rows: from all of them it takes far longer."""
     width_SD = choose_widths(train, valid, num_states(head.spec, head.num_pools), head.spec.landmarks)
     if head.spec.landmarks < len(train.targets_nK):
-        return _on_landmarks(train, valid, width_SD, head.spec.landmarks)
-    return _on_every_row(train, valid, width_SD)
-
-
-def _on_every_row(train: Rows, valid: Rows, width_SD: Tensor) -> tuple[Kernel, Tensor, float]:
+        landmarks = Landmarks.of(train.features_nF, head.spec.landmarks, width_SD)
+        return LandmarkFit(landmarks, fit_ridge(landmarks.rows(train), landmarks.rows(valid), one_scale=True))
     fit = partial(KernelFits.of, width_SD=width_SD)
     fitted = fit(train)
     error_P = errors_of_penalties(fit, fitted, train, valid)
     best = int(np.argmin(error_P))
-    return fitted.kernel(best), fitted.mean_K, float(error_P[best])
-
-
-def _on_landmarks(train: Rows, valid: Rows, width_SD: Tensor, number: int) -> tuple[Kernel, Tensor, float]:
-    """Seen from so many of the rows, which must be far fewer: with all of them it takes far longer than the above."""
-    landmarks = Landmarks.of(train.features_nF, number, width_SD)
-    fit = fit_ridge(landmarks.rows(train), landmarks.rows(valid), one_scale=True)
-    return landmarks.kernel(fit), torch.from_numpy(fit.bias_K), fit.error
+    return fitted.fit(best, train.targets_nK, float(error_P[best]))
 
 
 def answers_of(head: Head, features_nF: Floats) -> Floats:
@@ -72,3 +74,11 @@ def squared_errors(head: Head, values_nK: Floats, targets_nK: Floats) -> Floats:
 def _standardised(rows: Rows, head: Head) -> Rows:
     mean_K, std_K = head.mean_K.numpy(), head.std_K.numpy()
     return Rows(rows.features_nF, (rows.targets_nK - mean_K) / std_K)
+
+
+def _limits(rows: Rows, head: Head) -> Limits:
+    below, above = head.spec.censored_below, head.spec.censored_above
+    low, high = -np.inf if below is None else below, np.inf if above is None else above
+    mean_K, std_K = head.mean_K.numpy(), head.std_K.numpy()
+    targets_nK = rows.targets_nK
+    return Limits(targets_nK <= low, targets_nK >= high, (low - mean_K) / std_K, (high - mean_K) / std_K)

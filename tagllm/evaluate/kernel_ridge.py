@@ -81,6 +81,7 @@ class KernelFits(NamedTuple):
     width_SD: Tensor
     weight_PnK: Tensor
     mean_K: Tensor
+    system: KernelSystem
 
     @classmethod
     def of(cls, rows: Rows, width_SD: Tensor) -> KernelFits:
@@ -90,7 +91,7 @@ class KernelFits(NamedTuple):
         weights = [torch.zeros_like(targets_nK)]
         for penalty in PENALTIES:
             weights.append(system.solve(targets_nK - mean_K, float(penalty), weights[-1]))
-        return cls(at_nF, width_SD, torch.stack(weights[1:]), mean_K)
+        return cls(at_nF, width_SD, torch.stack(weights[1:]), mean_K, system)
 
     def errors(self, held_out: Rows) -> Doubles:
         features_mF, targets_mK = (torch.from_numpy(column).float() for column in held_out)
@@ -98,9 +99,38 @@ class KernelFits(NamedTuple):
         error_P: Doubles = (values_PmK - targets_mK).square().mean(dim=(1, 2)).double().numpy()
         return error_P
 
-    def kernel(self, best: int) -> Kernel:
-        """Its answers but for the mean."""
-        return Kernel(self.at_nF, self.width_SD, self.weight_PnK[best].T.contiguous())
+    def fit(self, at: int, targets_nK: Floats, error: float) -> KernelFit:
+        """With the penalty of this number, which had this error; of the targets it was made of."""
+        return KernelFit(self, at, torch.from_numpy(targets_nK), self.weight_PnK[at], self.mean_K, error)
+
+
+class KernelFit(NamedTuple):
+    """A kernel at one penalty, on every row."""
+
+    fits: KernelFits
+    at: int
+    """The number of its penalty."""
+    targets_nK: Tensor
+    weight_nK: Tensor
+    bias_K: Tensor
+    error: float
+    """Mean squared error by which the penalty was chosen."""
+
+    def again(self, targets_nK: Floats) -> KernelFit:
+        """Of other targets of the same rows."""
+        other_nK = torch.from_numpy(targets_nK)
+        mean_K = other_nK.mean(dim=0)
+        weight_nK = self.fits.system.solve(other_nK - mean_K, float(PENALTIES[self.at]), self.weight_nK)
+        return self._replace(targets_nK=other_nK, weight_nK=weight_nK, bias_K=mean_K)
+
+    def own_values(self) -> Floats:
+        """What it answers to the rows it was fitted on (n, K): the weights times the penalty are what it leaves."""
+        values_nK: Floats = (self.targets_nK - float(PENALTIES[self.at]) * self.weight_nK).numpy()
+        return values_nK
+
+    def kernel(self) -> Kernel:
+        """Its answers but for the bias."""
+        return Kernel(self.fits.at_nF, self.fits.width_SD, self.weight_nK.T.contiguous())
 
 
 class Landmarks(NamedTuple):
@@ -127,8 +157,35 @@ class Landmarks(NamedTuple):
         features_Mn = torch.linalg.solve_triangular(self.root_MM, seen_Mn, upper=False)
         return Rows(features_Mn.T.numpy(), rows.targets_nK)
 
-    def kernel(self, fit: RidgeFit) -> Kernel:
-        """Its answers but for the bias."""
-        weight_MK = torch.from_numpy(fit.weight_KF.T).double()
+    def kernel(self, weight_KF: Floats) -> Kernel:
+        """Of weights of the features."""
+        weight_MK = torch.from_numpy(weight_KF.T).double()
         weight_MK = torch.linalg.solve_triangular(self.root_MM.T, weight_MK, upper=True)
         return Kernel(self.at_MF, self.width_SD, weight_MK.T.float().contiguous())
+
+
+class LandmarkFit(NamedTuple):
+    """A kernel as seen from landmarks, at one penalty."""
+
+    landmarks: Landmarks
+    ridge: RidgeFit
+
+    @property
+    def error(self) -> float:
+        return self.ridge.error
+
+    @property
+    def bias_K(self) -> Tensor:
+        return torch.from_numpy(self.ridge.bias_K)
+
+    def again(self, targets_nK: Floats) -> LandmarkFit:
+        """Of other targets of the same rows."""
+        return self._replace(ridge=self.ridge.again(targets_nK))
+
+    def own_values(self) -> Floats:
+        """What it answers to the rows it was fitted on (n, K)."""
+        return self.ridge.own_values()
+
+    def kernel(self) -> Kernel:
+        """Its answers but for the bias."""
+        return self.landmarks.kernel(self.ridge.weight_KF)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tagllm.head import Head, Kernel, states_read
+from tagllm.head import Head, Kernel, measured, states_read
 
 SMALLEST_SCALE = 1e-4
 """Of a feature that hardly differs from row to row."""
@@ -20,13 +20,14 @@ class HeadModule(nn.Module):
     It learns on standardised means over the fields too, once it was told their centre and scale: hidden states have an
     offset that all rows share and is far larger than what tells them apart, so that a step on them as they are hardly
     does more than move the mean. `folded` gives the map on hidden states as they are, which is what a `Head` holds.
-    The kernel of a loaded head stays as it is.
+    The kernel of a loaded head stays as it is, and so does the noise of one that was fitted to censored targets.
     """
 
     mean_K: Tensor
     std_K: Tensor
     center_F: Tensor
     scale_F: Tensor
+    noise_K: Tensor | None
 
     def __init__(self, head: Head) -> None:
         super().__init__()
@@ -37,6 +38,7 @@ class HeadModule(nn.Module):
         self.register_buffer("std_K", head.std_K.clone())
         self.register_buffer("center_F", torch.zeros_like(head.weight_KF[0]))
         self.register_buffer("scale_F", torch.ones_like(head.weight_KF[0]))
+        self.register_buffer("noise_K", None if head.noise_K is None else head.noise_K.clone())
         self.has_kernel = head.kernel is not None
         for name, part in head.kernel._asdict().items() if head.kernel else ():
             self.register_buffer(name, part.clone())
@@ -44,7 +46,11 @@ class HeadModule(nn.Module):
     def forward(self, last_BD: Tensor, mean_BD: Tensor) -> Tensor:
         features_BF = torch.cat(states_read(self.spec.reads, last_BD, mean_BD), dim=1)
         values_BK = ((features_BF - self.center_F) / self.scale_F) @ self.weight_KF.T + self.bias_K
-        return values_BK if (kernel := self.kernel()) is None else values_BK + kernel(features_BF)
+        if (kernel := self.kernel()) is not None:
+            values_BK = values_BK + kernel(features_BF)
+        if self.noise_K is not None:
+            values_BK = measured(values_BK, self.noise_K, self.spec, self.mean_K, self.std_K)
+        return values_BK
 
     def kernel(self) -> Kernel | None:
         return Kernel(*(getattr(self, name) for name in Kernel._fields)) if self.has_kernel else None
@@ -53,7 +59,8 @@ class HeadModule(nn.Module):
         """What it has learned, on the CPU."""
         weight_KF, bias_K = (part.cpu() for part in self.folded(self.weight_KF.detach(), self.bias_K.detach()))
         kernel = Kernel(*(part.cpu() for part in kernel)) if (kernel := self.kernel()) else None
-        return Head(self.spec, weight_KF, bias_K, self.mean_K.cpu(), self.std_K.cpu(), kernel, self.num_pools)
+        noise_K = None if self.noise_K is None else self.noise_K.cpu()
+        return Head(self.spec, weight_KF, bias_K, self.mean_K.cpu(), self.std_K.cpu(), kernel, self.num_pools, noise_K)
 
     def folded(self, weight_KF: Tensor, bias_K: Tensor) -> tuple[Tensor, Tensor]:
         """Parameters of this module -> weight and bias on features as they are."""
