@@ -39,6 +39,7 @@ class BackboneConfig(Section):
 
 
 Reads = Literal["last", "mean", "both"]
+Pool = Literal["together", "apart", "each"]
 Kernels = Literal["linear", "anova"]
 
 
@@ -50,9 +51,11 @@ class HeadConfig(Section):
     classes: list[str] | None = None
     reads: Reads = "last"
     """The hidden state of the tag's last row, the mean over the domain spans before it, or both side by side."""
-    pool: Literal["together", "apart"] = "together"
+    pool: Pool = "together"
     """One mean over all fields, or one over those behind each domain tag (a field without a tag by itself), side by
-    side: a small molecule does not vanish beside a protein."""
+    side: a small molecule does not vanish beside a protein. `each`: one over each field, so that two drugs stay two."""
+    symmetric: bool = False
+    """For the kernel, fields behind the same domain tag may trade places: drug A with drug B is B with A."""
     layers: list[Annotated[int, Field(ge=0)]] = []
     """The means are of the states behind these layers of the backbone, side by side (0: the embeddings); none: of the
     last one. Layers in the middle may tell more of a molecule. The tag's own state is of the last one always."""
@@ -90,6 +93,11 @@ class HeadConfig(Section):
         if self.layers and self.reads == "last":
             raise ValueError(
                 f"layers is {self.layers}, but reads is last, and layers are of the means; set reads: both or mean"
+            )
+        if self.symmetric and (self.pool != "each" or self.kernel == "linear" or self.reads == "last"):
+            raise ValueError(
+                f"symmetric is true, but pool is {self.pool}, kernel {self.kernel} and reads {self.reads}; a kernel of "
+                "fields that may trade places needs pool: each, kernel: anova and reads: both or mean"
             )
         if self.lengths and self.reads == "last":
             raise ValueError("lengths is true, but reads is last, and lengths are of fields; set reads: both or mean")

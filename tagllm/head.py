@@ -7,6 +7,8 @@ pool; then the length of each pool, if asked), each of D features, the hidden si
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
@@ -97,17 +99,17 @@ class Head:
     mean_K: Tensor
     std_K: Tensor
     kernel: Kernel | None = None
-    num_pools: int = 1
-    """So many means over fields are read side by side of each layer."""
+    pools: tuple[int, ...] = (0,)
+    """The means over fields that are read side by side of each layer: each the number of the domain tag it is of."""
     noise_K: Tensor | None = None
     """Of targets around values, standardised, where the head was fitted to censored ones: it answers with what would be
     measured."""
 
     @classmethod
-    def new(cls, spec: HeadConfig, hidden_size: int, num_pools: int = 1) -> Head:
-        features, outputs = hidden_size * num_states(spec, num_pools), spec.outputs
+    def new(cls, spec: HeadConfig, hidden_size: int, pools: tuple[int, ...] = (0,)) -> Head:
+        features, outputs = hidden_size * len(States.of(spec, pools).kinds), spec.outputs
         zeros = torch.zeros(outputs)
-        return cls(spec, torch.zeros(outputs, features), zeros, zeros.clone(), torch.ones(outputs), num_pools=num_pools)
+        return cls(spec, torch.zeros(outputs, features), zeros, zeros.clone(), torch.ones(outputs), pools=pools)
 
     def blank(self) -> Head:
         """The same before it learned anything but the mean and spread of its targets."""
@@ -144,6 +146,50 @@ class Head:
 
 def num_states(spec: HeadConfig, num_pools: int) -> int:
     return sum(states_read(spec.reads, 1, num_means(num_pools, spec.layers) + num_pools * spec.lengths))
+
+
+class States(NamedTuple):
+    """What a head reads side by side."""
+
+    kinds: tuple[int, ...]
+    """States of one number tell the same of one field or another."""
+    orders: tuple[tuple[int, ...], ...]
+    """All in which they are taken for the same, the one they have first: of `symmetric` heads fields behind the same
+    domain tag may trade places."""
+
+    @classmethod
+    def of(cls, spec: HeadConfig, pools: Sequence[int]) -> States:
+        """
+        Raises:
+            UserError: more orders than a kernel can be computed for.
+        """
+        total, per_block = num_states(spec, len(pools)), len(pools)
+        own = range(0 if spec.reads == "mean" else 1)
+        if not spec.symmetric:
+            return cls(tuple(range(total)), (tuple(range(total)),))
+        starts = range(len(own), total, per_block)
+        kinds = (*own, *(start + pool for start in starts for pool in pools))
+        orders = [(*own, *(start + at for start in starts for at in trade)) for trade in _trades(pools)]
+        return cls(kinds, tuple(dict.fromkeys(orders)))
+
+
+MOST_ORDERS = 24
+"""A kernel is computed for each of them; four fields have so many."""
+
+
+def _trades(pools: Sequence[int]) -> list[tuple[int, ...]]:
+    """What stands at each place where those of one number trade theirs, in all ways."""
+    members = [[at for at, other in enumerate(pools) if other == pool] for pool in dict.fromkeys(pools)]
+    if (ways := math.prod(math.factorial(len(some)) for some in members)) > MOST_ORDERS:
+        raise UserError(
+            f"head.symmetric is true, but {max(map(len, members))} fields stand behind one domain tag, which is {ways} "
+            f"orders; {MOST_ORDERS} can be computed. Leave symmetric out, or use pool: apart."
+        )
+    trades = []
+    for ordered in itertools.product(*map(itertools.permutations, members)):
+        place = dict(zip(itertools.chain(*members), itertools.chain(*ordered), strict=True))
+        trades.append(tuple(place[at] for at in range(len(pools))))
+    return trades
 
 
 def num_means(num_pools: int, layers: Sequence[int]) -> int:

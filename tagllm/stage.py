@@ -14,7 +14,7 @@ from tagllm.data.encode import TagLayout
 from tagllm.errors import UserError, did_you_mean
 from tagllm.model.loss import Weights
 from tagllm.tags import NAME, Tag, TagLibrary
-from tagllm.template import OUTPUT, SPAN, Template, marks_of, num_pools, parse_template
+from tagllm.template import OUTPUT, SPAN, Template, all_pools, marks_of, parse_template, pool_of
 
 
 class Stage(NamedTuple):
@@ -46,7 +46,7 @@ class Stage(NamedTuple):
             spec = head.spec if head else tags[name].head
             if spec is not None:
                 heads[name] = spec
-        pools = num_pools(self.templates, self.kinds, heads.values())
+        pools = all_pools(self.templates, self.kinds, pool_of(heads.values()))
         return TagLayout.of(vocabulary_size, self.kinds, lengths, self.learned, heads, pools)
 
     def collator(self, layout: TagLayout, free_spans: bool) -> Collator:

@@ -188,7 +188,7 @@ class TagLibrary:
 
 def _describe(tag: Tag) -> dict[str, Any]:
     head = tag.head.spec.model_dump(mode="json") if tag.head else None
-    pools = {"pools": tag.head.num_pools} if tag.head else {}
+    pools = {"pools": tag.head.pools} if tag.head else {}
     return {"kind": tag.kind, "length": len(tag.rows_PD), "head": head, **pools, "about": tag.about}
 
 
@@ -213,8 +213,11 @@ def _rebuild(
     head = None
     if described["head"] is not None:
         spec = HeadConfig(**described["head"])
-        pools, outputs = int(described.get("pools", 1)), spec.outputs
-        states = num_states(spec, pools)
+        held, outputs = described.get("pools", 1), spec.outputs
+        pools = (
+            tuple(range(held)) if isinstance(held, int) else tuple(map(int, held))
+        )  # a number: in libraries of before
+        states = num_states(spec, len(pools))
         features = states * backbone.hidden_size
         kernel = None
         if (landmarks := tensors.get(f"{name}.head.landmarks")) is not None:

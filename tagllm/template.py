@@ -9,9 +9,9 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
-from tagllm.config import FieldConfig, HeadConfig
+from tagllm.config import FieldConfig, HeadConfig, Pool
 from tagllm.errors import UserError, did_you_mean
 
 TEXT, SPAN, OUTPUT, FIELD, TAG = range(5)
@@ -113,21 +113,52 @@ def marks_of(template: Template, kinds: Mapping[str, str]) -> list[int]:
     return marks
 
 
-def pools_of(template: Template, kinds: Mapping[str, str]) -> list[int]:
-    """Which mean each part goes into where means are taken apart, from 1 (0: none): fields behind the same domain tag
-    share one, of the others each column has its own."""
-    names = []
+class Pooled(NamedTuple):
+    """A field that goes into a mean: the domain tag right before it, if there is one, and its column."""
+
+    tag: str | None
+    column: str
+
+    def of(self, pool: Pool) -> Pooled | None:
+        """What has the same is in the same mean."""
+        return {"together": None, "apart": self if self.tag is None else Pooled(self.tag, ""), "each": self}[pool]
+
+
+def _pooled(template: Template, kinds: Mapping[str, str]) -> list[Pooled | None]:
+    """Of each part."""
+    found: list[Pooled | None] = []
     for before, part, mark in zip((None, *template.parts), template.parts, marks_of(template, kinds), strict=False):
-        names.append(before if mark == SPAN else part.value if mark == FIELD else None)
-    order = list(dict.fromkeys(name for name in names if name is not None))
-    return [0 if name is None else order.index(name) + 1 for name in names]
+        tag = before.value if before is not None and mark == SPAN else None
+        found.append(Pooled(tag, part.value) if mark in (SPAN, FIELD) else None)
+    return found
 
 
-def num_pools(templates: Iterable[Template], kinds: Mapping[str, str], heads: Iterable[HeadConfig]) -> int:
-    """How many means heads read side by side: of the template with most of them, where any head takes them apart."""
-    if not any(head.pool == "apart" for head in heads):
-        return 1
-    return max([1, *(max(pools_of(template, kinds)) for template in templates)])
+def pools_of(template: Template, kinds: Mapping[str, str], pool: Pool) -> list[int]:
+    """Which mean each part goes into, from 1 (0: none). Taken apart, fields behind the same domain tag share one, and
+    of the others each column has its own."""
+    fields = _pooled(template, kinds)
+    order = list(dict.fromkeys(field.of(pool) for field in fields if field is not None))
+    return [0 if field is None else order.index(field.of(pool)) + 1 for field in fields]
+
+
+def pool_of(heads: Iterable[HeadConfig]) -> Pool:
+    """How heads that answer together take means: the finest way that any of them has."""
+    return max((head.pool for head in heads), key=get_args(Pool).index, default="together")
+
+
+def all_pools(templates: Iterable[Template], kinds: Mapping[str, str], pool: Pool) -> tuple[int, ...]:
+    """The means that heads read side by side, of the template with most of them: for each the number of the domain tag
+    (or of the field without one) that it is of."""
+
+    def one(template: Template) -> tuple[int, ...]:
+        fields = [field for field in _pooled(template, kinds) if field is not None]
+        owner_of = {field.of(pool): field.of("apart") for field in fields}
+        owners = list(dict.fromkeys(owner_of.values()))
+        return tuple(owners.index(owner) for owner in owner_of.values()) or (0,)
+
+    if pool == "together":
+        return (0,)
+    return max(map(one, templates), key=len, default=(0,))
 
 
 def written(value: Any, config: FieldConfig) -> str:

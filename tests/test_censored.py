@@ -19,7 +19,7 @@ from scipy.stats import norm, spearmanr
 from tagllm.config import HeadConfig
 from tagllm.evaluate.censored import Limits, beyond_limits, noise_of
 from tagllm.evaluate.closed_form import answers_of, fit_head
-from tagllm.evaluate.kernel_ridge import KernelFits
+from tagllm.evaluate.kernel_ridge import KernelFits, Similarity
 from tagllm.evaluate.ridge import Rows, fit_ridge
 from tagllm.head import Head, measured
 from tagllm.model.value_head import HeadModule
@@ -112,7 +112,9 @@ def test_a_kernel_on_every_row_ends_where_its_own_answers_are_what_it_expects() 
     limit = np.float32([(LIMIT - 54) / 6])
     limits = Limits(train.targets_nK <= LIMIT, np.zeros(target.shape, bool), limit, np.float32([np.inf]))
     width = torch.from_numpy(train.features_nF.std(axis=0, keepdims=True)) * 4
-    found = beyond_limits(KernelFits.of(Rows(train.features_nF, target), width).fit(4, target, 0.2), target, limits)
+    found = beyond_limits(
+        KernelFits.of(Rows(train.features_nF, target), Similarity(width)).fit(4, target, 0.2), target, limits
+    )
     value, under = found.own_values()[:, 0], limits.below_nK[:, 0]
     expected = [norm.expect(loc=v, scale=0.2**0.5, ub=limit[0], conditional=True) for v in value[under]]
     seen = found.targets_nK.numpy()[:, 0]

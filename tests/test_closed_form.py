@@ -17,11 +17,11 @@ from tagllm.config import HeadConfig
 from tagllm.data.batch import Counts
 from tagllm.evaluate import kernel_widths
 from tagllm.evaluate.closed_form import answers_of, fit_head
-from tagllm.evaluate.kernel_ridge import PENALTIES, RANK, KernelFits, Landmarks
+from tagllm.evaluate.kernel_ridge import PENALTIES, RANK, KernelFits, Landmarks, Similarity
 from tagllm.evaluate.kernel_widths import SOME_PENALTIES, SPREADS, choose_widths
 from tagllm.evaluate.passes import Pass
 from tagllm.evaluate.ridge import Rows, clearly_better, fit_ridge
-from tagllm.head import Head, similarity
+from tagllm.head import Head, States, similarity
 from tagllm.model.value_head import HeadModule
 from tagllm.tags import BackboneIdentity, Tag, TagLibrary
 
@@ -70,7 +70,7 @@ def test_many_rows_are_fitted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     )
     monkeypatch.setattr(kernel_widths, "ROWS_FOR_WIDTH", 200)
     monkeypatch.setattr(
-        KernelFits, "of", lambda rows, width_SD: fitted.append(len(rows.targets_nK)) or fit(rows, width_SD)
+        KernelFits, "of", lambda rows, similar: fitted.append(len(rows.targets_nK)) or fit(rows, similar)
     )
     train, valid = (rows(n, seed, curved=True) for seed, n in enumerate((600, 300)))
     head = fit_head(blank(landmarks=600), train, valid)
@@ -98,8 +98,8 @@ def test_the_width_is_the_best_that_kernel_ridge_regression_finds(held_out: int)
 
     best = min(SPREADS, key=error_at)
     assert best not in (SPREADS[0], SPREADS[-1]), "or else the test tells little"
-    found_1D = choose_widths(train, valid, 1, landmarks=400)
-    np.testing.assert_allclose(found_1D[0], one_F / np.sqrt(best), rtol=1e-5)
+    found = choose_widths(train, valid, States((0,), ((0,),)), landmarks=400)
+    np.testing.assert_allclose(found.width_SD[0], one_F / np.sqrt(best), rtol=1e-5)
 
 
 def test_each_state_has_its_own_width() -> None:
@@ -115,11 +115,11 @@ def test_each_state_has_its_own_width() -> None:
 
     directions, worth = random.normal(size=(60, D)), random.normal(size=60)
     train, valid, test = (three_states(number) for number in (600, 300, 1000))
-    head = Head.new(HeadConfig(reads="both", kernel="anova", landmarks=1000), D, num_pools=2)
+    head = Head.new(HeadConfig(reads="both", kernel="anova", landmarks=1000), D, pools=(0, 1))
     one_SD = torch.from_numpy(train.features_nF.std(axis=0)).reshape(3, D) * (2 * D) ** 0.5
     of_one_width = []
     for spread in SPREADS:
-        fits = KernelFits.of(train, one_SD / spread**0.5)
+        fits = KernelFits.of(train, Similarity(one_SD / spread**0.5))
         of_one_width.append(min(fits.errors(test)) / test.targets_nK.var())
     assert error(fit_head(head, train, valid), test) < 0.8 * min(of_one_width)
 
@@ -134,7 +134,7 @@ def test_a_kernel_whose_error_is_no_number_never_wins(monkeypatch: pytest.Monkey
 def test_all_rows_as_landmarks_are_kernel_ridge_regression(spread: float) -> None:
     train, valid = rows(250, 0, curved=True), rows(300, 1, curved=True)
     width = torch.from_numpy(train.features_nF.std(axis=0, keepdims=True) * np.sqrt(2 * D / spread)).float()
-    landmarks = Landmarks.of(train.features_nF, len(train.targets_nK), width)
+    landmarks = Landmarks.of(train.features_nF, len(train.targets_nK), Similarity(width))
     fit = fit_ridge(landmarks.rows(train), landmarks.rows(valid), one_scale=True)
     found = landmarks.kernel(fit.weight_KF)(torch.from_numpy(valid.features_nF)).numpy() + fit.bias_K
     width_F = width[0].numpy()
@@ -158,7 +158,7 @@ def test_every_penalty_is_kernel_ridge_regression(monkeypatch: pytest.MonkeyPatc
     more = np.zeros_like(train.targets_nK)  # a target that is solved before the first step
     train = Rows(train.features_nF, np.concatenate([train.targets_nK, more], axis=1)[:, :outputs])
     width = torch.from_numpy(train.features_nF.std(axis=0, keepdims=True) * 2)
-    fits = KernelFits.of(train, width)
+    fits = KernelFits.of(train, Similarity(width))
     width_F, mean_K = width[0].numpy(), train.targets_nK.mean(axis=0)
     kernel = Matern(1.0, nu=1.5)(train.features_nF / width_F)
     across = Matern(1.0, nu=1.5)(valid.features_nF / width_F, train.features_nF / width_F)

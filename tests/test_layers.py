@@ -30,8 +30,8 @@ SETTINGS: list[dict[str, Any]] = [{}, {"frozen": False}, {"block": True}, {"bloc
 
 def layout(*layers: int, pool: str = "together", learned: tuple[str, ...] = ("F",), lengths: bool = False) -> TagLayout:
     spec = HeadConfig(reads="both", outputs=2, layers=list(layers), pool=pool, lengths=lengths)
-    num_pools = 2 if pool == "apart" else 1
-    return TagLayout.of(tiny.VOCABULARY, tiny.KINDS, dict.fromkeys(tiny.KINDS, 3), learned, {"F": spec}, num_pools)
+    pools = (0, 1) if pool == "apart" else (0,)
+    return TagLayout.of(tiny.VOCABULARY, tiny.KINDS, dict.fromkeys(tiny.KINDS, 3), learned, {"F": spec}, pools)
 
 
 def means(of: TagLayout, family: str, settings: dict[str, Any], remember: int = 0) -> torch.Tensor:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 
+from tagllm.config import Pool
 from tagllm.tags import TagLibrary
-from tagllm.template import parse_template, pools_of
+from tagllm.template import all_pools, parse_template, pools_of
 from tests import tiny
 from tests.test_cli import Run, config, fails, folder, run
 
@@ -20,18 +21,25 @@ KINDS = {"SMILES": "domain", "Protein": "domain", "F": "function"}
 
 
 @pytest.mark.parametrize(
-    ("template", "pools"),
+    ("pool", "template", "pools", "owners"),
     [
-        ("The drugs <SMILES> {a} and <SMILES> {b} on {cell} <F>", {"a": 1, "b": 1, "cell": 2}),
-        ("<Protein> {p} <SMILES> {s} <F>", {"p": 1, "s": 2}),
-        ("{a} and {b} and {a} again <F>", {"a": 1, "b": 2}),
-        ("<SMILES> {s} <F> {output}", {"s": 1, "output": 0}),
+        ("apart", "The drugs <SMILES> {a} and <SMILES> {b} on {cell} <F>", {"a": 1, "b": 1, "cell": 2}, (0, 1)),
+        ("apart", "<Protein> {p} <SMILES> {s} <F>", {"p": 1, "s": 2}, (0, 1)),
+        ("apart", "{a} and {b} and {a} again <F>", {"a": 1, "b": 2}, (0, 1)),
+        ("apart", "<SMILES> {s} <F> {output}", {"s": 1, "output": 0}, (0,)),
+        ("each", "{cell} <SMILES> {a} and <SMILES> {b} <F>", {"cell": 1, "a": 2, "b": 3}, (0, 1, 1)),
+        ("each", "<SMILES> {a} {cell} <SMILES> {b}, <SMILES> {a} <F>", {"a": 1, "cell": 2, "b": 3}, (0, 1, 0)),
+        ("each", "{a} and {b} <F> {output}", {"a": 1, "b": 2, "output": 0}, (0, 1)),
+        ("together", "{cell} <SMILES> {a} and <SMILES> {b} <F>", {"cell": 1, "a": 1, "b": 1}, (0,)),
     ],
 )
-def test_fields_behind_the_same_tag_share_a_mean(template: str, pools: dict[str, int]) -> None:
+def test_which_mean_a_field_goes_into(
+    pool: Pool, template: str, pools: dict[str, int], owners: tuple[int, ...]
+) -> None:
     parsed = parse_template(template, KINDS)
-    found = {part.value: pool for part, pool in zip(parsed.parts, pools_of(parsed, KINDS), strict=True) if pool}
-    assert found == {name: pool for name, pool in pools.items() if pool}
+    found = {part.value: at for part, at in zip(parsed.parts, pools_of(parsed, KINDS, pool), strict=True) if at}
+    assert found == {name: at for name, at in pools.items() if at}
+    assert all_pools([parsed, parse_template("{a} <F>", KINDS)], KINDS, pool) == owners
 
 
 @pytest.mark.parametrize(
@@ -72,7 +80,7 @@ def finished(folder: Path, run: Run) -> Path:
 
 def test_a_run_reads_them_apart_from_end_to_end(finished: Path, folder: Path, run: Run) -> None:
     head = TagLibrary.load(finished / "library").tags["W"].head
-    assert head is not None and head.num_pools == 2
+    assert head is not None and head.pools == (0, 1)
     assert head.weight_KF.shape[1] == 3 * tiny.HIDDEN
     for command in (("eval", finished), ("predict", finished, folder / "rows.csv", folder / "pools.csv")):
         done = run(*command)
@@ -81,6 +89,30 @@ def test_a_run_reads_them_apart_from_end_to_end(finished: Path, folder: Path, ru
     assert {"kernel_last", "kernel_mean", "kernel_both"} <= set(results["baselines"])
     baseline = run("baseline", finished, "--method", "lora", "--lr", "1e-3", "--budget-s", "0.5")
     assert baseline.exit_code == 0, baseline.output
+
+
+def test_a_run_reads_each_field_by_itself_from_end_to_end(folder: Path, run: Run) -> None:
+    spec = HEAD | {"pool": "each", "symmetric": True}
+    tags = {"SMILES": {"length": 2}, "W": {"kind": "function", "length": 2, "head": spec}}
+    template = "{kind} <SMILES> {smiles} <SMILES> {name} <W>"
+    trained = run("train", config(folder, "each", tags=tags, data__template=template))
+    assert trained.exit_code == 0, trained.output
+    head = TagLibrary.load(folder / "runs/each/library").tags["W"].head
+    assert head is not None and head.pools == (0, 1, 1) and head.weight_KF.shape[1] == 4 * tiny.HIDDEN
+    for command in (
+        ("eval", folder / "runs/each"),
+        ("predict", folder / "runs/each", folder / "rows.csv", folder / "each.csv"),
+        ("baseline", folder / "runs/each", "--method", "prompt_tuning", "--lr", "1e-3", "--budget-s", "0.5"),
+    ):
+        done = run(*command)
+        assert done.exit_code == 0, done.output
+    results = json.loads((folder / "runs/each/results.json").read_text())
+    assert {"ridge_mean", "kernel_last", "kernel_mean", "kernel_both"} <= set(results["baselines"])
+
+
+def test_a_kernel_of_fields_that_trade_places_needs_each_by_itself(folder: Path, run: Run) -> None:
+    tags = {"W": {"kind": "function", "length": 2, "head": HEAD | {"symmetric": True}}}
+    fails(run("train", config(folder, "not-each", tags=tags)), "symmetric is true", "pool is apart", "pool: each")
 
 
 def test_a_prompt_with_other_pools_is_refused(finished: Path, folder: Path, run: Run) -> None:

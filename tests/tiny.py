@@ -70,7 +70,7 @@ def backbone(family: str = "llama", seed: int = 0, dtype: torch.dtype = torch.fl
 
 def layout(learned: Sequence[str] = ("F",), length: int = 3, num_pools: int = 1) -> TagLayout:
     """With more pools than one, each span is a pool of its own."""
-    return TagLayout.of(VOCABULARY, KINDS, dict.fromkeys(KINDS, length), learned, {"F": HEAD}, num_pools)
+    return TagLayout.of(VOCABULARY, KINDS, dict.fromkeys(KINDS, length), learned, {"F": HEAD}, tuple(range(num_pools)))
 
 
 def tags(of: TagLayout, seed: int = 1) -> dict[str, Tag]:
@@ -79,7 +79,7 @@ def tags(of: TagLayout, seed: int = 1) -> dict[str, Tag]:
     for name, kind in of.kinds.items():
         head = None
         if name in of.heads:
-            blank = Head.new(of.heads[name], HIDDEN, of.num_pools)
+            blank = Head.new(of.heads[name], HIDDEN, of.pools)
             weight = torch.randn(blank.weight_KF.shape, generator=random) * 0.1
             bias, mean, std = torch.tensor([[0.1, -0.2], [1.0, 2.0], [2.0, 0.5]])
             head = replace(blank, weight_KF=weight, bias_K=bias, mean_K=mean, std_K=std)

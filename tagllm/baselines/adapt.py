@@ -69,7 +69,7 @@ class Adapted(nn.Module):
         last_BD = out.last_hidden_state[rows_B, self.num_virtual + batch.last_B].float()
         if self.head.spec.reads == "last":
             return Read(last_BD, last_BD[:, :0])
-        pool_G = torch.arange(1, self.head.num_pools + 1, device=last_BD.device)
+        pool_G = torch.arange(1, len(self.head.pools) + 1, device=last_BD.device)
         into_BGS = (batch.pools_BS[:, None] == pool_G[:, None]).float()
         sums = [into_BGS @ states[:, self.num_virtual :].float() for states in states_of(out, layers)]
         return Read(last_BD, fields_read(torch.cat(sums, dim=1), into_BGS.sum(dim=2), self.head.spec.lengths))

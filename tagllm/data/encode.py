@@ -26,6 +26,7 @@ from tagllm.template import (
     field_text,
     fit,
     marks_of,
+    pool_of,
     pools_of,
     truncate,
     written,
@@ -37,8 +38,9 @@ _LARGEST = float(np.finfo(np.float32).max)
 class TagLayout(NamedTuple):
     """Where the rows of each tag stand: frozen tags first, learned ones behind them.
 
-    `heads` lists the function tags that own a head, in the order of their indices; `num_pools` means over fields are
-    what they read side by side, behind each of the `layers`, with lengths beside them or not.
+    `heads` lists the function tags that own a head, in the order of their indices; `pools` are the means over fields
+    that they read side by side, each with the number of the domain tag it is of, behind each of the `layers`, with
+    lengths beside them or not.
     """
 
     vocabulary_size: int
@@ -46,20 +48,20 @@ class TagLayout(NamedTuple):
     lengths: dict[str, int]
     learned: tuple[str, ...]
     heads: dict[str, HeadConfig]
-    num_pools: int = 1
+    pools: tuple[int, ...] = (0,)
     layers: tuple[int, ...] = ()
     reads_lengths: bool = False
 
     @classmethod
     def of(
         cls, vocabulary_size: int, kinds: Mapping[str, str], lengths: Mapping[str, int], learned: Iterable[str],
-        heads: Mapping[str, HeadConfig], num_pools: int = 1,
+        heads: Mapping[str, HeadConfig], pools: tuple[int, ...] = (0,),
     ) -> TagLayout:  # fmt: skip
         learned = tuple(learned)
         order = [name for name in kinds if name not in learned] + list(learned)
         return cls(
             vocabulary_size, {name: kinds[name] for name in order}, {name: lengths[name] for name in order},
-            learned, dict(heads), num_pools, *reads_of_fields(heads),
+            learned, dict(heads), pools, *reads_of_fields(heads),
         )  # fmt: skip
 
     def ids(self, name: str) -> range:
@@ -77,6 +79,10 @@ class TagLayout(NamedTuple):
         if rows_TD is None or not names:
             return {}
         return dict(zip(names, rows_TD.split([self.lengths[name] for name in names]), strict=True))
+
+    @property
+    def num_pools(self) -> int:
+        return len(self.pools)
 
     @property
     def num_means(self) -> int:
@@ -141,8 +147,7 @@ class Encoder:
             parts = parts[: next((i for i, p in enumerate(parts) if p.value == "output" and p.kind == "field"), None)]
         self.template, self.labelled = template._replace(parts=parts), labelled
         self.marks = marks_of(self.template, layout.kinds)
-        apart = layout.num_pools > 1
-        self.pools = pools_of(self.template, layout.kinds) if apart else [int(m in (SPAN, FIELD)) for m in self.marks]
+        self.pools = pools_of(self.template, layout.kinds, pool_of(layout.heads.values()))
         self.fixed = {part.value: self._tokens([part.value])[0] for part in parts if part.kind == "text"}
         functions = [i for i, p in enumerate(parts) if p.kind == "tag" and layout.kinds[p.value] == "function"]
         self.function_part = functions[-1] if functions else None

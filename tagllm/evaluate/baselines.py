@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import replace
 from typing import get_args
 
@@ -27,27 +26,25 @@ def probe_of(result: Pass, layout: TagLayout) -> Features:
     return Features(last_nD[known], result.mean_nD[known], result.targets_nK[known])
 
 
-def value_baselines(
-    train: Features, valid: Features, held_out: Features, heads: Collection[HeadConfig]
-) -> dict[str, Floats]:
+def value_baselines(train: Features, valid: Features, held_out: Features, layout: TagLayout) -> dict[str, Floats]:
     """What predict-the-mean answers to the held-out rows (n, K), and ridge on the hidden state right before the
     function tag (`ridge_last`), averaged over the fields (`ridge_mean`), or both side by side; where a head of the
     run may have a kernel, so may they (`kernel_last`, ...). What has to be chosen is chosen on the validation rows.
     The means are those that the run's heads read."""
     mean_1K = train.targets_nK.mean(axis=0, keepdims=True)
     found = {"predict_mean": np.repeat(mean_1K, len(held_out.targets_nK), axis=0)}
+    heads = layout.heads.values()
     probes = [("ridge", HeadConfig()), *(("kernel", head) for head in heads if head.kernel == "anova")]
+    read = {"outputs": mean_1K.shape[1], "layers": list(layout.layers), "lengths": layout.reads_lengths}
     for name, head in probes:
         for reads in get_args(Reads):
-            spec = head.model_copy(update={"outputs": mean_1K.shape[1], "reads": reads, "layers": [], "lengths": False})
-            probe = fit_head(_blank(spec, train), train.rows(reads), valid.rows(reads))
+            spec = head.model_copy(update={**read, "reads": reads})
+            probe = fit_head(_blank(spec, layout.pools, train), train.rows(reads), valid.rows(reads))
             found[f"{name}_{reads}"] = answers_of(probe, held_out.rows(reads).features_nF)
     return found
 
 
-def _blank(spec: HeadConfig, train: Features) -> Head:
-    """Every mean counts as a pool, of whichever layer it is, and so does a length."""
+def _blank(spec: HeadConfig, pools: tuple[int, ...], train: Features) -> Head:
     mean_K, std_K = train.targets_nK.mean(axis=0), train.targets_nK.std(axis=0)
-    hidden_size = train.last_nD.shape[1]
-    head = Head.new(spec, hidden_size, train.mean_nD.shape[1] // hidden_size)
+    head = Head.new(spec, train.last_nD.shape[1], pools)
     return replace(head, mean_K=torch.from_numpy(mean_K), std_K=torch.from_numpy(std_K).clamp(min=1e-12))

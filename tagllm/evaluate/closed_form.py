@@ -16,7 +16,7 @@ from tagllm.evaluate.censored import Limits, beyond_limits, noise_of
 from tagllm.evaluate.kernel_ridge import KernelFit, KernelFits, LandmarkFit, Landmarks
 from tagllm.evaluate.kernel_widths import choose_widths
 from tagllm.evaluate.ridge import Floats, RidgeFit, Rows, errors_of_penalties, fit_ridge
-from tagllm.head import Head, num_states
+from tagllm.head import Head, States
 
 
 def fit_head(head: Head, train: Rows, valid: Rows) -> Head:
@@ -46,11 +46,11 @@ def _filled(head: Head, fit: RidgeFit | KernelFit | LandmarkFit) -> Head:
 
 def _best_kernel(head: Head, train: Rows, valid: Rows) -> KernelFit | LandmarkFit:
     """Seen from landmarks only where these are far fewer than the rows: from all of them it takes far longer."""
-    width_SD = choose_widths(train, valid, num_states(head.spec, head.num_pools), head.spec.landmarks)
+    similar = choose_widths(train, valid, States.of(head.spec, head.pools), head.spec.landmarks)
     if head.spec.landmarks < len(train.targets_nK):
-        landmarks = Landmarks.of(train.features_nF, head.spec.landmarks, width_SD)
+        landmarks = Landmarks.of(train.features_nF, head.spec.landmarks, similar)
         return LandmarkFit(landmarks, fit_ridge(landmarks.rows(train), landmarks.rows(valid), one_scale=True))
-    fit = partial(KernelFits.of, width_SD=width_SD)
+    fit = partial(KernelFits.of, similar=similar)
     fitted = fit(train)
     error_P = errors_of_penalties(fit, fitted, train, valid)
     best = int(np.argmin(error_P))

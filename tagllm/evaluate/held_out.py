@@ -120,7 +120,7 @@ def _score_values(evaluation: Evaluation, folder: RunFolder, overridden: bool, r
         assert train is not None
         results["probe_rows"] = len(train.targets_nK)
         valid = test if split == "valid" else _probe(evaluation, "valid", kept) or train.none()
-        probes = partial(value_baselines, train, valid, test, built.layout.heads.values())
+        probes = partial(value_baselines, train, valid, test, built.layout)
         results |= ranks.on_rank_zero(lambda: _baselines(probes() | _classical(built, split), test.targets_nK))
 
 

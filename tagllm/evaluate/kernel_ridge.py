@@ -27,6 +27,30 @@ LANDMARK_JITTER = 1e-7
 """The same for landmarks, in fp64, so that landmarks alike do no harm."""
 
 
+class Similarity(NamedTuple):
+    """A kernel before it is fitted: `similarity` at these widths, the mean over `orders` in which the states of a row
+    are taken for the same (none: as they are)."""
+
+    width_SD: Tensor
+    orders: tuple[tuple[int, ...], ...] = ()
+
+    def __call__(self, features_nF: Tensor, at_MF: Tensor) -> Tensor:
+        """(n, M)."""
+        width_SD = self.width_SD.to(features_nF.dtype)
+        parts = [similarity(features_nF, ordered_MF, width_SD) for ordered_MF in self._ordered(at_MF)]
+        return parts[0] if len(parts) == 1 else sum(parts[1:], parts[0]) / len(parts)
+
+    def kernel(self, at_MF: Tensor, weight_KM: Tensor) -> Kernel:
+        """Of rows with these weights: rows in another order are other rows there."""
+        ordered = self._ordered(at_MF)
+        weights = [weight_KM / len(ordered)] * len(ordered)
+        return Kernel(torch.cat(ordered), self.width_SD, torch.cat(weights, dim=1).contiguous())
+
+    def _ordered(self, at_MF: Tensor) -> list[Tensor]:
+        at_MSD = at_MF.reshape(-1, *self.width_SD.shape)
+        return [at_MSD[:, list(order)].flatten(1) for order in self.orders] or [at_MF]
+
+
 class KernelSystem:
     """(similarities + penalty) weights = targets, by conjugate gradients. The preconditioner is a Nystroem
     approximation of the similarities (Frangella, Tropp and Udell 2021), which is exact up to RANK rows: one or two
@@ -77,25 +101,25 @@ class KernelSystem:
 class KernelFits(NamedTuple):
     """One kernel at every penalty."""
 
+    similar: Similarity
     at_nF: Tensor
-    width_SD: Tensor
     weight_PnK: Tensor
     mean_K: Tensor
     system: KernelSystem
 
     @classmethod
-    def of(cls, rows: Rows, width_SD: Tensor) -> KernelFits:
+    def of(cls, rows: Rows, similar: Similarity) -> KernelFits:
         at_nF, targets_nK = (torch.from_numpy(column).float() for column in rows)
         mean_K = targets_nK.mean(dim=0)
-        system = KernelSystem(similarity(at_nF, at_nF, width_SD))
+        system = KernelSystem(similar(at_nF, at_nF))
         weights = [torch.zeros_like(targets_nK)]
         for penalty in PENALTIES:
             weights.append(system.solve(targets_nK - mean_K, float(penalty), weights[-1]))
-        return cls(at_nF, width_SD, torch.stack(weights[1:]), mean_K, system)
+        return cls(similar, at_nF, torch.stack(weights[1:]), mean_K, system)
 
     def errors(self, held_out: Rows) -> Doubles:
         features_mF, targets_mK = (torch.from_numpy(column).float() for column in held_out)
-        values_PmK = similarity(features_mF, self.at_nF, self.width_SD) @ self.weight_PnK + self.mean_K
+        values_PmK = self.similar(features_mF, self.at_nF) @ self.weight_PnK + self.mean_K
         error_P: Doubles = (values_PmK - targets_mK).square().mean(dim=(1, 2)).double().numpy()
         return error_P
 
@@ -130,30 +154,30 @@ class KernelFit(NamedTuple):
 
     def kernel(self) -> Kernel:
         """Its answers but for the bias."""
-        return Kernel(self.fits.at_nF, self.fits.width_SD, self.weight_nK.T.contiguous())
+        return self.fits.similar.kernel(self.fits.at_nF, self.weight_nK.T)
 
 
 class Landmarks(NamedTuple):
     """The Nystroem features of a kernel: (x, y) -> features whose products are the similarities, as seen from M rows
     (Williams and Seeger 2001)."""
 
+    similar: Similarity
     at_MF: Tensor
-    width_SD: Tensor
     root_MM: Tensor
     """Cholesky factor of the similarities among landmarks, fp64."""
 
     @classmethod
-    def of(cls, features_nF: Floats, number: int, width_SD: Tensor) -> Landmarks:
+    def of(cls, features_nF: Floats, number: int, similar: Similarity) -> Landmarks:
         """So many of these rows, drawn evenly."""
         chosen = np.random.default_rng(0).choice(len(features_nF), number, replace=False)
         at_MF = torch.from_numpy(features_nF[np.sort(chosen)])
         exact_MF = at_MF.double()
-        among_MM = similarity(exact_MF, exact_MF, width_SD.double())
+        among_MM = similar(exact_MF, exact_MF)
         root_MM = torch.linalg.cholesky(among_MM + LANDMARK_JITTER * len(at_MF) * torch.eye(len(at_MF)))
-        return cls(at_MF, width_SD, root_MM)
+        return cls(similar, at_MF, root_MM)
 
     def rows(self, rows: Rows) -> Rows:
-        seen_Mn = similarity(torch.from_numpy(rows.features_nF), self.at_MF, self.width_SD).T.double()
+        seen_Mn = self.similar(torch.from_numpy(rows.features_nF), self.at_MF).T.double()
         features_Mn = torch.linalg.solve_triangular(self.root_MM, seen_Mn, upper=False)
         return Rows(features_Mn.T.numpy(), rows.targets_nK)
 
@@ -161,7 +185,7 @@ class Landmarks(NamedTuple):
         """Of weights of the features."""
         weight_MK = torch.from_numpy(weight_KF.T).double()
         weight_MK = torch.linalg.solve_triangular(self.root_MM.T, weight_MK, upper=True)
-        return Kernel(self.at_MF, self.width_SD, weight_MK.T.float().contiguous())
+        return self.similar.kernel(self.at_MF, weight_MK.T.float())
 
 
 class LandmarkFit(NamedTuple):

@@ -8,15 +8,16 @@ n rows, m held out, F features (D of each of S states), K targets, P penalties.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tagllm.evaluate.kernel_ridge import PENALTIES
+from tagllm.evaluate.kernel_ridge import PENALTIES, Similarity
 from tagllm.evaluate.ridge import Floats, Rows, held_out_by
-from tagllm.head import anova
+from tagllm.head import States, anova
 
 SPREADS = (0.1, 0.6, 4.0, 25.0, 150.0)
 """What |(x - z) / width|^2 is on average, of two rows and in each state."""
@@ -28,13 +29,14 @@ SOME_PENALTIES = PENALTIES[::2]
 """Enough to tell widths apart; the final fit tries all."""
 
 
-def choose_widths(train: Rows, valid: Rows, num_states: int, landmarks: int) -> Tensor:
-    """(S, D), of a kernel that will be seen from so many landmarks: from fewer of them, wider ones."""
+def choose_widths(train: Rows, valid: Rows, states: States, landmarks: int) -> Similarity:
+    """With a width for each kind of state, of a kernel that will be seen from so many landmarks: from fewer of them,
+    wider ones."""
     rows = len(train.targets_nK)
     number = min(rows, landmarks, ROWS_FOR_WIDTH)
     some = train.some(np.sort(np.random.default_rng(0).choice(rows, number, replace=False)))
-    unit_SD = _widths(train.features_nF, num_states)
-    trials = [_Trial.of(seen, unseen, unit_SD) for seen, unseen in held_out_by(some, valid)]
+    unit_SD = _widths(train.features_nF, states.kinds)
+    trials = [_Trial.of(seen, unseen, unit_SD, states.orders) for seen, unseen in held_out_by(some, valid)]
     error_of = dict[tuple[float, ...], float]()
 
     def error(spread_S: tuple[float, ...]) -> float:
@@ -43,50 +45,73 @@ def choose_widths(train: Rows, valid: Rows, num_states: int, landmarks: int) -> 
             error_of[spread_S] = float(error_P.min())
         return error_of[spread_S]
 
-    best_S = min(((spread,) * num_states for spread in SPREADS), key=error)
-    for at in range(num_states):
-        best_S = min(((*best_S[:at], spread, *best_S[at + 1 :]) for spread in SPREADS), key=error)
-    return unit_SD / torch.tensor(best_S).sqrt()[:, None]
+    def with_one(spread_S: tuple[float, ...], kind: int, spread: float) -> tuple[float, ...]:
+        pairs = zip(spread_S, states.kinds, strict=True)
+        return tuple(spread if other == kind else before for before, other in pairs)
+
+    best_S = min(((spread,) * len(states.kinds) for spread in SPREADS), key=error)
+    for kind in dict.fromkeys(states.kinds):
+        best_S = min((with_one(best_S, kind, spread) for spread in SPREADS), key=error)
+    return Similarity(unit_SD / torch.tensor(best_S).sqrt()[:, None], states.orders)
 
 
-def _widths(features_nF: Floats, num_states: int) -> Tensor:
-    """(S, D) of spread 1, after the standard deviation of each feature; one that is alike in all rows tells none
-    apart."""
-    scale_SD = features_nF.std(axis=0, dtype=np.float64).reshape(num_states, -1)
+def _widths(features_nF: Floats, kinds: Sequence[int]) -> Tensor:
+    """(S, D) of spread 1, after the standard deviation of each feature in all states of a kind; one that is alike in
+    all rows tells none apart."""
+    features_nSD = features_nF.reshape(len(features_nF), len(kinds), -1)
+    of_kind = {kind: features_nSD[:, np.equal(kinds, kind)] for kind in kinds}
+    scale_of = {kind: some.std(axis=(0, 1), dtype=np.float64) for kind, some in of_kind.items()}
+    scale_SD = np.stack([scale_of[kind] for kind in kinds])
     differs_SD = scale_SD > SMALLEST_DEVIATION
     width_SD = scale_SD * np.sqrt(2 * differs_SD.sum(axis=1, keepdims=True))
     return torch.from_numpy(np.where(differs_SD, width_SD, BOUNDLESS)).float()
 
 
 class _Trial(NamedTuple):
-    """Distances at spread 1, from which those at any other are had without the features."""
+    """Distances at spread 1, from which those at any other are had without the features: of A pairs of states, those
+    that meet in any of O orders."""
 
-    among_Snn: Tensor
-    across_Smn: Tensor
+    among_Ann: Tensor
+    across_Amn: Tensor
+    pair_OS: Tensor
     targets_nK: Tensor
     answers_mK: Tensor
 
     @classmethod
-    def of(cls, seen: Rows, unseen: Rows, unit_SD: Tensor) -> _Trial:
+    def of(cls, seen: Rows, unseen: Rows, unit_SD: Tensor, orders: Sequence[Sequence[int]]) -> _Trial:
         center_F = seen.features_nF.mean(axis=0)
+        pairs = list(dict.fromkeys(pair for order in orders for pair in enumerate(order)))
+        pair_OS = torch.tensor([[pairs.index(pair) for pair in enumerate(order)] for order in orders])
 
         def states(rows: Rows) -> Tensor:
             features_nSD = torch.from_numpy(rows.features_nF - center_F).reshape(-1, *unit_SD.shape)
             return (features_nSD / unit_SD).transpose(0, 1)
 
+        def apart(x_SnD: Tensor, z_SmD: Tensor) -> Tensor:
+            return torch.stack([torch.cdist(x_SnD[one], z_SmD[other]) for one, other in pairs])
+
         seen_SnD, mean_K = states(seen), seen.targets_nK.mean(axis=0)
         targets_nK, answers_mK = (torch.from_numpy(rows.targets_nK - mean_K).float() for rows in (seen, unseen))
-        return cls(torch.cdist(seen_SnD, seen_SnD), torch.cdist(states(unseen), seen_SnD), targets_nK, answers_mK)
+        among_Ann = apart(seen_SnD, seen_SnD)
+        for at, (one, other) in enumerate(pairs):
+            if one == other:
+                among_Ann[at].fill_diagonal_(0)
+        return cls(among_Ann, apart(states(unseen), seen_SnD), pair_OS, targets_nK, answers_mK)
 
     def errors(self, spread_S: tuple[float, ...]) -> Floats:
         """Mean squared error (P) at some of the penalties; infinite where rounding makes the system unsolvable."""
-        stretch_S11 = torch.tensor(spread_S).sqrt()[:, None, None]
-        among_nn, across_mn = anova(self.among_Snn * stretch_S11), anova(self.across_Smn * stretch_S11)
+        among_nn, across_mn = (self._similar(apart, spread_S) for apart in (self.among_Ann, self.across_Amn))
+        itself_n = among_nn.diagonal().clone()
         error_P = np.full(len(SOME_PENALTIES), np.inf, np.float32)
         for at, penalty in enumerate(SOME_PENALTIES):
-            among_nn.diagonal().fill_(1 + penalty)
+            among_nn.diagonal().copy_(itself_n + penalty)
             root_nn, failed = torch.linalg.cholesky_ex(among_nn)
             if not failed:
                 values_mK = across_mn @ torch.cholesky_solve(self.targets_nK, root_nn)
                 error_P[at] = float((values_mK - self.answers_mK).square().mean())
         return error_P
+
+    def _similar(self, apart_Amn: Tensor, spread_S: tuple[float, ...]) -> Tensor:
+        stretch_S11 = torch.tensor(spread_S).sqrt()[:, None, None]
+        parts = [anova(apart_Amn[pair_S] * stretch_S11) for pair_S in self.pair_OS]
+        return sum(parts[1:], parts[0]) / len(parts)

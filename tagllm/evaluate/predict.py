@@ -19,7 +19,7 @@ from tagllm.evaluate.generate import generate
 from tagllm.model.backbone import load_backbone
 from tagllm.model.tagged import TaggedModel
 from tagllm.tags import Tag, TagLibrary
-from tagllm.template import Template, num_pools, parse_template
+from tagllm.template import Template, all_pools, parse_template, pool_of
 
 CHUNK_ROWS = 1024
 ERROR = "tagllm_error"
@@ -61,7 +61,7 @@ class Predictor:
         heads = {n: tag.head.spec for n, tag in used.items() if tag.head}
         self.spec: HeadConfig | None = heads.get(self.tag)
         lengths = {n: len(tag.rows_PD) for n, tag in used.items()}
-        pools = num_pools([self.template], kinds, heads.values())
+        pools = all_pools([self.template], kinds, pool_of(heads.values()))
         layout = TagLayout.of(backbone.vocabulary_size, {n: kinds[n] for n in used}, lengths, [], heads, pools)
         self.model = TaggedModel(backbone.model, used, layout, reads_tokens=False, kernel=backbone.kernel).to(device)
         self.tokenizer, self.device, self.request = backbone.tokenizer, device, request
@@ -69,7 +69,10 @@ class Predictor:
         self.encoder = Encoder(self.template, source, layout, backbone.tokenizer, backbone.max_tokens, labelled=False)
         width = max([spec.outputs for spec in heads.values()], default=0)
         block = about.get("mask") == "block"
-        self.collate = Collator(layout.first_learned_id, (), width, cut_at_function=True, block=block, num_pools=pools)
+        num_pools = layout.num_pools
+        self.collate = Collator(
+            layout.first_learned_id, (), width, cut_at_function=True, block=block, num_pools=num_pools
+        )
 
     @property
     def columns(self) -> list[str]:

@@ -205,9 +205,9 @@ def states_of(out: Any, layers: Sequence[int]) -> list[Tensor]:
 
 def _require_readable(name: str, head: Head, layout: TagLayout, num_layers: int) -> None:
     """Raises UserError where the model cannot give what the head reads."""
-    if head.num_pools != layout.num_pools:
+    if len(head.pools) != layout.num_pools:
         raise UserError(
-            f"tags.{name}.head: it reads {head.num_pools} means over fields side by side (pool is {head.spec.pool}), "
+            f"tags.{name}.head: it reads {len(head.pools)} means over fields side by side (pool is {head.spec.pool}), "
             f"but the prompts here have {layout.num_pools}. Use a template with as many kinds of fields, and heads of "
             "one pool."
         )

@@ -31,7 +31,7 @@ class HeadModule(nn.Module):
 
     def __init__(self, head: Head) -> None:
         super().__init__()
-        self.spec, self.num_pools = head.spec, head.num_pools
+        self.spec, self.pools = head.spec, head.pools
         self.weight_KF = nn.Parameter(head.weight_KF.clone())
         self.bias_K = nn.Parameter(head.bias_K.clone())
         self.register_buffer("mean_K", head.mean_K.clone())
@@ -60,7 +60,7 @@ class HeadModule(nn.Module):
         weight_KF, bias_K = (part.cpu() for part in self.folded(self.weight_KF.detach(), self.bias_K.detach()))
         kernel = Kernel(*(part.cpu() for part in kernel)) if (kernel := self.kernel()) else None
         noise_K = None if self.noise_K is None else self.noise_K.cpu()
-        return Head(self.spec, weight_KF, bias_K, self.mean_K.cpu(), self.std_K.cpu(), kernel, self.num_pools, noise_K)
+        return Head(self.spec, weight_KF, bias_K, self.mean_K.cpu(), self.std_K.cpu(), kernel, self.pools, noise_K)
 
     def folded(self, weight_KF: Tensor, bias_K: Tensor) -> tuple[Tensor, Tensor]:
         """Parameters of this module -> weight and bias on features as they are."""
