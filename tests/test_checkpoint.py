@@ -401,6 +401,11 @@ def test_a_valid_checkpoint_of_the_same_step_is_kept_and_a_damaged_one_replaced(
     save(tmp_path, state_of(10), keep=2)
     assert verify(path) == []
     assert names(tmp_path) == [path.name]
+    state = state_of(10)
+    save(tmp_path, state._replace(progress=state.progress | {"done": True}), keep=2)
+    newest, skipped = load_newest(tmp_path)
+    assert newest is not None and newest.progress["done"] is True and not skipped
+    assert names(tmp_path) == [path.name]
     with pytest.raises(UserError, match="data: the checkpoint of step 10 was made with ddd"):
         save(tmp_path, state_of(10)._replace(identity={**IDENTITY, "data": "e"}), keep=2)
 

@@ -16,6 +16,8 @@ from typer.testing import CliRunner, Result
 
 from tagllm.cli import app
 from tagllm.tags import Tag, TagLibrary
+from tagllm.train.gradient_free import GradientFree
+from tagllm.train.signals import EXIT_STOPPED, StopAsked
 from tests import tiny
 
 Run = Callable[..., Result]
@@ -94,6 +96,27 @@ def test_check_reports_every_mistake_at_once(run: Run, folder: Path) -> None:
         "rows_per_step",
     )
     assert len(lines) == 2
+
+
+def test_a_run_that_was_stopped_behind_its_last_step_ends_once(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last fit may take minutes: it is done again after a stop in it, and never after it was done."""
+    file, fits = config(folder, "late"), GradientFree.probes
+
+    def stopped(*_: Any) -> None:
+        raise StopAsked
+
+    with monkeypatch.context() as patch:
+        patch.setattr(GradientFree, "probes", stopped)
+        assert run("train", file).exit_code == EXIT_STOPPED
+    assert not (folder / "runs/late/library").exists()
+    for times in (1, 0):
+        done = list[int]()
+        monkeypatch.setattr(GradientFree, "probes", lambda *passes, done=done: done.append(1) or fits(*passes))
+        assert run("train", file).exit_code == 0
+        assert len(done) == times
+    assert (folder / "runs/late/library").exists()
 
 
 def test_train_eval_predict(run: Run, folder: Path) -> None:

@@ -96,7 +96,8 @@ class _Manifest(BaseModel):
 def save(folder: Path, state: TrainState, keep: int, metrics: Mapping[str, float] | None = None) -> Path:
     """Writes `state` as `folder/step-<n>` and prunes to the `keep` newest valid ones.
 
-    A valid checkpoint of the same step and identity is kept as it is; a damaged one is replaced.
+    A valid checkpoint of the same step, identity and progress is kept as it is; one that is damaged, or knows less of
+    the progress (a run stopped behind its last step and then finished), is replaced.
 
     Raises:
         SaveFailed: the operating system refused (disk full, read-only, EIO) or what was read back differs.
@@ -117,6 +118,7 @@ def save(folder: Path, state: TrainState, keep: int, metrics: Mapping[str, float
         there = _read_whole(final)[0] if final.exists() else None
         if there is not None:
             check_identity(there, state.identity)
+        if there is not None and json_bytes(there.progress) == files[PROGRESS]:
             fsync_folder(folder)  # the one who wrote it may have died just before doing so
         else:
             parent = max((step for step, _ in _steps(folder) if step < state.step), default=None)
