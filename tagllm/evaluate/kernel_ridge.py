@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tagllm.evaluate.ridge import Doubles, Floats, RidgeFit, Rows
-from tagllm.head import Kernel, similarity
+from tagllm.head import ROWS_AT_ONCE, Kernel, similarity
 
 PENALTIES = np.logspace(0.5, -3.5, 9)
 """Added to the similarity 1 of a row to itself; from the strongest to the weakest."""
@@ -35,10 +35,15 @@ class Similarity(NamedTuple):
     orders: tuple[tuple[int, ...], ...] = ()
 
     def __call__(self, features_nF: Tensor, at_MF: Tensor) -> Tensor:
-        """(n, M)."""
-        width_SD = self.width_SD.to(features_nF.dtype)
-        parts = [similarity(features_nF, ordered_MF, width_SD) for ordered_MF in self._ordered(at_MF)]
-        return parts[0] if len(parts) == 1 else sum(parts[1:], parts[0]) / len(parts)
+        """(n, M); 20,000 squared are 1.6 GB, and never more of them than one."""
+        width_SD, ordered = self.width_SD.to(features_nF.dtype), self._ordered(at_MF)
+        similar_nM = features_nF.new_empty(len(features_nF), len(at_MF))
+        parts = zip(features_nF.split(ROWS_AT_ONCE), similar_nM.split(ROWS_AT_ONCE), strict=True)
+        for some_bF, similar_bM in parts:
+            similar_bM.copy_(similarity(some_bF, ordered[0], width_SD))
+            for other_MF in ordered[1:]:
+                similar_bM.add_(similarity(some_bF, other_MF, width_SD))
+        return similar_nM.div_(len(ordered)) if len(ordered) > 1 else similar_nM
 
     def kernel(self, at_MF: Tensor, weight_KM: Tensor) -> Kernel:
         """Of rows with these weights: rows in another order are other rows there."""
