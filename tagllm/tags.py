@@ -31,6 +31,8 @@ from tagllm.files import (
 from tagllm.head import Head, Kernel, num_states
 
 FORMAT = 1
+MOST_POOLS = 255
+"""Means over fields that heads read side by side: a position has the number of its own in one byte."""
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 
@@ -213,10 +215,7 @@ def _rebuild(
     head = None
     if described["head"] is not None:
         spec = HeadConfig(**described["head"])
-        held, outputs = described.get("pools", 1), spec.outputs
-        pools = (
-            tuple(range(held)) if isinstance(held, int) else tuple(map(int, held))
-        )  # a number: in libraries of before
+        pools, outputs = _pools(described.get("pools", 1)), spec.outputs
         states = num_states(spec, len(pools))
         features = states * backbone.hidden_size
         kernel = None
@@ -238,6 +237,14 @@ def _rebuild(
             tensor("head.noise", outputs) if f"{name}.head.noise" in tensors else None,
         )
     return Tag(name, described["kind"], rows, head, dict(described["about"]))
+
+
+def _pools(held: Any) -> tuple[int, ...]:
+    """Of library.json; libraries of before have their number."""
+    number = held if isinstance(held, int) else len(held)
+    if not 1 <= number <= MOST_POOLS:
+        raise ValueError(f"{number} means over fields; there are 1 to {MOST_POOLS}")
+    return tuple(range(number) if isinstance(held, int) else map(int, held))
 
 
 def initial_rows(init: str, length: int, embedding_VD: Tensor, text_ids: list[int], seed: int) -> Tensor:

@@ -185,6 +185,8 @@ def test_not_a_library(tmp_path: Path) -> None:
         {"tags__QED": None},
         {"tags__QED__kind": "noun"},
         {"tags__QED__head": {"outputz": 3}},
+        {"tags__QED__pools": 10**12},
+        {"tags__QED__pools": []},
         {"tags__QED__about": 5},
         {"backbone": {"name": "x"}},
         {"backbone": None},
@@ -196,6 +198,13 @@ def test_a_library_json_that_is_none(folder: Path, change: dict[str, Any]) -> No
     edit(folder, **change)
     with pytest.raises(DamagedFile, match=r"library\.json: cannot be used: not a tag library"):
         TagLibrary.load(folder)
+
+
+def test_means_are_a_number_in_libraries_of_before(folder: Path) -> None:
+    before = TagLibrary.load(folder).tags["QED"].head
+    edit(folder, tags__QED__pools=1)
+    head = TagLibrary.load(folder).tags["QED"].head
+    assert head is not None and before is not None and head.pools == before.pools == (0,)
 
 
 def test_a_newer_format(folder: Path) -> None:
