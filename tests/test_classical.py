@@ -6,9 +6,12 @@ import itertools
 
 import numpy as np
 import pytest
+from scipy.sparse import csr_matrix
+from sklearn.ensemble import HistGradientBoostingRegressor
 
-from tagllm.evaluate.classical import Table, classical_baselines, kind_of
+from tagllm.evaluate.classical import Problem, Table, boosting, classical_baselines, kind_of
 from tagllm.evaluate.metrics import concordance, value_metrics
+from tagllm.evaluate.ridge import Rows
 
 MOLECULES = ["CCO", "CCN", "CCCCCC", "c1ccccc1", "c1ccccc1O", "CC(=O)O", "CC(C)C", "C1CCCCC1", "CCCl", "O=C=O"]
 RANDOM = np.random.default_rng(0)
@@ -76,6 +79,19 @@ def test_what_is_chosen_is_chosen_on_validation_where_it_can_be() -> None:
     alone = classical_baselines(train, table(10, 0.0), {"line": names})
     assert spread["ridge_fingerprints"] < float(np.abs(alone["ridge_fingerprints"]).mean())
     assert spread["boosting_fingerprints"] < 0.2 < spread["nearest_row"]
+
+
+@pytest.mark.parametrize("values", [2, 40, 1000])
+def test_boosting_on_features_that_tell_rows_apart_is_boosting_on_all(values: int) -> None:
+    random = np.random.default_rng(values)
+    some = random.integers(0, values, (700, 12)) * random.random((700, 12)).round()
+    features = np.concatenate([np.ones((700, 1)), some, some[:, :5], np.zeros((700, 2))], axis=1).astype(np.float32)
+    targets = (some[:, :4].sum(axis=1) + random.normal(size=700)).astype(np.float32)
+    plain = HistGradientBoostingRegressor(max_iter=300, early_stopping=True, random_state=0)
+    plain.fit(features[:300], targets[:300], X_val=features[300:600], y_val=targets[300:600])
+    seen, chosen = (Rows(csr_matrix(features[part]), targets[part, None]) for part in (slice(300), slice(300, 600)))
+    found = boosting(Problem(seen, chosen, csr_matrix(features[600:])))
+    assert found[:, 0].tolist() == plain.predict(features[600:]).tolist()
 
 
 def test_a_row_that_was_seen_is_its_own_nearest() -> None:

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 
 from tagllm.config import RunConfig
 from tagllm.config_file import parse_config
+from tagllm.evaluate.closed_form import fit_head
+from tagllm.head import Head
 from tagllm.model.backbone import weights_digest
+from tagllm.model.prefix import PrefixMemory
 from tagllm.model.value_head import HeadModule
 from tagllm.stage import read_stage
 from tagllm.tags import TagLibrary
@@ -30,6 +34,8 @@ class Trained(NamedTuple):
     before: str
     run: RunFolder
     domain: TagLibrary
+    remembered: list[int]
+    """Bytes of prefixes beside each fit in closed form."""
 
 
 def train(config: RunConfig, ranks: Ranks) -> tuple[Built, Engine, str]:
@@ -60,7 +66,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     }
     labelled = {**source, "template": f"{source['template']}. Its size is <Size>", "target": "size"}
     second = {"output": str(folder / "2"), "tags": tags, "data": {"sources": [labelled]}, **common}
+    remembered = list[int]()
+
+    def fit(*arguments: Any) -> Head:
+        remembered.append(sum(one.used_host for one in gc.get_objects() if isinstance(one, PrefixMemory)))
+        return fit_head(*arguments)
+
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tagllm.train.gradient_free.fit_head", fit)
         patch.setenv("TAGLLM_CACHE", str(folder / "cache"))
         patch.setenv("LOCAL_RANK", "0")
         for name in ("RANK", "WORLD_SIZE"):
@@ -71,7 +84,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
         train(parse_config(first, "first"), ranks)
         domain = TagLibrary.load(folder / "1" / "library")
         built, engine, before = train(parse_config(second, "second"), ranks)
-        yield Trained(built, engine, before, RunFolder(folder / "2"), domain)
+        yield Trained(built, engine, before, RunFolder(folder / "2"), domain, remembered)
 
 
 def test_backbone_is_bit_identical(trained: Trained) -> None:
@@ -104,3 +117,9 @@ def test_saved_is_learned(trained: Trained) -> None:
     weight_KF, bias_K = head.folded(learned["heads.Size.weight_KF"], learned["heads.Size.bias_K"])
     assert size.head.weight_KF.equal(weight_KF) and size.head.bias_K.equal(bias_K)
     assert size.rows_PD.dtype == torch.float32
+
+
+def test_the_last_fit_has_no_prefixes_beside_it(trained: Trained) -> None:
+    *during, last = trained.remembered
+    assert min(during) > 0
+    assert last == 0

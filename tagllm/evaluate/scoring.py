@@ -51,7 +51,7 @@ def score_pass(built: Built, ranks: Ranks, split: Split, limit: int | None, prob
             lambda batch: built.model(batch.to(ranks.device)), sources, all_draws(sources, limit), collate, ranks, size,
             features=probing,
         )  # fmt: skip
-    built.model.memory = None
+    built.model.forget()
     return result
 
 

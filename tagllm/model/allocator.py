@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import platform
+from collections.abc import Callable
+from typing import Any
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
 
@@ -19,8 +21,17 @@ def return_freed_memory() -> None:
     _set(1 << 20, 1 << 20)
 
 
+def give_back_freed_memory() -> None:
+    """What is free now; buffers freed from now on are kept or returned as before."""
+    if (trim := _of_glibc("malloc_trim")) is not None:
+        trim(0)
+
+
 def _set(mmap_threshold: int, trim_threshold: int) -> None:
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if platform.libc_ver()[0] == "glibc" else None
-    if mallopt is not None:
+    if (mallopt := _of_glibc("mallopt")) is not None:
         mallopt(_MMAP_THRESHOLD, mmap_threshold)
         mallopt(_TRIM_THRESHOLD, trim_threshold)
+
+
+def _of_glibc(name: str) -> Callable[..., Any] | None:
+    return getattr(ctypes.CDLL(None), name, None) if platform.libc_ver()[0] == "glibc" else None

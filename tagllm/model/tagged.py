@@ -16,6 +16,7 @@ from tagllm.data.batch import Batch, Placement, Tokens
 from tagllm.data.encode import TagLayout
 from tagllm.errors import UserError
 from tagllm.head import Head, fields_read
+from tagllm.model.allocator import give_back_freed_memory
 from tagllm.model.attention import Part, Pass, use_parts_attention
 from tagllm.model.embedding import TagEmbedding
 from tagllm.model.lm_head import FrozenHead
@@ -92,6 +93,11 @@ class TaggedModel(nn.Module):
             value_sum,
         )
         return Output(sums, token_loss_M, values_BK, last_BD, mean_BD, prefix.last_BD)
+
+    def forget(self) -> None:
+        """Gives back the memory of remembered prefixes; from now on none are."""
+        self.memory = None
+        give_back_freed_memory()
 
     @torch.no_grad()
     def encode_prefix(self, batch: Batch) -> Prefix:
