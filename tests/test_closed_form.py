@@ -124,6 +124,31 @@ def test_each_state_has_its_own_width() -> None:
     assert error(fit_head(head, train, valid), test) < 0.8 * min(of_one_width)
 
 
+@pytest.mark.parametrize("told", [False, True], ids=["noise", "tells"])
+def test_a_state_of_the_tag_that_does_harm_is_left_out(told: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows are curved in their fields and, where the tag tells anything, in its state. Few rows may make much of a
+    state that many make nothing of: here its width is as that of the fields."""
+    spec = HeadConfig.model_validate({"kernel": "anova", "reads": "both", "landmarks": 1000})
+    head = replace(Head.new(spec, D), mean_K=torch.tensor([50.0]), std_K=torch.tensor([5.0]))
+    random = np.random.default_rng(0)
+
+    def both(number: int, seed: int) -> Rows:
+        fields = rows(number, seed, curved=True)
+        state = random.normal(size=(number, D)).astype(np.float32)
+        targets = fields.targets_nK + 10 * np.sin(2 * state[:, :1]) * told
+        return Rows(np.concatenate([state, fields.features_nF], axis=1), targets)
+
+    train, valid, test = (both(n, seed) for seed, n in enumerate((600, 300, 300)))
+    width_SD = torch.from_numpy(train.features_nF.std(axis=0)).reshape(2, D) * 2
+    monkeypatch.setattr("tagllm.evaluate.closed_form.choose_widths", lambda *_: Similarity(width_SD))
+    fit = fit_head(head, train, valid)
+    assert fit.kernel is not None and error(fit, test) < 0.8
+    traded = test.features_nF.copy()
+    traded[:, :D] = traded[::-1, :D]
+    moved = np.abs(answers_of(fit, traded) - answers_of(fit, test.features_nF)).mean()
+    assert moved > 1 if told else moved < 1e-3
+
+
 def test_a_kernel_whose_error_is_no_number_never_wins(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(KernelFits, "errors", lambda self, held_out: np.full(len(PENALTIES), np.nan))
     train, valid = (rows(n, seed, curved=True) for seed, n in enumerate((300, 300)))

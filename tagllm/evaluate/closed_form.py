@@ -13,9 +13,9 @@ import numpy as np
 import torch
 
 from tagllm.evaluate.censored import Limits, beyond_limits, noise_of
-from tagllm.evaluate.kernel_ridge import KernelFit, KernelFits, LandmarkFit, Landmarks
+from tagllm.evaluate.kernel_ridge import KernelFit, KernelFits, LandmarkFit, Landmarks, Similarity
 from tagllm.evaluate.kernel_widths import choose_widths
-from tagllm.evaluate.ridge import Floats, RidgeFit, Rows, errors_of_penalties, fit_ridge
+from tagllm.evaluate.ridge import Floats, RidgeFit, Rows, clearly_better, errors_of_penalties, fit_ridge
 from tagllm.head import Head, States
 
 
@@ -45,8 +45,27 @@ def _filled(head: Head, fit: RidgeFit | KernelFit | LandmarkFit) -> Head:
 
 
 def _best_kernel(head: Head, train: Rows, valid: Rows) -> KernelFit | LandmarkFit:
-    """Seen from landmarks only where these are far fewer than the rows: from all of them it takes far longer."""
+    """The state of the tag is left out where validation rows are clearly answered better by the fields alone: a state
+    that tells nothing new is one more way in which rows are unlike. Few training rows do not show it, so both are
+    fitted on all."""
     similar = choose_widths(train, valid, States.of(head.spec, head.pools), head.spec.landmarks)
+    fit = _fit_kernel(head, similar, train, valid)
+    if head.spec.reads != "both" or not len(valid.targets_nK):
+        return fit
+    alone = _fit_kernel(head, similar.without(0), train, valid)
+    errors, errors_alone = (_errors(_filled(head, one), valid) for one in (fit, alone))
+    return alone if clearly_better(errors_alone, errors) else fit
+
+
+def _errors(head: Head, rows: Rows) -> Floats:
+    """Of standardised targets."""
+    values_nK = head.values(torch.from_numpy(rows.features_nF)).numpy()
+    errors_n: Floats = ((values_nK - rows.targets_nK) ** 2).mean(axis=1)
+    return errors_n
+
+
+def _fit_kernel(head: Head, similar: Similarity, train: Rows, valid: Rows) -> KernelFit | LandmarkFit:
+    """Seen from landmarks only where these are far fewer than the rows: from all of them it takes far longer."""
     if head.spec.landmarks < len(train.targets_nK):
         landmarks = Landmarks.of(train.features_nF, head.spec.landmarks, similar)
         return LandmarkFit(landmarks, fit_ridge(landmarks.rows(train), landmarks.rows(valid), one_scale=True))

@@ -27,6 +27,10 @@ LANDMARK_JITTER = 1e-7
 """The same for landmarks, in fp64, so that landmarks alike do no harm."""
 
 
+BOUNDLESS = 1e30
+"""A width in which nothing is far."""
+
+
 class Similarity(NamedTuple):
     """A kernel before it is fitted: `similarity` at these widths, the mean over `orders` in which the states of a row
     are taken for the same (none: as they are)."""
@@ -44,6 +48,12 @@ class Similarity(NamedTuple):
             for other_MF in ordered[1:]:
                 similar_bM.add_(similarity(some_bF, other_MF, width_SD))
         return similar_nM.div_(len(ordered)) if len(ordered) > 1 else similar_nM
+
+    def without(self, state: int) -> Similarity:
+        """In which no two rows are unlike in this state."""
+        width_SD = self.width_SD.clone()
+        width_SD[state] = BOUNDLESS
+        return self._replace(width_SD=width_SD)
 
     def kernel(self, at_MF: Tensor, weight_KM: Tensor) -> Kernel:
         """Of rows with these weights: rows in another order are other rows there."""

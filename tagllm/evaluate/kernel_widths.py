@@ -15,14 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tagllm.evaluate.kernel_ridge import PENALTIES, Similarity
+from tagllm.evaluate.kernel_ridge import BOUNDLESS, PENALTIES, Similarity
 from tagllm.evaluate.ridge import Floats, Rows, held_out_by
 from tagllm.head import States, anova
 
 SPREADS = (0.1, 0.6, 4.0, 25.0, 150.0)
 """What |(x - z) / width|^2 is on average, of two rows and in each state."""
-SMALLEST_DEVIATION, BOUNDLESS = 1e-7, 1e30
-"""A feature that deviates by less is alike in all rows; it gets a width in which nothing is far."""
+SMALLEST_DEVIATION = 1e-7
+"""A feature that deviates by less is alike in all rows; it gets a boundless width."""
 ROWS_FOR_WIDTH = 4096
 """Training rows that widths are chosen on, at most; a fit on 20,000 takes minutes."""
 SOME_PENALTIES = PENALTIES[::2]
