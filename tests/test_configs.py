@@ -54,7 +54,8 @@ def test_every_variant_is_good(path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.chdir(ROOT)
     words = shlex.split(path.read_text().splitlines()[0].partition("tagllm sweep")[2])
     assert words[1:3] == ["--variants", str(path.relative_to(ROOT))]
-    points = Sweep.of(Path(words[0]), [], [], 1, path).finals()
+    overrides = [word for word in words[3:] if "=" in word]
+    points = Sweep.of(Path(words[0]), overrides, [], 1, path).finals()
     assert {point.shown["variant"] for point in points} == set(yaml.safe_load(path.read_text()))
 
 
