@@ -143,14 +143,12 @@ def sweep(
     only: Annotated[int | None, typer.Option(min=0, help="One run, counted from 0: $SLURM_ARRAY_TASK_ID.")] = None,
     offline: Offline = False,
 ) -> None:
-    """Train and score a config for every combination of values, several seeds each; one table. Goes on if cut off."""
+    """Train and score a config for every combination of values, several seeds each. Goes on if cut off."""
 
     def work() -> None:
-        from rich.console import Console
-
         from tagllm.sweep.points import Sweep
         from tagllm.sweep.run import run_all, run_sweep
-        from tagllm.sweep.summary import summaries, table_of, write_summary
+        from tagllm.sweep.summary import describe, summaries, write_summary
 
         found = Sweep.of(config, overrides or [], grid or [], seeds, variants, tune)
         alone = None if only is None else found.run_number(only)
@@ -162,7 +160,7 @@ def sweep(
         finally:  # of what is finished
             finished = summaries(found)
             write_summary(found, finished)
-            Console(soft_wrap=True).print(table_of(finished))
+            print("\n".join(describe(finished)))
 
     _run(work, offline)
 

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from tagllm.cli import app
 from tagllm.errors import UserError
 from tagllm.sweep.points import Combination, Point, Sweep
-from tagllm.sweep.summary import summaries
+from tagllm.sweep.summary import digits, summaries
 from tests import tiny
 from tests.distributed.launch import wait_until
 
@@ -145,7 +145,9 @@ def test_the_command_goes_on_where_it_was_cut_off(config: Path) -> None:
     found = json.loads((config.parent / "sweep" / "sweep.json").read_text())["combinations"]
     assert [summary["runs"] for summary in found] == [1, 1]
     assert [summary["folders"] for summary in found] == [[f"tags.Size.length={n}_seed=0"] for n in (1, 2)]
-    assert "mse" in found[0]["metrics"] and "tags.Size.length" in whole.stdout
+    for count, summary in zip((1, 2), found, strict=True):
+        (told,) = [line for line in whole.stdout.splitlines() if f"tags.Size.length={count} " in line]
+        assert all(f"{name} {digits(mean, 4)}" in told for name, (mean, _) in summary["metrics"].items())
 
 
 @pytest.mark.slow

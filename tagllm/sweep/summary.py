@@ -1,4 +1,4 @@
-"""What came of a sweep: mean and interval over the seeds of each combination; sweep.json and a table."""
+"""What came of a sweep: mean and interval over the seeds of each combination; sweep.json and lines for people."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-from rich.table import Table
 
 from tagllm.files import json_bytes, read_json, replace_file, write_durably
 from tagllm.origin import origin
@@ -59,17 +58,16 @@ def write_summary(sweep: Sweep, found: Sequence[Summary]) -> None:
     replace_file(temporary, sweep.output / "sweep.json")
 
 
-def table_of(found: Sequence[Summary]) -> Table:
-    """Mean and 95 % interval of each metric."""
-    names = list(dict.fromkeys(name for summary in found for name in summary.metrics))
-    keys = list(dict.fromkeys(key for summary in found for key in summary.shown))
-    table = Table(title="mean and 95 % interval over the seeds")
-    for title in (*keys, "runs", *names):
-        table.add_column(title, justify="left" if title in keys else "right")
-    for summary in found:
-        cells = ["" if name not in summary.metrics else _shown(*summary.metrics[name]) for name in names]
-        table.add_row(*(written(summary.shown.get(key, "")) for key in keys), str(summary.runs), *cells)
-    return table
+def describe(found: Sequence[Summary]) -> list[str]:
+    """A line for each combination, for people: every metric's mean and 95 % interval."""
+    names = [" ".join(f"{key}={written(value)}" for key, value in summary.shown.items()) for summary in found]
+    width = max(map(len, names), default=0)
+    lines = ["mean and 95 % interval over the seeds"]
+    for name, summary in zip(names, found, strict=True):
+        metrics = "  ".join(f"{metric} {_shown(*value)}" for metric, value in summary.metrics.items())
+        runs = "1 run " if summary.runs == 1 else f"{summary.runs} runs"
+        lines.append(f"  {name:<{width}}  {runs}  {metrics}".rstrip())
+    return lines
 
 
 def _interval(values: Sequence[float]) -> tuple[float, float | None]:
