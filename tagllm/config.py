@@ -328,7 +328,8 @@ class RunConfig(Section):
     prefix: Literal["frozen", "full"] = "frozen"
     """`full` is the plain backward through the whole prompt, for reference."""
     mask: Literal["causal", "block"] = "causal"
-    """`block`: a domain tag and its field see only each other (the authors' released variant)."""
+    """`block`: a domain tag, its field and the text in front of it see only each other (a variant the authors released,
+    there without that text)."""
     remember_gib: Gib | None = None
     """Host memory per rank for the keys and values of prefixes seen before. None: 2 where every rank holds the whole
     backbone, else 0."""

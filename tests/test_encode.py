@@ -214,7 +214,8 @@ def test_predicting_asks_neither_target_nor_output(tokenizer: Any) -> None:
 
 
 def test_fields_spans_and_what_a_group_shares(tokenizer: Any) -> None:
-    """Spans begin with their domain tag; rows of a group are alike up to the next field, text and tags included."""
+    """Spans begin with the text in front of their domain tag; rows of a group are alike up to the next field, text and
+    tags included."""
     template = "p <Protein> {s}. d <SMILES> {d}. n {n} <QED>"
     made = encoder(tokenizer, template, target="y", group_by="s")
     rows = [one(made, s="MK", d="CCO", n="1", y=0), one(made, s="MK", d="N", n="2", y=0)]
@@ -222,10 +223,14 @@ def test_fields_spans_and_what_a_group_shares(tokenizer: Any) -> None:
     for row in rows:
         assert [tokenizer.decode(row.ids[at]) for at in row.fields_at] == [" ", " ", " "]
         assert row.spans_at.shape == (2, 2)
-        for (start, end), tag in zip(row.spans_at, ("Protein", "SMILES"), strict=True):
-            assert row.ids[start : start + 3].tolist() == list(LAYOUT.ids(tag))
-            assert set(row.marks[start + 3 : end]) == {SPAN}
+        for (start, end), text, tag in zip(row.spans_at, ("p", ". d"), ("Protein", "SMILES"), strict=True):
+            head = [*tokens(tokenizer, text), *LAYOUT.ids(tag)]
+            assert row.ids[start : start + len(head)].tolist() == head
+            assert set(row.marks[start + len(head) : end]) == {SPAN}
             assert row.marks[end] == TEXT
+    bare = one(encoder(tokenizer, "<Protein> {s} <SMILES> {d} <QED>", target="y"), s="MK", d="CCO", y=0)
+    for (start, _), tag in zip(bare.spans_at, ("Protein", "SMILES"), strict=True):
+        assert bare.ids[start : start + 3].tolist() == list(LAYOUT.ids(tag)), "and with the tag where there is none"
         assert row.alike_to == row.fields_at[1]
     assert rows[0].ids[: rows[0].alike_to].tolist() == rows[1].ids[: rows[1].alike_to].tolist()
     assert rows[0].group == rows[1].group != other.group

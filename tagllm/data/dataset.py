@@ -22,7 +22,7 @@ from tagllm.errors import UserError
 from tagllm.files import write_durably
 from tagllm.template import Template
 
-FORMAT = 4
+FORMAT = 5
 CHUNK_ROWS = 1000
 _LISTED_ERRORS = 5
 

@@ -28,6 +28,7 @@ from tagllm.template import (
     marks_of,
     pool_of,
     pools_of,
+    spans_of,
     truncate,
     written,
 )
@@ -103,9 +104,9 @@ class Example(NamedTuple):
     -1; `read_at` is the position of the last row of the function tag that owns it. `function_at` is where the last
     function tag starts, or the length of the prompt: everything before is what a probe on the frozen LLM may see.
 
-    `fields_at` are the positions where fields start; `spans_at` (n, 2) where each domain tag with a field behind it
-    starts and that field ends. `group` is the same for rows with the same `group_by` values (-1: not grouped), and
-    these are alike up to `alike_to`. `origin` is its file and line.
+    `fields_at` are the positions where fields start; `spans_at` (n, 2) where each span (`spans_of`) starts and ends.
+    `group` is the same for rows with the same `group_by` values (-1: not grouped), and these are alike up to
+    `alike_to`. `origin` is its file and line.
     """
 
     ids: NDArray[np.int32]
@@ -158,6 +159,7 @@ class Encoder:
         start = tokenizer("a").input_ids
         self.bos = [tokenizer.bos_token_id] if start and start[0] == tokenizer.bos_token_id else []
         self.inputs = [i for i, part in enumerate(parts) if part.kind == "field" and self.marks[i] != OUTPUT]
+        self.spans = spans_of(self.template, self.marks)
         grouped = [at for at, i in enumerate(self.inputs) if parts[i].value in source.group_by]
         self.num_alike = grouped[-1] + 1 if grouped else 0
         ends_with_output = bool(parts) and parts[-1].kind == "field" and parts[-1].value == "output"
@@ -251,9 +253,7 @@ class Encoder:
             int(starts[self.function_part]) if self.function_part is not None else len(ids),
             sum(map(len, whole)) - sum(map(len, fitted)),
             starts[inputs].astype(np.int32),
-            np.array([(starts[i - 1], starts[i + 1]) for i in inputs if self.marks[i] == SPAN], np.int32).reshape(
-                -1, 2
-            ),
+            np.array([(starts[first], starts[field + 1]) for first, field in self.spans], np.int32).reshape(-1, 2),
             group,
             int(starts[[*inputs, -1][self.num_alike]]) if self.num_alike else 0,
         )
