@@ -253,10 +253,11 @@ def plain_loss(tagged: TaggedModel, rows: list[tuple[Example, torch.Tensor]], co
 
 
 def test_a_free_span_is_computed_once_wherever_it_stands() -> None:
-    """Under the block mask the same protein behind other text is remembered from before, and its values stay right."""
+    """Under the block mask the same protein, introduced in the same words, is remembered from before whatever stands in
+    front of them, and its values stay right."""
     of = tiny.layout()
     random = np.random.default_rng(0)
-    rows = [tiny.example(of, (size, "Frozen", "~15#1", 2, "F"), random) for size in (3, 7, 40)]
+    rows = [tiny.example(of, (f"~{size}", 4, "Frozen", "~15#1", 2, "F"), random) for size in (3, 7, 40)]
     tagged, plain = tiny.model(of, remember=1 << 24), tiny.model(of)
     assert tagged.memory is not None
     for seen_before, row in enumerate(rows):

@@ -95,16 +95,18 @@ def example(
     of: TagLayout, pieces: Sequence[str | int], random: np.random.Generator, target: bool = True, group: int = -1
 ) -> Example:
     """`pieces`: a number is fixed text of so many tokens, `~n` a span, `>n` output, else a tag's name; `~n#s` has the
-    content of seed s. Rows of a group are alike up to their second span."""
+    content of seed s. Spans begin with the text in front of their tag. Rows of a group are alike up to their second
+    span."""
     ids: list[int] = []
     marks: list[int] = []
     pools: list[int] = []
-    read_at, function_at, tag_at = -1, -1, -1
+    read_at, function_at, begun_at, text_at = -1, -1, -1, -1
     fields_at, spans_at = [], []
     for piece in pieces:
         if isinstance(piece, str) and piece in of.kinds:
             new, mark = list(of.ids(piece)), TAG
-            tag_at = len(ids) if of.kinds[piece] == "domain" else -1
+            start = text_at if text_at >= 0 else len(ids)
+            begun_at, text_at = start if of.kinds[piece] == "domain" else -1, -1
             function_at = len(ids) if of.kinds[piece] == "function" else function_at
             read_at = len(ids) + len(new) - 1 if piece in of.heads else read_at
         else:
@@ -113,8 +115,8 @@ def example(
             fixed = np.random.default_rng(int(seed or 0)) if seed or isinstance(piece, int) else random
             new = fixed.integers(1, VOCABULARY, int(size)).tolist()
             fields_at += [len(ids)] * (mark == SPAN)
-            spans_at += [(tag_at, len(ids) + len(new))] * (mark == SPAN and tag_at >= 0)
-            tag_at = -1
+            spans_at += [(begun_at, len(ids) + len(new))] * (mark == SPAN and begun_at >= 0)
+            begun_at, text_at = -1, len(ids) if mark == TEXT else -1
         ids += new
         marks += [mark] * len(new)
         pools += [min(len(fields_at), of.num_pools) if mark == SPAN else 0] * len(new)
