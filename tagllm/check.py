@@ -9,7 +9,8 @@ from tagllm.data.dataset import check_columns
 from tagllm.data.readers import column_names
 from tagllm.data.recipes import recipe_of
 from tagllm.errors import UserError
-from tagllm.stage import check_world, read_stage
+from tagllm.stage import Stage, check_world, read_stage
+from tagllm.template import marks_of, spans_of
 
 
 def check_config(path: Path, overrides: list[str], num_ranks: int) -> list[str]:
@@ -47,4 +48,22 @@ def check_config(path: Path, overrides: list[str], num_ranks: int) -> list[str]:
     tags = ", ".join(f"<{name}>{'' if name in stage.learned else ' (frozen)'}" for name in config.tags)
     terms = ", ".join(f"{name} x {weight:g}" for name, weight in stage.weights._asdict().items() if weight)
     length = f"{config.optim.steps} steps" if config.optim.steps else f"{config.optim.epochs:g} epochs"
-    return [f"{path}: good", f"  tags: {tags}", f"  loss: {terms}", f"  {length} of {config.optim.rows_per_step} rows"]
+    lines = [f"{path}: good", f"  tags: {tags}", f"  loss: {terms}", f"  {length} of {config.optim.rows_per_step} rows"]
+    return lines + [f"  note: {note}" for note in _notes(stage)]
+
+
+def _notes(stage: Stage) -> list[str]:
+    """What can be meant so, and seldom is."""
+    if stage.config.mask != "block":
+        return []
+    first = [
+        template.parts[begins]
+        for template in stage.templates
+        for begins, _ in spans_of(template, marks_of(template, stage.kinds))
+    ]
+    bare = dict.fromkeys(part.value for part in first if part.kind == "tag" and part.value in stage.loaded)
+    return [
+        f"under mask: block its span begins with <{name}>, which costs accuracy unless it was trained so; put the "
+        "text in front of it that it was trained with."
+        for name in bare
+    ]

@@ -238,6 +238,9 @@ def test_groups_are_shared_and_remembered(run: Run, folder: Path, mask: str) -> 
         values = yaml.safe_load(file.read_text())
         values["data"]["sources"][0] |= {"group_by": "name", "rows_per_group": 4, "split": {"by": "smiles"}}
         file.write_text(yaml.safe_dump(values))
+        bare = run("check", file, "data.sources[0].template=<D> {name} binds <D> {smiles} by <W>")
+        assert ("begins with <D>" in bare.stdout) == (mask == "block"), bare.output
+        assert "note" not in run("check", file).stdout, "there is text in front of each"
         result = run("train", file)
         assert result.exit_code == 0, result.output
         lines = [json.loads(line) for line in (folder / f"runs/{mask}-{prefix}/metrics.jsonl").read_text().splitlines()]
