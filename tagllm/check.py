@@ -59,7 +59,7 @@ def _notes(stage: Stage) -> list[str]:
     first = [
         template.parts[begins]
         for template in stage.templates
-        for begins, _ in spans_of(template, marks_of(template, stage.kinds))
+        for begins, _ in spans_of(marks_of(template, stage.kinds))
     ]
     bare = dict.fromkeys(part.value for part in first if part.kind == "tag" and part.value in stage.loaded)
     return [

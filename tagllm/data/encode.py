@@ -159,7 +159,7 @@ class Encoder:
         start = tokenizer("a").input_ids
         self.bos = [tokenizer.bos_token_id] if start and start[0] == tokenizer.bos_token_id else []
         self.inputs = [i for i, part in enumerate(parts) if part.kind == "field" and self.marks[i] != OUTPUT]
-        self.spans = spans_of(self.template, self.marks)
+        self.spans = spans_of(self.marks)
         grouped = [at for at, i in enumerate(self.inputs) if parts[i].value in source.group_by]
         self.num_alike = grouped[-1] + 1 if grouped else 0
         ends_with_output = bool(parts) and parts[-1].kind == "field" and parts[-1].value == "output"
