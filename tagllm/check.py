@@ -56,14 +56,23 @@ def _notes(stage: Stage) -> list[str]:
     """What can be meant so, and seldom is."""
     if stage.config.mask != "block":
         return []
-    first = [
-        template.parts[begins]
-        for template in stage.templates
-        for begins, _ in spans_of(marks_of(template, stage.kinds))
-    ]
-    bare = dict.fromkeys(part.value for part in first if part.kind == "tag" and part.value in stage.loaded)
-    return [
-        f"under mask: block its span begins with <{name}>, which costs accuracy unless it was trained so; put the "
-        "text in front of it that it was trained with."
-        for name in bare
-    ]
+    heads, notes = stage.layout(0).heads, list[str]()
+    for template in stage.templates:
+        symmetric = any(head.symmetric for name, head in heads.items() if name in template.tags)
+        openings: dict[str, list[str]] = {}
+        for begins, field in spans_of(marks_of(template, stage.kinds)):
+            name, first = template.parts[field - 1].value, template.parts[begins]
+            openings.setdefault(name, []).append(first.value if first.kind == "text" else "")
+        for name, texts in openings.items():
+            if "" in texts and name in stage.loaded:
+                notes.append(
+                    f"under mask: block its span begins with <{name}>, which costs accuracy unless it was trained so; "
+                    "put the text in front of it that it was trained with."
+                )
+            if symmetric and len(set(texts)) > 1:
+                notes.append(
+                    f"head.symmetric takes the fields behind <{name}> for interchangeable, but under mask: block each "
+                    f"is read behind its own words, {' and '.join(map(repr, dict.fromkeys(texts)))}; put the same in "
+                    "front of each."
+                )
+    return list(dict.fromkeys(notes))

@@ -12,6 +12,7 @@ from tagllm.config import FieldConfig, RunConfig
 from tagllm.data.collate import Collator
 from tagllm.data.encode import TagLayout
 from tagllm.errors import UserError, did_you_mean
+from tagllm.head import States
 from tagllm.model.loss import Weights
 from tagllm.tags import NAME, Tag, TagLibrary
 from tagllm.template import OUTPUT, SPAN, Template, all_pools, marks_of, parse_template, pool_of
@@ -121,8 +122,13 @@ def _weights(stage: Stage) -> Weights:
 
 def _contradictions(stage: Stage, where: str) -> list[str]:
     """Settings that cannot be honoured together."""
-    config, heads = stage.config, stage.layout(0).heads
-    problems = []
+    config, layout = stage.config, stage.layout(0)
+    heads, problems = layout.heads, list[str]()
+    for name, spec in heads.items():
+        try:
+            States.of(spec, layout.pools)
+        except UserError as error:
+            problems += [f"{where}: tags.{name}.{problem}" for problem in error.problems]
     if config.mask == "block" and any(template.has_output for template in stage.templates):
         problems.append(
             f"{where}: mask is block, but a template has {{output}}; text is generated under the causal mask only. Set "

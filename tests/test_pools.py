@@ -115,6 +115,35 @@ def test_a_kernel_of_fields_that_trade_places_needs_each_by_itself(folder: Path,
     fails(run("train", config(folder, "not-each", tags=tags)), "symmetric is true", "pool is apart", "pool: each")
 
 
+def test_too_many_fields_that_trade_places_are_told_before_anything_is_read(folder: Path, run: Run) -> None:
+    spec = HEAD | {"pool": "each", "symmetric": True}
+    tags = {"S": {"length": 2}, "W": {"kind": "function", "length": 2, "head": spec}}
+    template = " ".join(f"<S> {{{column}}}" for column in ("smiles", "name", "kind", "wait", "same")) + " <W>"
+    file = config(folder, "five", tags=tags, data__template=template, data__path="nowhere.csv")
+    fails(run("check", file), "tags.W.head.symmetric", "5 fields", "120 orders", "pool: apart")
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("drug <S> {smiles}\ndrug <S> {name}. <W>", ["'drug'", "'\\ndrug'"]),
+        ("drug <S> {smiles} <S> {name} <W>", ["'drug' and ''"]),
+        ("drug <S> {smiles} and <S> {name} <W>", ["'drug' and ' and'"]),
+        ("{kind} drug <S> {smiles} drug <S> {name} <W>", []),
+    ],
+)
+@pytest.mark.parametrize("mask", ["block", "causal"])
+def test_fields_that_trade_places_behind_other_words_are_noted(
+    folder: Path, run: Run, mask: str, template: str, words: list[str]
+) -> None:
+    spec = HEAD | {"pool": "each", "symmetric": True}
+    tags = {"S": {"length": 2}, "W": {"kind": "function", "length": 2, "head": spec}}
+    checked = run("check", config(folder, "words", tags=tags, data__template=template, mask=mask))
+    assert checked.exit_code == 0, checked.output
+    assert ("interchangeable" in checked.stdout) == (mask == "block" and bool(words)), checked.output
+    assert all(word in " ".join(checked.stdout.split()) for word in words if mask == "block"), checked.output
+
+
 def test_a_prompt_with_other_pools_is_refused(finished: Path, folder: Path, run: Run) -> None:
     told = run("predict", finished, folder / "rows.csv", folder / "none.csv", "--template", "<SMILES> {smiles} <W>")
     fails(told, "tags.W.head", "reads 2 means over fields side by side", "have 1")
