@@ -65,6 +65,7 @@ setup(
             "pytest-timeout>=2.3",
             "pytest-xdist>=3.6",
             "hypothesis>=6.120",
+            "psutil>=6",
             "peptides>=0.5",
             "peft>=0.19",
             "ruff>=0.9",

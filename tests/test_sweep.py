@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import yaml
 from scipy import stats
@@ -162,6 +163,23 @@ def test_a_stop_reaches_the_run_and_the_next_is_not_begun(config: Path) -> None:
         assert sweep.wait(timeout=120) == 128 + signal.SIGTERM
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
     assert (first / "checkpoints" / f"step-{steps[-1]:08d}").is_dir() and not second.exists()
+
+
+@pytest.mark.slow
+def test_a_run_that_was_killed_is_named_and_the_other_is_finished(config: Path) -> None:
+    """As the kernel does where memory runs out, two runs side by side."""
+    overrides = ["optim.steps=400", "evaluation.every_steps=400", "checkpoint.every_steps=20"]
+    command = [sys.executable, "-m", "tagllm", "sweep", str(config), *overrides, "--seeds", "2", "--jobs", "2"]
+    first, second = (point.folder for point in points_of(config, overrides, [], 2))
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as sweep:
+        wait_until(lambda: any((first / "checkpoints").glob("step-*")), [sweep])
+        (victim,) = (child for child in psutil.Process(sweep.pid).children() if f"output={first}" in child.cmdline())
+        victim.kill()
+        told = sweep.communicate(timeout=120)[1]
+    assert sweep.returncode == 2
+    (line,) = [line for line in told.splitlines() if line.startswith("error: ")]
+    assert str(first) in line and "train was killed" in line and "memory" in line and "--jobs" in line
+    assert (second / "results.json").is_file() and not (first / "results.json").exists()
 
 
 def test_a_run_that_fails_is_named(config: Path) -> None:

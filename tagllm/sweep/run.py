@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -70,5 +71,13 @@ def run_point(sweep: Sweep, point: Point, environment: Mapping[str, str], runnin
         told = process.communicate()[1]
         running.remove(process)
         if process.returncode:
-            last = (told.strip().splitlines() or ["no message"])[-1]
-            raise UserError(f"{point.folder}: tagllm {command[0]} left with {process.returncode}: {last}")
+            raise UserError(f"{point.folder}: tagllm {command[0]} {_ended(process.returncode, told)}")
+
+
+def _ended(status: int, told: str) -> str:
+    if status == -signal.SIGKILL:
+        return (
+            "was killed, as Linux does where memory runs out. The same command goes on; fewer --jobs need less of it."
+        )
+    last = (told.strip().splitlines() or ["no message"])[-1]
+    return f"left with {status}: {last}"
