@@ -1,8 +1,8 @@
 """What answers with numbers or classes: a linear map on hidden states and, where a closed-form fit found that better, a
-kernel.
+kernel on them.
 
 K outputs, S states that a head reads side by side (of its tag, and means over fields: of each layer, and there of each
-pool; then the length of each pool, if asked), each of D features, the hidden size; F = S D, M landmarks, B rows.
+pool; then the length of each pool, if asked), each of D features, the hidden size; F = S D, B rows.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tagllm.config import HeadConfig, Reads
 from tagllm.errors import UserError
+from tagllm.kernel import Kernel
 
 T = TypeVar("T")
 
@@ -25,48 +26,6 @@ T = TypeVar("T")
 def states_read(reads: Reads, last: T, mean: T) -> tuple[T, ...]:
     """What a head with `reads` sees side by side, of the state at its position and the mean over the fields."""
     return {"last": (last,), "mean": (mean,), "both": (last, mean)}[reads]
-
-
-ROWS_AT_ONCE = 1024
-
-
-def similarity(features_BF: Tensor, landmarks_MF: Tensor, width_SD: Tensor) -> Tensor:
-    """(B, M), 1 for a row and itself: an ANOVA kernel, the mean over all sets of states of the product over the set of
-    Matern 3/2, (1 + r) exp(-r), where r is sqrt(3) |(x - landmark) / width|. So each state counts by itself (a drug is
-    potent, whatever the protein) and together with others (additive Gaussian processes, Duvenaud et al. 2011)."""
-    center_F = landmarks_MF.mean(dim=0)  # states have an offset far larger than what tells them apart
-    z_SMD = _in_widths(landmarks_MF - center_F, width_SD)
-    parts = [_anova(_in_widths(x_bF - center_F, width_SD), z_SMD) for x_bF in features_BF.split(ROWS_AT_ONCE)]
-    return torch.cat(parts)
-
-
-def _in_widths(features_BF: Tensor, width_SD: Tensor) -> Tensor:
-    features_BSD = features_BF.reshape(-1, *width_SD.shape)
-    return (features_BSD / width_SD).transpose(0, 1)
-
-
-def _anova(x_SBD: Tensor, z_SMD: Tensor) -> Tensor:
-    return anova(torch.cdist(x_SBD, z_SMD))
-
-
-def anova(apart_SBM: Tensor) -> Tensor:
-    """`similarity` of distances in widths."""
-    far_SBM = 3**0.5 * apart_SBM
-    alike_SBM = (1 + far_SBM) * torch.exp(-far_SBM)
-    mean_BM: Tensor = ((1 + alike_SBM).prod(dim=0) - 1) / float(2 ** len(alike_SBM) - 1)
-    return mean_BM
-
-
-class Kernel(NamedTuple):
-    """A kernel on landmarks (rows of the training data), one width for each feature."""
-
-    landmarks_MF: Tensor
-    width_SD: Tensor
-    weight_KM: Tensor
-
-    def __call__(self, features_BF: Tensor) -> Tensor:
-        """(B, K)."""
-        return similarity(features_BF, self.landmarks_MF, self.width_SD) @ self.weight_KM.T
 
 
 def measured(values_BK: Tensor, noise_K: Tensor, spec: HeadConfig, mean_K: Tensor, std_K: Tensor) -> Tensor:
@@ -137,8 +96,8 @@ class Head:
         """By the names they have in a library."""
         found = {"weight": self.weight_KF, "bias": self.bias_K, "mean": self.mean_K, "std": self.std_K}
         if self.kernel is not None:
-            kernel = self.kernel
-            found |= {"landmarks": kernel.landmarks_MF, "width": kernel.width_SD, "kernel_weight": kernel.weight_KM}
+            state_TD, at_SM, width_SD, weight_KM = self.kernel
+            found |= {"states": state_TD, "landmarks": at_SM, "width": width_SD, "kernel_weight": weight_KM}
         if self.noise_K is not None:
             found["noise"] = self.noise_K
         return found

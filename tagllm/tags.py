@@ -28,9 +28,10 @@ from tagllm.files import (
     sha256_file,
     write_durably,
 )
-from tagllm.head import Head, Kernel, num_states
+from tagllm.head import Head, num_states
+from tagllm.kernel import Kernel, Landmarks
 
-FORMAT = 1
+FORMAT, OLDER_FORMATS = 2, (1,)
 MOST_POOLS = 255
 """Means over fields that heads read side by side: a position has the number of its own in one byte."""
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
@@ -102,7 +103,7 @@ class TagLibrary:
             tensors[f"{tag.name}.rows"] = tag.rows_PD.float().contiguous()
             if tag.head is not None:
                 for part, tensor in tag.head.tensors().items():
-                    tensors[f"{tag.name}.head.{part}"] = tensor.float().contiguous()
+                    tensors[f"{tag.name}.head.{part}"] = tensor.contiguous()
         save_tensors(temporary / "tags.safetensors", tensors)
         document = {
             "format": FORMAT,
@@ -150,7 +151,7 @@ class TagLibrary:
     @classmethod
     def _read(cls, folder: Path, backbone: BackboneIdentity | None) -> TagLibrary:
         document = read_json(folder / "library.json")
-        if document["format"] != FORMAT:
+        if document["format"] not in (FORMAT, *OLDER_FORMATS):
             raise UserError(
                 f"{folder}/library.json: format is {document['format']}; this version reads format {FORMAT}. "
                 "Update tagllm."
@@ -202,14 +203,28 @@ def _rebuild(
 
     file = folder / "tags.safetensors"
 
-    def tensor(part: str, *shape: int) -> Tensor:
+    def tensor(part: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         found = tensors.get(f"{name}.{part}")
-        if found is None or tuple(found.shape) != shape or found.dtype != torch.float32:
+        if found is None or tuple(found.shape) != shape or found.dtype != dtype:
             actual = "missing" if found is None else f"{tuple(found.shape)} {found.dtype}"
-            raise DamagedFile(file, f"{name}.{part} is {actual}; it must be {shape} float32")
+            wanted = str(dtype).removeprefix("torch.")
+            raise DamagedFile(file, f"{name}.{part} is {actual}; it must be {shape} {wanted}")
         if not found.isfinite().all():
             raise DamagedFile(file, f"{name}.{part} holds numbers that are not finite")
         return found
+
+    def kernel(outputs: int, states: int) -> Kernel:
+        size, number = backbone.hidden_size, tensors[f"{name}.head.landmarks"].numel()
+        if f"{name}.head.states" in tensors:
+            state_TD = tensor("head.states", len(tensors[f"{name}.head.states"]), size)
+            at_SM = tensor("head.landmarks", states, number // states, dtype=torch.int64)
+            if not ((at_SM >= 0) & (at_SM < len(state_TD))).all():
+                raise DamagedFile(file, f"{name}.head.landmarks has states that are not among the {len(state_TD)} kept")
+        else:  # format 1 had landmarks as they are
+            whole_MF = tensor("head.landmarks", number // (states * size), states * size)
+            state_TD, at_SM = Landmarks.of(whole_MF, states)
+        weight_KM = tensor("head.kernel_weight", outputs, at_SM.shape[1])
+        return Kernel(state_TD, at_SM, tensor("head.width", states, size), weight_KM)
 
     rows = tensor("rows", described["length"], backbone.hidden_size)
     head = None
@@ -218,21 +233,13 @@ def _rebuild(
         pools, outputs = _pools(described.get("pools", 1)), spec.outputs
         states = num_states(spec, len(pools))
         features = states * backbone.hidden_size
-        kernel = None
-        if (landmarks := tensors.get(f"{name}.head.landmarks")) is not None:
-            num = len(landmarks)
-            kernel = Kernel(
-                tensor("head.landmarks", num, features),
-                tensor("head.width", states, backbone.hidden_size),
-                tensor("head.kernel_weight", outputs, num),
-            )
         head = Head(
             spec,
             tensor("head.weight", outputs, features),
             tensor("head.bias", outputs),
             tensor("head.mean", outputs),
             tensor("head.std", outputs),
-            kernel,
+            kernel(outputs, states) if f"{name}.head.landmarks" in tensors else None,
             pools,
             tensor("head.noise", outputs) if f"{name}.head.noise" in tensors else None,
         )

@@ -208,8 +208,8 @@ def test_means_are_a_number_in_libraries_of_before(folder: Path) -> None:
 
 
 def test_a_newer_format(folder: Path) -> None:
-    edit(folder, format=2)
-    with pytest.raises(UserError, match=r"format is 2; this version reads format 1\. Update tagllm\."):
+    edit(folder, format=3)
+    with pytest.raises(UserError, match=r"format is 3; this version reads format 2\. Update tagllm\."):
         TagLibrary.load(folder)
 
 

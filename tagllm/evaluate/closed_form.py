@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from tagllm.evaluate.censored import Limits, beyond_limits, noise_of
-from tagllm.evaluate.kernel_ridge import KernelFit, KernelFits, LandmarkFit, Landmarks, Similarity
+from tagllm.evaluate.kernel_ridge import KernelFit, KernelFits, LandmarkFit, Nystroem, Similarity
 from tagllm.evaluate.kernel_widths import choose_widths
 from tagllm.evaluate.ridge import Floats, RidgeFit, Rows, clearly_better, errors_of_penalties, fit_ridge
 from tagllm.head import Head, States
@@ -67,7 +67,7 @@ def _errors(head: Head, rows: Rows) -> Floats:
 def _fit_kernel(head: Head, similar: Similarity, train: Rows, valid: Rows) -> KernelFit | LandmarkFit:
     """Seen from landmarks only where these are far fewer than the rows: from all of them it takes far longer."""
     if head.spec.landmarks < len(train.targets_nK):
-        landmarks = Landmarks.of(train.features_nF, head.spec.landmarks, similar)
+        landmarks = Nystroem.of(train.features_nF, head.spec.landmarks, similar)
         return LandmarkFit(landmarks, fit_ridge(landmarks.rows(train), landmarks.rows(valid), one_scale=True))
     fit = partial(KernelFits.of, similar=similar)
     fitted = fit(train)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tagllm.evaluate.ridge import Doubles, Floats, RidgeFit, Rows
-from tagllm.head import ROWS_AT_ONCE, Kernel, similarity
+from tagllm.kernel import ROWS_AT_ONCE, Kernel, Landmarks, similarity
 
 PENALTIES = np.logspace(0.5, -3.5, 9)
 """Added to the similarity 1 of a row to itself; from the strongest to the weakest."""
@@ -40,14 +40,13 @@ class Similarity(NamedTuple):
 
     def __call__(self, features_nF: Tensor, at_MF: Tensor) -> Tensor:
         """(n, M); 20,000 squared are 1.6 GB, and never more of them than one."""
-        width_SD, ordered = self.width_SD.to(features_nF.dtype), self._ordered(at_MF)
-        similar_nM = features_nF.new_empty(len(features_nF), len(at_MF))
-        parts = zip(features_nF.split(ROWS_AT_ONCE), similar_nM.split(ROWS_AT_ONCE), strict=True)
-        for some_bF, similar_bM in parts:
-            similar_bM.copy_(similarity(some_bF, ordered[0], width_SD))
-            for other_MF in ordered[1:]:
-                similar_bM.add_(similarity(some_bF, other_MF, width_SD))
-        return similar_nM.div_(len(ordered)) if len(ordered) > 1 else similar_nM
+        similar_nM = features_nF.new_zeros(len(features_nF), len(at_MF))
+        ordered, width_SD = self._ordered(at_MF), self.width_SD.to(features_nF.dtype)
+        for landmarks in ordered:
+            parts = similarity(features_nF, landmarks, width_SD)
+            for into_bM, similar_bM in zip(similar_nM.split(ROWS_AT_ONCE), parts, strict=True):
+                into_bM.add_(similar_bM)
+        return similar_nM.div_(len(ordered))
 
     def without(self, state: int) -> Similarity:
         """In which no two rows are unlike in this state."""
@@ -56,14 +55,17 @@ class Similarity(NamedTuple):
         return self._replace(width_SD=width_SD)
 
     def kernel(self, at_MF: Tensor, weight_KM: Tensor) -> Kernel:
-        """Of rows with these weights: rows in another order are other rows there."""
-        ordered = self._ordered(at_MF)
-        weights = [weight_KM / len(ordered)] * len(ordered)
-        return Kernel(torch.cat(ordered), self.width_SD, torch.cat(weights, dim=1).contiguous())
+        """Of rows with these weights: rows in another order are other rows there. Of a state in which none is far
+        nothing is kept."""
+        tells_S1 = (self.width_SD < BOUNDLESS).any(dim=1, keepdim=True)
+        ordered = self._ordered((at_MF.reshape(-1, *self.width_SD.shape) * tells_S1).flatten(1))
+        at_SM = torch.cat([landmarks.at_SM for landmarks in ordered], dim=1)
+        weight_KM = weight_KM.repeat(1, len(ordered)) / len(ordered)
+        return Kernel(ordered[0].state_TD, at_SM, self.width_SD, weight_KM.contiguous())
 
-    def _ordered(self, at_MF: Tensor) -> list[Tensor]:
-        at_MSD = at_MF.reshape(-1, *self.width_SD.shape)
-        return [at_MSD[:, list(order)].flatten(1) for order in self.orders] or [at_MF]
+    def _ordered(self, at_MF: Tensor) -> list[Landmarks]:
+        landmarks = Landmarks.of(at_MF, len(self.width_SD))
+        return [landmarks.in_order(order) for order in self.orders] or [landmarks]
 
 
 class KernelSystem:
@@ -172,7 +174,7 @@ class KernelFit(NamedTuple):
         return self.fits.similar.kernel(self.fits.at_nF, self.weight_nK.T)
 
 
-class Landmarks(NamedTuple):
+class Nystroem(NamedTuple):
     """The Nystroem features of a kernel: (x, y) -> features whose products are the similarities, as seen from M rows
     (Williams and Seeger 2001)."""
 
@@ -182,7 +184,7 @@ class Landmarks(NamedTuple):
     """Cholesky factor of the similarities among landmarks, fp64."""
 
     @classmethod
-    def of(cls, features_nF: Floats, number: int, similar: Similarity) -> Landmarks:
+    def of(cls, features_nF: Floats, number: int, similar: Similarity) -> Nystroem:
         """So many of these rows, drawn evenly."""
         chosen = np.random.default_rng(0).choice(len(features_nF), number, replace=False)
         at_MF = torch.from_numpy(features_nF[np.sort(chosen)])
@@ -206,7 +208,7 @@ class Landmarks(NamedTuple):
 class LandmarkFit(NamedTuple):
     """A kernel as seen from landmarks, at one penalty."""
 
-    landmarks: Landmarks
+    landmarks: Nystroem
     ridge: RidgeFit
 
     @property

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from tagllm.evaluate.kernel_ridge import BOUNDLESS, PENALTIES, Similarity
 from tagllm.evaluate.ridge import Floats, Rows, held_out_by
-from tagllm.head import States, anova
+from tagllm.head import States
+from tagllm.kernel import anova, matern
 
 SPREADS = (0.1, 0.6, 4.0, 25.0, 150.0)
 """What |(x - z) / width|^2 is on average, of two rows and in each state."""
@@ -112,6 +113,8 @@ class _Trial(NamedTuple):
         return error_P
 
     def _similar(self, apart_Amn: Tensor, spread_S: tuple[float, ...]) -> Tensor:
-        stretch_S11 = torch.tensor(spread_S).sqrt()[:, None, None]
-        parts = [anova(apart_Amn[pair_S] * stretch_S11) for pair_S in self.pair_OS]
+        parts = [
+            anova([matern(apart_Amn[pair] * spread**0.5) for pair, spread in zip(pair_S, spread_S, strict=True)])
+            for pair_S in self.pair_OS
+        ]
         return sum(parts[1:], parts[0]) / len(parts)

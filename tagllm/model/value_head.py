@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from tagllm.head import Head, Kernel, measured, states_read
+from tagllm.head import Head, measured, states_read
+from tagllm.kernel import Kernel
 
 SMALLEST_SCALE = 1e-4
 """Of a feature that hardly differs from row to row."""
