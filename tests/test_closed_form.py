@@ -18,7 +18,7 @@ from tagllm.config import HeadConfig
 from tagllm.data.batch import Counts
 from tagllm.evaluate import kernel_widths
 from tagllm.evaluate.closed_form import answers_of, fit_head
-from tagllm.evaluate.kernel_ridge import PENALTIES, RANK, KernelFits, Nystroem, Similarity
+from tagllm.evaluate.kernel_ridge import BOUNDLESS, PENALTIES, RANK, KernelFits, Nystroem, Similarity
 from tagllm.evaluate.kernel_widths import SOME_PENALTIES, SPREADS, choose_widths
 from tagllm.evaluate.passes import Pass
 from tagllm.evaluate.ridge import Rows, clearly_better, fit_ridge
@@ -142,14 +142,43 @@ def test_a_state_of_the_tag_that_does_harm_is_left_out(told: bool, monkeypatch: 
         return Rows(np.concatenate([state, fields.features_nF], axis=1), targets)
 
     train, valid, test = (both(n, seed) for seed, n in enumerate((600, 300, 300)))
-    width_SD = torch.from_numpy(train.features_nF.std(axis=0)).reshape(2, D) * 2
-    monkeypatch.setattr("tagllm.evaluate.closed_form.choose_widths", lambda *_: Similarity(width_SD))
+
+    def two_deviations(train: Rows, *_: object) -> Similarity:
+        width_F = torch.from_numpy(train.features_nF.std(axis=0) * 2)
+        return Similarity(torch.where(width_F > 0, width_F, BOUNDLESS).reshape(-1, D))
+
+    monkeypatch.setattr("tagllm.evaluate.closed_form.choose_widths", two_deviations)
     fit = fit_head(head, train, valid)
     assert fit.kernel is not None and error(fit, test) < 0.8
     traded = test.features_nF.copy()
     traded[:, :D] = traded[::-1, :D]
     moved = np.abs(answers_of(fit, traded) - answers_of(fit, test.features_nF)).mean()
     assert moved > 1 if told else moved < 1e-3
+
+
+def test_fields_that_answer_alone_have_widths_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those that are best beside a state of the tag need not be without it."""
+    monkeypatch.setattr("tagllm.evaluate.closed_form.clearly_better", lambda *_: True)
+    fields_alone = [rows(number, seed, curved=True) for seed, number in enumerate((600, 300, 300))]
+    random = np.random.default_rng(0)
+
+    def told(of: Rows) -> Rows:
+        """A state of the tag has the target and some noise, so that the fields hardly count beside it; no line tells
+        it, since half of the states are turned round."""
+        state = of.targets_nK - 50 + random.normal(size=of.features_nF.shape)
+        state[:, 1:2] = 10
+        state = OFFSET + state * random.choice([-1, 1], size=(len(state), 1))
+        return Rows(np.concatenate([state, of.features_nF], axis=1, dtype=np.float32), of.targets_nK)
+
+    train, valid, test = map(told, fields_alone)
+    spec = HeadConfig(reads="both", kernel="anova", landmarks=1000)
+    of_both = fit_head(replace(Head.new(spec, D), std_K=torch.tensor([5.0])), train, valid)
+    of_fields = fit_head(blank(landmarks=1000), *fields_alone[:2])
+    beside = choose_widths(train, valid, States.of(spec, (0,)), 1000)
+    assert of_both.kernel is not None and of_fields.kernel is not None
+    np.testing.assert_allclose(of_both.kernel.width_SD[1], of_fields.kernel.width_SD[0], rtol=1e-5)
+    assert not np.allclose(beside.width_SD[1], of_fields.kernel.width_SD[0], rtol=0.1), "or else the test tells little"
+    assert error(of_both, test) == pytest.approx(error(of_fields, fields_alone[2]), rel=0.02)
 
 
 def test_a_kernel_whose_error_is_no_number_never_wins(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,10 +13,10 @@ import numpy as np
 import torch
 
 from tagllm.evaluate.censored import Limits, beyond_limits, noise_of
-from tagllm.evaluate.kernel_ridge import KernelFit, KernelFits, LandmarkFit, Nystroem, Similarity
+from tagllm.evaluate.kernel_ridge import KernelFit, KernelFits, LandmarkFit, Nystroem
 from tagllm.evaluate.kernel_widths import choose_widths
 from tagllm.evaluate.ridge import Floats, RidgeFit, Rows, clearly_better, errors_of_penalties, fit_ridge
-from tagllm.head import Head, States
+from tagllm.head import Head, States, num_states
 
 
 def fit_head(head: Head, train: Rows, valid: Rows) -> Head:
@@ -45,16 +45,22 @@ def _filled(head: Head, fit: RidgeFit | KernelFit | LandmarkFit) -> Head:
 
 
 def _best_kernel(head: Head, train: Rows, valid: Rows) -> KernelFit | LandmarkFit:
-    """The state of the tag is left out where validation rows are clearly answered better by the fields alone: a state
-    that tells nothing new is one more way in which rows are unlike. Few training rows do not show it, so both are
-    fitted on all."""
-    similar = choose_widths(train, valid, States.of(head.spec, head.pools), head.spec.landmarks)
-    fit = _fit_kernel(head, similar, train, valid)
+    """The state of the tag is left out where validation rows are clearly answered better by the fields alone, with
+    widths of their own: a state that tells nothing new is one more way in which rows are unlike. Few training rows do
+    not show it, so both are fitted on all."""
+    fit = _fit_kernel(head, train, valid)
     if head.spec.reads != "both" or not len(valid.targets_nK):
         return fit
-    alone = _fit_kernel(head, similar.without(0), train, valid)
+    alone = _fit_kernel(head, *(_without_tag(rows, head) for rows in (train, valid)))
     errors, errors_alone = (_errors(_filled(head, one), valid) for one in (fit, alone))
     return alone if clearly_better(errors_alone, errors) else fit
+
+
+def _without_tag(rows: Rows, head: Head) -> Rows:
+    """With a state of the tag, the first, in which all rows are alike."""
+    features_nF = rows.features_nF.copy()
+    features_nF[:, : features_nF.shape[1] // num_states(head.spec, len(head.pools))] = 0
+    return Rows(features_nF, rows.targets_nK)
 
 
 def _errors(head: Head, rows: Rows) -> Floats:
@@ -64,8 +70,9 @@ def _errors(head: Head, rows: Rows) -> Floats:
     return errors_n
 
 
-def _fit_kernel(head: Head, similar: Similarity, train: Rows, valid: Rows) -> KernelFit | LandmarkFit:
+def _fit_kernel(head: Head, train: Rows, valid: Rows) -> KernelFit | LandmarkFit:
     """Seen from landmarks only where these are far fewer than the rows: from all of them it takes far longer."""
+    similar = choose_widths(train, valid, States.of(head.spec, head.pools), head.spec.landmarks)
     if head.spec.landmarks < len(train.targets_nK):
         landmarks = Nystroem.of(train.features_nF, head.spec.landmarks, similar)
         return LandmarkFit(landmarks, fit_ridge(landmarks.rows(train), landmarks.rows(valid), one_scale=True))

@@ -48,17 +48,9 @@ class Similarity(NamedTuple):
                 into_bM.add_(similar_bM)
         return similar_nM.div_(len(ordered))
 
-    def without(self, state: int) -> Similarity:
-        """In which no two rows are unlike in this state."""
-        width_SD = self.width_SD.clone()
-        width_SD[state] = BOUNDLESS
-        return self._replace(width_SD=width_SD)
-
     def kernel(self, at_MF: Tensor, weight_KM: Tensor) -> Kernel:
-        """Of rows with these weights: rows in another order are other rows there. Of a state in which none is far
-        nothing is kept."""
-        tells_S1 = (self.width_SD < BOUNDLESS).any(dim=1, keepdim=True)
-        ordered = self._ordered((at_MF.reshape(-1, *self.width_SD.shape) * tells_S1).flatten(1))
+        """Of rows with these weights: rows in another order are other rows there."""
+        ordered = self._ordered(at_MF)
         at_SM = torch.cat([landmarks.at_SM for landmarks in ordered], dim=1)
         weight_KM = weight_KM.repeat(1, len(ordered)) / len(ordered)
         return Kernel(ordered[0].state_TD, at_SM, self.width_SD, weight_KM.contiguous())

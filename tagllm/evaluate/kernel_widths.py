@@ -51,7 +51,8 @@ def choose_widths(train: Rows, valid: Rows, states: States, landmarks: int) -> S
         return tuple(spread if other == kind else before for before, other in pairs)
 
     best_S = min(((spread,) * len(states.kinds) for spread in SPREADS), key=error)
-    for kind in dict.fromkeys(states.kinds):
+    tells_S = (unit_SD < BOUNDLESS).any(dim=1).tolist()
+    for kind in dict.fromkeys(kind for kind, tells in zip(states.kinds, tells_S, strict=True) if tells):
         best_S = min((with_one(best_S, kind, spread) for spread in SPREADS), key=error)
     return Similarity(unit_SD / torch.tensor(best_S).sqrt()[:, None], states.orders)
 
