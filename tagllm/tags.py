@@ -103,7 +103,8 @@ class TagLibrary:
             tensors[f"{tag.name}.rows"] = tag.rows_PD.float().contiguous()
             if tag.head is not None:
                 for part, tensor in tag.head.tensors().items():
-                    tensors[f"{tag.name}.head.{part}"] = tensor.contiguous()
+                    exact = tensor.float() if tensor.is_floating_point() else tensor
+                    tensors[f"{tag.name}.head.{part}"] = exact.contiguous()
         save_tensors(temporary / "tags.safetensors", tensors)
         document = {
             "format": FORMAT,
