@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from tagllm.config import HeadConfig, Reads
 from tagllm.errors import UserError
-from tagllm.kernel import Kernel
+from tagllm.kernel import BOUNDLESS, Kernel
 
 T = TypeVar("T")
 
@@ -92,6 +92,12 @@ class Head:
             values_BK = measured(values_BK, self.noise_K, self.spec, self.mean_K, self.std_K)
         return values_BK * self.std_K + self.mean_K
 
+    @property
+    def reads_tag(self) -> bool:
+        """Whether answers depend on the state of the tag: a fit leaves it out where the fields alone answer better."""
+        alone = self.kernel is not None and bool((self.kernel.width_SD[0] >= BOUNDLESS).all())
+        return self.spec.reads != "mean" and not alone
+
     def tensors(self) -> dict[str, Tensor]:
         """By the names they have in a library."""
         found = {"weight": self.weight_KF, "bias": self.bias_K, "mean": self.mean_K, "std": self.std_K}
@@ -101,6 +107,13 @@ class Head:
         if self.noise_K is not None:
             found["noise"] = self.noise_K
         return found
+
+
+def fields_alone(heads: Mapping[str, Head | None]) -> str:
+    """Says, by the tags' names, which heads could read their tag and answer without it; empty where none does."""
+    without = [name for name, head in heads.items() if head and head.spec.reads == "both" and not head.reads_tag]
+    why = "on validation rows that was clearly better than with the state of the tag"
+    return " ".join(f"<{name}>: its head answers from the fields alone: {why}." for name in without)
 
 
 def num_states(spec: HeadConfig, num_pools: int) -> int:

@@ -13,6 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+BOUNDLESS = 1e30
+"""A width in which nothing is far."""
 ROWS_AT_ONCE = 128
 """Beside 20,000 landmarks, 10 MB: what is computed of them stays in a core's cache."""
 
@@ -58,7 +60,7 @@ class _Compared(NamedTuple):
         return alike_BV[:, self.at_M]
 
 
-def similarity(features_BF: Tensor, landmarks: Landmarks, width_SD: Tensor) -> Iterator[Tensor]:
+def similarity_parts(features_BF: Tensor, landmarks: Landmarks, width_SD: Tensor) -> Iterator[Tensor]:
     """(B, M) by ROWS_AT_ONCE, 1 for a row and itself: an ANOVA kernel, the mean over all sets of states of the product
     over the set of `matern` of |(x - landmark) / width|. So each state counts by itself (a drug is potent, whatever
     the protein) and together with others (additive Gaussian processes, Duvenaud et al. 2011)."""
@@ -92,5 +94,5 @@ class Kernel(NamedTuple):
 
     def __call__(self, features_BF: Tensor) -> Tensor:
         """(B, K)."""
-        parts = similarity(features_BF, Landmarks(self.state_TD, self.at_SM), self.width_SD)
+        parts = similarity_parts(features_BF, Landmarks(self.state_TD, self.at_SM), self.width_SD)
         return torch.cat([similar_bM @ self.weight_KM.T for similar_bM in parts])

@@ -187,6 +187,7 @@ def test_text_output_and_composition(run: Run, folder: Path) -> None:
     assert run("train", file).exit_code == 0
     result = run("eval", "runs/text")
     assert result.exit_code == 0, result.stderr
+    assert "no spBLEU" in result.stdout
     assert {"output_nats", "chrf++", "bleu"} <= json.loads((folder / "runs/text/results.json").read_text())[
         "metrics"
     ].keys()

@@ -15,7 +15,7 @@ from tagllm.evaluate.closed_form import answers_of, fit_head
 from tagllm.evaluate.kernel_ridge import Similarity
 from tagllm.evaluate.ridge import Rows
 from tagllm.head import Head, States
-from tagllm.kernel import Landmarks, similarity
+from tagllm.kernel import Landmarks, similarity_parts
 
 D = 5
 
@@ -67,7 +67,7 @@ def test_the_kernel_is_the_mean_over_orders_and_what_is_saved_answers_so() -> No
     width_SD = torch.rand(3, D, generator=random)[[0, 1, 2, 2]] + 1
     similar = Similarity(width_SD, States.of(spec(), (0, 1, 1)).orders)
     turned = z.view(-1, 4, D)[:, [0, 1, 3, 2]].flatten(1)
-    expected = sum(one for each in (z, turned) for one in similarity(x, Landmarks.of(each, 4), width_SD)) / 2
+    expected = sum(one for each in (z, turned) for one in similarity_parts(x, Landmarks.of(each, 4), width_SD)) / 2
     torch.testing.assert_close(similar(x, z), expected)
     torch.testing.assert_close(similar(x, turned), expected)
     weight_KM = torch.randn(2, 20, generator=random)

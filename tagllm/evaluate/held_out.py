@@ -23,6 +23,7 @@ from tagllm.evaluate.metrics import intervals, value_metrics
 from tagllm.evaluate.passes import Floats
 from tagllm.evaluate.scoring import Evaluation, nats, score_pass, with_tags
 from tagllm.files import json_bytes, read_json, replace_file, save_tensors, write_durably
+from tagllm.head import fields_alone
 from tagllm.origin import origin
 from tagllm.stage import stage_of_run
 from tagllm.tags import Tag, TagLibrary
@@ -69,6 +70,8 @@ def evaluate(
         for part in ("metrics", "intervals"):
             results[part] |= found.pop(part)
         results |= found
+    if told := fields_alone({name: tag.head for name, tag in built.tags.items()}):
+        results["note"] = f"{told} {results.get('note', '')}".strip()
     if ablate:
         results["ablations"] = ablations(evaluation)
     add_trained(results, run)
@@ -170,4 +173,4 @@ def describe(results: dict[str, Any]) -> list[str]:
     for name, metrics in rows:
         shown = "  ".join(f"{key} {value:.4f}" for key, value in metrics.items() if isinstance(value, float))
         lines.append(f"  {name:<28} {shown}")
-    return lines
+    return [*lines, f"  {results['note']}"] if "note" in results else lines

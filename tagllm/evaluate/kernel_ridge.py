@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tagllm.evaluate.ridge import Doubles, Floats, RidgeFit, Rows
-from tagllm.kernel import ROWS_AT_ONCE, Kernel, Landmarks, similarity
+from tagllm.kernel import ROWS_AT_ONCE, Kernel, Landmarks, similarity_parts
 
 PENALTIES = np.logspace(0.5, -3.5, 9)
 """Added to the similarity 1 of a row to itself; from the strongest to the weakest."""
@@ -27,13 +27,9 @@ LANDMARK_JITTER = 1e-7
 """The same for landmarks, in fp64, so that landmarks alike do no harm."""
 
 
-BOUNDLESS = 1e30
-"""A width in which nothing is far."""
-
-
 class Similarity(NamedTuple):
-    """A kernel before it is fitted: `similarity` at these widths, the mean over `orders` in which the states of a row
-    are taken for the same (none: as they are)."""
+    """A kernel before it is fitted: how alike rows are at these widths, the mean over `orders` in which the states of
+    a row are taken for the same (none: as they are)."""
 
     width_SD: Tensor
     orders: tuple[tuple[int, ...], ...] = ()
@@ -43,7 +39,7 @@ class Similarity(NamedTuple):
         similar_nM = features_nF.new_zeros(len(features_nF), len(at_MF))
         ordered, width_SD = self._ordered(at_MF), self.width_SD.to(features_nF.dtype)
         for landmarks in ordered:
-            parts = similarity(features_nF, landmarks, width_SD)
+            parts = similarity_parts(features_nF, landmarks, width_SD)
             for into_bM, similar_bM in zip(similar_nM.split(ROWS_AT_ONCE), parts, strict=True):
                 into_bM.add_(similar_bM)
         return similar_nM.div_(len(ordered))

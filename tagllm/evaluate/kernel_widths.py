@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tagllm.evaluate.kernel_ridge import BOUNDLESS, PENALTIES, Similarity
+from tagllm.evaluate.kernel_ridge import PENALTIES, Similarity
 from tagllm.evaluate.ridge import Floats, Rows, held_out_by
 from tagllm.head import States
-from tagllm.kernel import anova, matern
+from tagllm.kernel import BOUNDLESS, anova, matern
 
 SPREADS = (0.1, 0.6, 4.0, 25.0, 150.0)
 """What |(x - z) / width|^2 is on average, of two rows and in each state."""

@@ -13,6 +13,7 @@ from torch import Tensor
 from tagllm.config import RunConfig
 from tagllm.errors import UserError
 from tagllm.files import RunLock
+from tagllm.head import fields_alone
 from tagllm.model.backbone import fastest_dtype
 from tagllm.stage import check_world, read_stage
 from tagllm.train import checkpoint
@@ -217,6 +218,8 @@ class Trainer:
         self.progress = self.progress._replace(done=True)
         if failure := self._save():
             raise SharedError(f"the library is written, the end of the run is not recorded: {failure}")
+        if told := fields_alone(heads):
+            self.monitor.say(told)
         self.monitor.say(f"library: {self.run.library}")
 
     def _log(self, done: Step, seconds: float) -> None:
