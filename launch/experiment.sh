@@ -37,16 +37,18 @@ esac
 if [[ " ${domains[*]} " == *" 1_protein "* ]]; then tagllm prepare mmseqs-proteins --from "$proteins"; fi
 for domain in "${domains[@]}"; do tagllm train "configs/offline/$domain.yaml"; done
 
-# Stages 2 and 3: every seed, then what is trained on the same rows, on the first of them, and prompts without training.
+# Stages 2 and 3: every seed; what is trained on the same rows, for the first; prompts without training, for each.
 runs=("runs/offline/$config")
 tagllm sweep "configs/offline/$config.yaml" --seeds "$seeds" --jobs "$jobs" ${tune:+--tune "$tune"}
-first=${runs[0]}/$("$python" -c 'import json, sys; print(json.load(open(sys.argv[1]))["combinations"][0]["folders"][0])' \
+mapfile -t of_seeds < <("$python" -c 'import json, sys; print(*json.load(open(sys.argv[1]))["combinations"][0]["folders"], sep="\n")' \
     "${runs[0]}/sweep.json")
-for method in "${methods[@]}"; do tagllm baseline "$first" --method "$method"; done
+for method in "${methods[@]}"; do tagllm baseline "${runs[0]}/${of_seeds[0]}" --method "$method"; done
 composed=configs/offline/4_$name.yaml
 if [[ -f $composed ]]; then
     libraries=$(printf 'runs/offline/%s/library, ' "${domains[@]}")
-    tagllm compose "$composed" "libraries=[$libraries$first/library]"
+    for seed in "${!of_seeds[@]}"; do
+        tagllm compose "$composed" "libraries=[$libraries${runs[0]}/${of_seeds[seed]}/library]" "output=runs/offline/4_$name/seed=$seed"
+    done
     runs+=("runs/offline/4_$name")
 fi
 exec "$python" -m tagllm report "${runs[@]}" --out "$out"

@@ -132,23 +132,41 @@ def test_a_sweep_is_a_table_and_a_figure(run: Path, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "report.html").read_text().count("<svg") == 5, "one more than the run alone"
 
 
-def test_compose_is_a_table_of_cases_and_shows_what_was_written(tmp_path: Path) -> None:
+def write_case(folder: Path, score: float) -> None:
+    """What compose leaves of a case, its tags with this score."""
     about = {**dict.fromkeys(("command", "commit", "hardware", "date"), "x"), "versions": {"tagllm": "1"}}
+    folder.mkdir(parents=True)
+    results = {
+        "run": folder.name, "split": "test", "rows": 2, "prompt": "tags",
+        "metrics": {"chrf++": score, "in_language": 1.0},
+        "intervals": {"chrf++": [score - 1, score + 1]}, "baselines": {}, "controls": {"in text": {"chrf++": 25.0}},
+        "control_intervals": {"in text": {"chrf++": [24.0, 26.0]}}, "learned": ["Translate"],
+        "backbone": {"name": "tiny"}, "config_digest": "0" * 64, **about,
+    }  # fmt: skip
+    (folder / "results.json").write_text(json.dumps(results))
+    (folder / "config.yaml").write_text("a: 1\n")
+    answers = [{"source": p, "prompt": "cat", "reference": "chat", "generated": f"<{p}>"} for p in ("tags", "in text")]
+    (folder / "generated.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+
+
+def test_compose_with_several_seeds_is_a_table_of_means(tmp_path: Path) -> None:
+    for seed, score in enumerate((29.0, 31.0)):
+        write_case(tmp_path / "composed" / f"seed={seed}" / "EN-FR", score)
+    write_case(tmp_path / "composed" / "seed=0" / "FR-EN", 20.0)
+    result = RUNNER.invoke(app, ["report", str(tmp_path / "composed"), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.stderr
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert "| EN-FR | **30 (17.3–42.7)** | 25 (25–25) |" in text, "half of the interval: 12.706 standard errors of 1"
+    assert "| FR-EN | 20 (19–21) | **25 (24–26)** |" in text, "bootstrapped, of the only seed"
+    assert "Mean over 2 seeds" in text and "in_language:\n\n| case | tags |" in text
+    sections = json.loads((tmp_path / "out" / "report.json").read_text())["sections"]
+    assert sections[0]["cases"]["EN-FR"]["tags"] == {"chrf++": 30.0, "in_language": 1.0}
+    assert [section["run"] for section in sections] == ["composed", "EN-FR", "FR-EN"]
+
+
+def test_compose_is_a_table_of_cases_and_shows_what_was_written(tmp_path: Path) -> None:
     for name, score in (("EN-FR", 30.0), ("IT-FR unseen", 20.0)):
-        folder = tmp_path / "composed" / name
-        folder.mkdir(parents=True)
-        results = {
-            "run": name, "split": "test", "rows": 2, "prompt": "tags", "metrics": {"chrf++": score},
-            "intervals": {"chrf++": [score - 1, score + 1]}, "baselines": {}, "controls": {"in text": {"chrf++": 25.0}},
-            "control_intervals": {"in text": {"chrf++": [24.0, 26.0]}}, "learned": ["Translate"],
-            "backbone": {"name": "tiny"}, "config_digest": "0" * 64, **about,
-        }  # fmt: skip
-        (folder / "results.json").write_text(json.dumps(results))
-        (folder / "config.yaml").write_text("a: 1\n")
-        answers = [
-            {"source": p, "prompt": "cat", "reference": "chat", "generated": f"<{p}>"} for p in ("tags", "in text")
-        ]
-        (folder / "generated.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
+        write_case(tmp_path / "composed" / name, score)
     result = RUNNER.invoke(app, ["report", str(tmp_path / "composed"), "--out", str(tmp_path / "out")])
     assert result.exit_code == 0, result.stderr
     text = (tmp_path / "out" / "report.md").read_text()

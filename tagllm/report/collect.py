@@ -61,10 +61,10 @@ class Run(NamedTuple):
 
 
 class Composed(NamedTuple):
-    """All cases of a compose config."""
+    """All cases of a compose config, each with the tags of one or several seeds."""
 
     name: str
-    cases: list[Run]
+    cases: list[list[Run]]
 
 
 class Swept(NamedTuple):
@@ -78,7 +78,8 @@ class Swept(NamedTuple):
 
 
 def collect(path: Path) -> Run | Composed | Swept:
-    """Reads a run that `tagllm eval` has scored, the output of a sweep, or that of compose.
+    """Reads a run that `tagllm eval` has scored, the output of a sweep, or that of compose, for several seeds in
+    folders seed=0, seed=1 and so on.
 
     Raises:
         UserError: it is none of them, or a file is damaged.
@@ -93,9 +94,12 @@ def collect(path: Path) -> Run | Composed | Swept:
         return Swept(path.name, document, _run(path / done[0]) if done else None, others)
     if (path / "results.json").is_file():
         return _run(path)
-    cases = [_run(file.parent) for file in sorted(path.glob("*/results.json"))]
-    if cases and all("prompt" in case.results for case in cases):
-        return Composed(path.name, cases)
+    cases: dict[str, list[Run]] = {}
+    for folder in sorted(path.glob("seed=*")) or [path]:
+        for file in sorted(folder.glob("*/results.json")):
+            cases.setdefault(file.parent.name, []).append(_run(file.parent))
+    if cases and all("prompt" in run.results for runs in cases.values() for run in runs):
+        return Composed(path.name, list(cases.values()))
     raise UserError(f"{path}: has no results.json. Score it first: tagllm eval {path}")
 
 

@@ -55,7 +55,7 @@ def sections_of(found: Run | Composed | Swept) -> list[Section]:
     if isinstance(found, Run):
         return [_of_run(found)]
     if isinstance(found, Composed):
-        return [_of_composed(found), *map(_of_run, found.cases)]
+        return [_of_composed(found), *(_of_run(case[0]) for case in found.cases)]
     return [_of_sweep(found), *([_of_run(found.example)] if found.example else [])]
 
 
@@ -82,19 +82,32 @@ def _of_run(run: Run) -> Section:
 
 
 def _of_composed(composed: Composed) -> Section:
-    """Cases down, prompts across, in the metric that they are known by."""
-    name = _headline(composed.cases[0].methods)
-    prompts = list(dict.fromkeys(prompt for case in composed.cases for prompt in case.methods))
-    rows = {}
-    for case in composed.cases:
-        known = {prompt: metrics[name] for prompt, metrics in case.methods.items() if name in metrics}
-        best = _best(name, list(known.values()))
-        rows[case.name] = [
-            Cell(known.get(prompt), case.intervals.get(prompt, {}).get(name), known.get(prompt) == best)
-            for prompt in prompts
-        ]
+    """Cases down, prompts across, in the metric that they are known by and in whether the language is right."""
+    cases = dict[str, tuple[dict[str, Metrics], dict[str, dict[str, Interval]]]]()
+    for first, *others in composed.cases:
+        of_seeds = {p: over_seeds([run.methods.get(p, {}) for run in (first, *others)]) for p in first.methods}
+        means, spread = _means_and_spread(of_seeds)
+        cases[first.name] = means, spread if others else first.intervals
+    seeds = max(map(len, composed.cases))
+    name = _headline(composed.cases[0][0].methods)
     notes = [f"{name} of every prompt on the same rows; the other metrics are below."]
-    return Section(composed.name, notes, [Table("", "case", prompts, rows)], [], [], {}, {"run": composed.name})
+    if seeds > 1:
+        notes.append(f"Mean over {seeds} seeds, 95 % interval (Student's t); what is below is of the first of them.")
+    tables = [table for metric in (name, "in_language") if (table := _of_prompts(metric, cases)).columns]
+    document = {"run": composed.name, "seeds": seeds, "cases": {name: means for name, (means, _) in cases.items()}}
+    return Section(composed.name, notes, tables, [], [], {}, document)
+
+
+def _of_prompts(
+    metric: str, cases: Mapping[str, tuple[Mapping[str, Metrics], Mapping[str, Mapping[str, Interval]]]]
+) -> Table:
+    prompts = dict.fromkeys(p for means, _ in cases.values() for p, metrics in means.items() if metric in metrics)
+    rows = {}
+    for case, (means, spread) in cases.items():
+        known = {prompt: metrics[metric] for prompt, metrics in means.items() if metric in metrics}
+        best = {prompt for prompt, value in known.items() if value == _best(metric, list(known.values()))}
+        rows[case] = [Cell(known.get(p), spread.get(p, {}).get(metric), p in best) for p in prompts]
+    return Table(metric, "case", list(prompts), rows)
 
 
 def _of_sweep(sweep: Swept) -> Section:
