@@ -201,50 +201,61 @@ def _rebuild(
 ) -> Tag:
     if not NAME.fullmatch(name) or described["kind"] not in ("domain", "function"):
         raise ValueError(f"tag {name!r} of kind {described['kind']!r}")
+    stored = _Stored(folder / "tags.safetensors", name, tensors, backbone.hidden_size)
+    rows_PD = stored.tensor("rows", described["length"], backbone.hidden_size)
+    head = None
+    if described["head"] is not None:
+        head = stored.head(HeadConfig(**described["head"]), _pools(described.get("pools", 1)))
+    return Tag(name, described["kind"], rows_PD, head, dict(described["about"]))
 
-    file = folder / "tags.safetensors"
 
-    def tensor(part: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        found = tensors.get(f"{name}.{part}")
+class _Stored(NamedTuple):
+    """What a file has of one tag. Its methods raise DamagedFile where it is not what they want."""
+
+    file: Path
+    name: str
+    tensors: dict[str, Tensor]
+    hidden_size: int
+
+    def has(self, part: str) -> bool:
+        return f"{self.name}.{part}" in self.tensors
+
+    def tensor(self, part: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        found = self.tensors.get(f"{self.name}.{part}")
         if found is None or tuple(found.shape) != shape or found.dtype != dtype:
             actual = "missing" if found is None else f"{tuple(found.shape)} {found.dtype}"
             wanted = str(dtype).removeprefix("torch.")
-            raise DamagedFile(file, f"{name}.{part} is {actual}; it must be {shape} {wanted}")
+            raise DamagedFile(self.file, f"{self.name}.{part} is {actual}; it must be {shape} {wanted}")
         if not found.isfinite().all():
-            raise DamagedFile(file, f"{name}.{part} holds numbers that are not finite")
+            raise DamagedFile(self.file, f"{self.name}.{part} holds numbers that are not finite")
         return found
 
-    def kernel(outputs: int, states: int) -> Kernel:
-        size, number = backbone.hidden_size, tensors[f"{name}.head.landmarks"].numel()
-        if f"{name}.head.states" in tensors:
-            state_TD = tensor("head.states", len(tensors[f"{name}.head.states"]), size)
-            at_SM = tensor("head.landmarks", states, number // states, dtype=torch.int64)
-            if not ((at_SM >= 0) & (at_SM < len(state_TD))).all():
-                raise DamagedFile(file, f"{name}.head.landmarks has states that are not among the {len(state_TD)} kept")
-        else:  # format 1 had landmarks as they are
-            whole_MF = tensor("head.landmarks", number // (states * size), states * size)
-            state_TD, at_SM = Landmarks.of(whole_MF, states)
-        weight_KM = tensor("head.kernel_weight", outputs, at_SM.shape[1])
-        return Kernel(state_TD, at_SM, tensor("head.width", states, size), weight_KM)
-
-    rows = tensor("rows", described["length"], backbone.hidden_size)
-    head = None
-    if described["head"] is not None:
-        spec = HeadConfig(**described["head"])
-        pools, outputs = _pools(described.get("pools", 1)), spec.outputs
-        states = num_states(spec, len(pools))
-        features = states * backbone.hidden_size
-        head = Head(
+    def head(self, spec: HeadConfig, pools: tuple[int, ...]) -> Head:
+        outputs, states = spec.outputs, num_states(spec, len(pools))
+        return Head(
             spec,
-            tensor("head.weight", outputs, features),
-            tensor("head.bias", outputs),
-            tensor("head.mean", outputs),
-            tensor("head.std", outputs),
-            kernel(outputs, states) if f"{name}.head.landmarks" in tensors else None,
+            self.tensor("head.weight", outputs, states * self.hidden_size),
+            self.tensor("head.bias", outputs),
+            self.tensor("head.mean", outputs),
+            self.tensor("head.std", outputs),
+            self.kernel(outputs, states) if self.has("head.landmarks") else None,
             pools,
-            tensor("head.noise", outputs) if f"{name}.head.noise" in tensors else None,
+            self.tensor("head.noise", outputs) if self.has("head.noise") else None,
         )
-    return Tag(name, described["kind"], rows, head, dict(described["about"]))
+
+    def kernel(self, outputs: int, states: int) -> Kernel:
+        size, number = self.hidden_size, self.tensors[f"{self.name}.head.landmarks"].numel()
+        if self.has("head.states"):
+            state_TD = self.tensor("head.states", len(self.tensors[f"{self.name}.head.states"]), size)
+            at_SM = self.tensor("head.landmarks", states, number // states, dtype=torch.int64)
+            if not ((at_SM >= 0) & (at_SM < len(state_TD))).all():
+                told = f"has states that are not among the {len(state_TD)} kept"
+                raise DamagedFile(self.file, f"{self.name}.head.landmarks {told}")
+        else:  # format 1 had landmarks as they are
+            whole_MF = self.tensor("head.landmarks", number // (states * size), states * size)
+            state_TD, at_SM = Landmarks.of(whole_MF, states)
+        weight_KM = self.tensor("head.kernel_weight", outputs, at_SM.shape[1])
+        return Kernel(state_TD, at_SM, self.tensor("head.width", states, size), weight_KM)
 
 
 def _pools(held: Any) -> tuple[int, ...]:
