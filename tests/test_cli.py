@@ -128,8 +128,6 @@ def test_train_eval_predict(run: Run, folder: Path) -> None:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "train/loss" in line] == [1, 2, 3]
     assert any("valid/mse" in line for line in lines)
-    assert run("train", file).exit_code == 0, "a finished run stays as it is"
-
     result = run("eval", out)
     assert result.exit_code == 0, result.stderr
     results = json.loads((out / "results.json").read_text())
@@ -340,6 +338,25 @@ def test_a_folder_holds_one_run(run: Run, folder: Path, tmp_path: Path) -> None:
     fails(run("train", file, f"output={tmp_path}"), "not empty")
     fails(run("eval", tmp_path), "holds no run")
     fails(run("predict", tmp_path, folder / "rows.csv", folder / "p.csv"), "not a tag library")
+
+
+def test_a_start_that_trains_nothing_changes_no_file(run: Run, folder: Path) -> None:
+    """One of a finished run, and one that is refused: whoever reads the folder learns what trained it."""
+    rows = folder / "mine.csv"
+    shutil.copy(folder / "rows.csv", rows)
+    file = config(folder, "kept", data__path=str(rows))
+    assert run("train", file).exit_code == 0
+
+    def files() -> dict[str, int]:
+        paths = (path for path in (folder / "runs/kept").rglob("*") if path.is_file() and path.name != ".lock")
+        return {str(path): path.stat().st_mtime_ns for path in paths}
+
+    before = files()
+    assert run("train", file).exit_code == 0
+    assert files() == before
+    rows.write_text("".join(rows.read_text().splitlines(keepends=True)[:-5]))
+    fails(run("train", file), "a run goes on only with the same data")
+    assert files() == before
 
 
 def test_predict_refuses_what_would_harm(run: Run, folder: Path) -> None:

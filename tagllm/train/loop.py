@@ -75,7 +75,6 @@ def train(config: RunConfig, where: str, stop: StopRequest) -> Path:
                     print(f"placement {why}", flush=True)
             config = ranks.on_rank_zero(claim)
             built = build(stage._replace(config=config), ranks, sharding(config.optim, config.engine, ranks))
-            ranks.on_rank_zero(lambda: run.record(built.data))
             trainer = Trainer(built, Engine(built.model, config.optim, config.engine, ranks), ranks, run, stop)
             trainer.run_to_the_end()
     finally:
@@ -105,6 +104,7 @@ class Trainer:
         self.at = self.first = self._resume()
         if self.progress.done:
             return
+        self.ranks.on_rank_zero(lambda: self.run.record(self.config, self.built.data))
         with Monitor(self.run.path, self.total, self.first, self.ranks.rank > 0) as self.monitor:
             self.stop.training = True
             if self.first:

@@ -40,7 +40,7 @@ class RunFolder:
         return self.path / f"probe-{split}.safetensors"
 
     def claim(self, config: RunConfig, fastest_dtype: Callable[[], Dtype]) -> RunConfig:
-        """Writes the resolved config and where it comes from, or checks that the folder holds this very run.
+        """Checks that the folder is empty or holds this very run, and changes nothing.
 
         Returns:
             The config with the dtype that the run began in, where it is `auto`: measured anew it may be another one.
@@ -49,7 +49,7 @@ class RunFolder:
             UserError: the folder holds something else.
         """
         held = read_config(self.path) if (self.path / "config.yaml").is_file() else None
-        if held is None and self.path.is_dir() and any(p.name != ".lock" for p in self.path.iterdir()):
+        if held is None and self.path.is_dir() and any(not p.name.startswith(".") for p in self.path.iterdir()):
             raise UserError(f"output: {self.path} is not empty and holds no run. Give another output=FOLDER.")
         if config.backbone.dtype == "auto":
             config = config.in_dtype(held.backbone.dtype if held else fastest_dtype())
@@ -59,12 +59,12 @@ class RunFolder:
                 f"one's is {config.digest()[:12]}; they differ in {', '.join(_differences(held, config))}). "
                 "Give another output=FOLDER, or remove that one."
             )
-        self._write("config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
-        self._write("origin.json", json_bytes(origin()))
         return config
 
-    def record(self, data: Data) -> None:
-        """The splits and the rows that could not be used."""
+    def record(self, config: RunConfig, data: Data) -> None:
+        """The resolved config, where it comes from, the splits and the rows that could not be used."""
+        self._write("config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
+        self._write("origin.json", json_bytes(origin()))
         self._write("splits.json", json_bytes(data.record))
         rows = "".join(json.dumps(row._asdict()) + "\n" for row in data.bad_rows)
         self._write("bad_rows.jsonl", rows.encode())
