@@ -82,6 +82,23 @@ def prompts() -> list[np.ndarray]:
 
 
 @pytest.mark.parametrize("beams", [1, 3])
+@pytest.mark.parametrize("shared", [0, 1, 20])
+def test_answers_are_those_of_the_whole_prompt(
+    prompts: list[np.ndarray], tmp_path: Path, beams: int, shared: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What prompts have in common is computed once, before the padding of the shorter ones."""
+    model = tiny.model(tiny.layout())
+    tokenizer = AutoTokenizer.from_pretrained(tiny.save_backbone(tmp_path))
+    examples = np.concatenate([[5], tiny.layout().ids("F"), np.arange(6, 30)])[:shared]
+    whole = [np.concatenate([examples, prompt]).astype(np.int32) for prompt in prompts]
+    whole.append(whole[0][: max(shared, 1)])  # nothing else follows in this one
+    found = generate(model, tokenizer, whole, 12, beams)
+    monkeypatch.setattr(generating, "_common", lambda _: 0)
+    assert found == [generate(model, tokenizer, [prompt], 12, beams)[0] for prompt in whole]
+    assert len(set(found)) > 1
+
+
+@pytest.mark.parametrize("beams", [1, 3])
 def test_answers_do_not_depend_on_the_batch(prompts: list[np.ndarray], tmp_path: Path, beams: int) -> None:
     model = tiny.model(tiny.layout())
     tokenizer = AutoTokenizer.from_pretrained(tiny.save_backbone(tmp_path))

@@ -1,4 +1,7 @@
-"""Text after a prompt with tags: greedy or beams, batched, up to the end of the line or of the sequence."""
+"""Text after a prompt with tags: greedy or beams, batched, up to the end of the line or of the sequence.
+
+D hidden size, p tokens that all prompts of a batch begin with.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
+from transformers import DynamicCache
 
 from tagllm.model.attention import plain_attention
 from tagllm.model.tagged import TaggedModel
@@ -34,17 +39,20 @@ def generate(
 def _batch(
     model: TaggedModel, tokenizer: Any, prompts: Sequence[NDArray[np.int32]], max_new_tokens: int, beams: int
 ) -> list[str]:
-    width = max(map(len, prompts))
+    width, common = max(map(len, prompts)), _common(prompts)
     ids = torch.zeros(len(prompts), width, dtype=torch.long)
     mask = torch.zeros(len(prompts), width, dtype=torch.long)
     for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.from_numpy(prompt.astype(np.int64))
-        mask[row, width - len(prompt) :] = 1
+        at = np.r_[:common, width - len(prompt) + common : width]
+        ids[row, at] = torch.from_numpy(prompt.astype(np.int64))
+        mask[row, at] = 1
     device = model.tags.learned_TD.device
     ids, mask = ids.to(device), mask.to(device)
+    embeds = model.tags(model.backbone.get_input_embeddings(), ids)
     with plain_attention(model.backbone):
         made = model.backbone.generate(
-            inputs_embeds=model.tags(model.backbone.get_input_embeddings(), ids),
+            inputs_embeds=embeds,
+            past_key_values=_seen(model, embeds[:1, :common], len(prompts) * beams),
             attention_mask=mask,
             position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
             max_new_tokens=max_new_tokens,
@@ -55,6 +63,22 @@ def _batch(
         )
     texts: list[str] = tokenizer.batch_decode(made, skip_special_tokens=True)
     return [text.lstrip().split("\n")[0].strip() for text in texts]
+
+
+def _common(prompts: Sequence[NDArray[np.int32]]) -> int:
+    """How many tokens all begin with; one at least is left of each."""
+    most = min(map(len, prompts)) - 1
+    same = np.all([prompt[:most] == prompts[0][:most] for prompt in prompts], axis=0)
+    return int(np.argmin(np.append(same, False)))
+
+
+def _seen(model: TaggedModel, embeds_1pD: Tensor, rows: int) -> DynamicCache:
+    """Worked examples, as a rule: computed once, and then before each row."""
+    cache = DynamicCache(config=model.backbone.config)
+    if embeds_1pD.shape[1]:
+        model.backbone.base_model(inputs_embeds=embeds_1pD, past_key_values=cache, use_cache=True)
+        cache.batch_repeat_interleave(rows)
+    return cache
 
 
 @lru_cache(maxsize=4)
