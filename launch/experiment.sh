@@ -46,8 +46,8 @@ for method in "${methods[@]}"; do tagllm baseline "${runs[0]}/${of_seeds[0]}" --
 composed=configs/offline/4_$name.yaml
 if [[ -f $composed ]]; then
     libraries=$(printf 'runs/offline/%s/library, ' "${domains[@]}")
-    for seed in "${!of_seeds[@]}"; do
-        tagllm compose "$composed" "libraries=[$libraries${runs[0]}/${of_seeds[seed]}/library]" "output=runs/offline/4_$name/seed=$seed"
+    for run in "${of_seeds[@]}"; do
+        tagllm compose "$composed" "libraries=[$libraries${runs[0]}/$run/library]" "output=runs/offline/4_$name/seed=${run##*seed=}"
     done
     runs+=("runs/offline/4_$name")
 fi

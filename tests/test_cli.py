@@ -336,6 +336,11 @@ def test_a_folder_holds_one_run(run: Run, folder: Path, tmp_path: Path) -> None:
     assert (folder / "runs/one/library/tags.safetensors").read_bytes() == before
     (tmp_path / "thesis.txt").write_text("mine")
     fails(run("train", file, f"output={tmp_path}"), "not empty")
+    for name, is_taken in ((".git", True), (".tmp-config.yaml", False)):  # the second of a start that was cut off
+        output = tmp_path / f"with {name}"
+        output.mkdir()
+        (output / name).write_text("")
+        assert ("not empty" in run("train", file, f"output={output}").stderr) == is_taken
     fails(run("eval", tmp_path), "holds no run")
     fails(run("predict", tmp_path, folder / "rows.csv", folder / "p.csv"), "not a tag library")
 

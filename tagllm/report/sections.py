@@ -14,6 +14,10 @@ TEXTS = 3
 """Generated texts that are shown of a prompt."""
 
 
+MeansAndSpread = tuple[dict[str, Metrics], dict[str, dict[str, Interval]]]
+"""By method."""
+
+
 class Cell(NamedTuple):
     value: float | None
     interval: Interval | None = None
@@ -83,7 +87,7 @@ def _of_run(run: Run) -> Section:
 
 def _of_composed(composed: Composed) -> Section:
     """Cases down, prompts across, in the metric that they are known by and in whether the language is right."""
-    cases = dict[str, tuple[dict[str, Metrics], dict[str, dict[str, Interval]]]]()
+    cases = dict[str, MeansAndSpread]()
     for first, *others in composed.cases:
         of_seeds = {p: over_seeds([run.methods.get(p, {}) for run in (first, *others)]) for p in first.methods}
         means, spread = _means_and_spread(of_seeds)
@@ -94,13 +98,11 @@ def _of_composed(composed: Composed) -> Section:
     if seeds > 1:
         notes.append(f"Mean over {seeds} seeds, 95 % interval (Student's t); what is below is of the first of them.")
     tables = [table for metric in (name, "in_language") if (table := _of_prompts(metric, cases)).columns]
-    document = {"run": composed.name, "seeds": seeds, "cases": {name: means for name, (means, _) in cases.items()}}
+    document = {"run": composed.name, "seeds": seeds, "cases": {case: means for case, (means, _) in cases.items()}}
     return Section(composed.name, notes, tables, [], [], {}, document)
 
 
-def _of_prompts(
-    metric: str, cases: Mapping[str, tuple[Mapping[str, Metrics], Mapping[str, Mapping[str, Interval]]]]
-) -> Table:
+def _of_prompts(metric: str, cases: Mapping[str, MeansAndSpread]) -> Table:
     prompts = dict.fromkeys(p for means, _ in cases.values() for p, metrics in means.items() if metric in metrics)
     rows = {}
     for case, (means, spread) in cases.items():
@@ -137,9 +139,7 @@ def _of_sweep(sweep: Swept) -> Section:
     )  # fmt: skip
 
 
-def _means_and_spread(
-    rows: Mapping[str, Mapping[str, tuple[float, float | None]]],
-) -> tuple[dict[str, Metrics], dict[str, dict[str, Interval]]]:
+def _means_and_spread(rows: Mapping[str, Mapping[str, tuple[float, float | None]]]) -> MeansAndSpread:
     means = {label: {name: mean for name, (mean, _) in metrics.items()} for label, metrics in rows.items()}
     spread = {
         label: {name: (mean - half, mean + half) for name, (mean, half) in metrics.items() if half is not None}

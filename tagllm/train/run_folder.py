@@ -49,7 +49,7 @@ class RunFolder:
             UserError: the folder holds something else.
         """
         held = read_config(self.path) if (self.path / "config.yaml").is_file() else None
-        if held is None and self.path.is_dir() and any(not p.name.startswith(".") for p in self.path.iterdir()):
+        if held is None and self.path.is_dir() and any(map(_is_foreign, self.path.iterdir())):
             raise UserError(f"output: {self.path} is not empty and holds no run. Give another output=FOLDER.")
         if config.backbone.dtype == "auto":
             config = config.in_dtype(held.backbone.dtype if held else fastest_dtype())
@@ -78,6 +78,11 @@ class RunFolder:
         temporary = self.path / f".tmp-{name}"
         write_durably(temporary, content)
         replace_file(temporary, self.path / name)
+
+
+def _is_foreign(path: Path) -> bool:
+    """Not what a start leaves that was cut off before it wrote its config."""
+    return path.name != ".lock" and not path.name.startswith(".tmp-")
 
 
 def read_config(run: Path) -> RunConfig:
