@@ -40,8 +40,9 @@ for domain in "${domains[@]}"; do tagllm train "configs/offline/$domain.yaml"; d
 # Stages 2 and 3: every seed; what is trained on the same rows, for the first; prompts without training, for each.
 runs=("runs/offline/$config")
 tagllm sweep "configs/offline/$config.yaml" --seeds "$seeds" --jobs "$jobs" ${tune:+--tune "$tune"}
-mapfile -t of_seeds < <("$python" -c 'import json, sys; print(*json.load(open(sys.argv[1]))["combinations"][0]["folders"], sep="\n")' \
+folders=$("$python" -c 'import json, sys; print(*json.load(open(sys.argv[1]))["combinations"][0]["folders"], sep="\n")' \
     "${runs[0]}/sweep.json")
+mapfile -t of_seeds <<<"$folders"
 for method in "${methods[@]}"; do tagllm baseline "${runs[0]}/${of_seeds[0]}" --method "$method"; done
 composed=configs/offline/4_$name.yaml
 if [[ -f $composed ]]; then

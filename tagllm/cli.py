@@ -260,6 +260,7 @@ def inspect(
     def work() -> None:
         from rich.console import Console
 
+        from tagllm.head import fields_alone
         from tagllm.report.tags import Vocabulary, inspect_library, write_projector
         from tagllm.tags import TagLibrary
 
@@ -268,6 +269,8 @@ def inspect(
         console = Console(highlight=False, markup=False, soft_wrap=True)
         for table in inspect_library(found, vocabulary, nearest):
             console.print(table)
+        if told := fields_alone({name: tag.head for name, tag in found.tags.items()}):
+            console.print(told)
         if projector is not None:
             number = write_projector(found, vocabulary, nearest, projector)
             console.print(f"{projector}: {number} points; tensorboard --logdir {projector}, tab PROJECTOR")

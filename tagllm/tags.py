@@ -28,7 +28,7 @@ from tagllm.files import (
     sha256_file,
     write_durably,
 )
-from tagllm.head import Head, num_states
+from tagllm.head import Head, fields_alone, num_states
 from tagllm.kernel import Kernel, Landmarks
 
 FORMAT, OLDER_FORMATS = 2, (1,)
@@ -185,6 +185,7 @@ class TagLibrary:
         ]
         for tag in self.tags.values():
             head = f"{tag.head.spec.type}, {tag.head.spec.outputs}" if tag.head else ""
+            head += "; answers from the fields alone" if fields_alone({tag.name: tag.head}) else ""
             template = str(tag.about.get("template", "")).replace("|", "\\|")
             lines.append(f"| `<{tag.name}>` | {tag.kind} | {len(tag.rows_PD)} | {head} | `{template}` |")
         return "\n".join(lines) + "\n"
@@ -223,9 +224,8 @@ class _Stored(NamedTuple):
     def tensor(self, part: str, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         found = self.tensors.get(f"{self.name}.{part}")
         if found is None or tuple(found.shape) != shape or found.dtype != dtype:
-            actual = "missing" if found is None else f"{tuple(found.shape)} {found.dtype}"
-            wanted = str(dtype).removeprefix("torch.")
-            raise DamagedFile(self.file, f"{self.name}.{part} is {actual}; it must be {shape} {wanted}")
+            actual = "missing" if found is None else _shown(tuple(found.shape), found.dtype)
+            raise DamagedFile(self.file, f"{self.name}.{part} is {actual}; it must be {_shown(shape, dtype)}")
         if not found.isfinite().all():
             raise DamagedFile(self.file, f"{self.name}.{part} holds numbers that are not finite")
         return found
@@ -256,6 +256,10 @@ class _Stored(NamedTuple):
             state_TD, at_SM = Landmarks.of(whole_MF, states)
         weight_KM = self.tensor("head.kernel_weight", outputs, at_SM.shape[1])
         return Kernel(state_TD, at_SM, self.tensor("head.width", states, size), weight_KM)
+
+
+def _shown(shape: tuple[int, ...], dtype: torch.dtype) -> str:
+    return f"{shape} {str(dtype).removeprefix('torch.')}"
 
 
 def _pools(held: Any) -> tuple[int, ...]:

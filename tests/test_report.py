@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,13 @@ import yaml
 from typer.testing import CliRunner
 
 from tagllm.cli import app
+from tagllm.config import HeadConfig
 from tagllm.report.sections import Cell
 from tagllm.report.tags import nearest_tokens
 from tagllm.tags import TagLibrary
 from tests import tiny
 from tests.test_monitor import CHROMIUM
+from tests.test_tags import leaving_the_tag_out
 
 RUNNER = CliRunner()
 PROMPT = "<S> {smiles} <QED>"
@@ -208,6 +211,12 @@ def test_inspect_finds_the_tokens_that_a_row_was_made_of(run: Path, tmp_path: Pa
     result = RUNNER.invoke(app, ["inspect", str(run / "library"), "--nearest", "2"])
     assert result.exit_code == 0, result.stderr
     assert "<QED>, function; a token's norm is" in result.stdout and "cosine of mean rows" in result.stdout
+    assert "alone" not in result.stdout
+    library = TagLibrary.load(run / "library")
+    alone = replace(library.tags["QED"], head=leaving_the_tag_out(HeadConfig(reads="both"), tiny.HIDDEN))
+    library.add(alone).save(tmp_path / "library")
+    told = RUNNER.invoke(app, ["inspect", str(tmp_path / "library")])
+    assert "<QED>: its head answers from the fields alone" in told.stdout, told.stderr
     other = tiny.save_backbone(tmp_path / "other")
     tiny.backbone(seed=5).save_pretrained(other)
     refused = RUNNER.invoke(app, ["inspect", str(run / "library"), "--model", str(other)])

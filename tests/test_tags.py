@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from tagllm.config import HeadConfig
 from tagllm.errors import UserError
 from tagllm.files import DamagedFile
 from tagllm.head import Head
+from tagllm.kernel import BOUNDLESS, Kernel
 from tagllm.tags import BackboneIdentity, Tag, TagLibrary, initial_rows
 
 D = 16
@@ -128,12 +130,12 @@ def test_a_missing_tensor_file(folder: Path) -> None:
 
 def test_wrong_shapes_and_types(folder: Path) -> None:
     edit(folder, tags__QED__length=4)
-    with pytest.raises(DamagedFile, match=r"QED.rows is \(5, 16\) torch.float32; it must be \(4, 16\) float32"):
+    with pytest.raises(DamagedFile, match=r"QED.rows is \(5, 16\) float32; it must be \(4, 16\) float32"):
         TagLibrary.load(folder)
     edit(folder, tags__QED__length=5)
     good = files.load_tensors(folder / "tags.safetensors")
     put_tensors(folder, good | {"SMILES.rows": good["SMILES.rows"].bfloat16()})
-    with pytest.raises(DamagedFile, match=r"SMILES.rows is \(3, 16\) torch.bfloat16; it must be \(3, 16\) float32"):
+    with pytest.raises(DamagedFile, match=r"SMILES.rows is \(3, 16\) bfloat16; it must be \(3, 16\) float32"):
         TagLibrary.load(folder)
     put_tensors(folder, {name: tensor for name, tensor in good.items() if name != "QED.head.bias"})
     with pytest.raises(DamagedFile, match=r"QED.head.bias is missing; it must be \(2,\) float32"):
@@ -222,6 +224,22 @@ def test_the_card_lists_the_tags(folder: Path) -> None:
         "| `<Toxic-2>` | function | 1 | classification, 2 | `` |",
     ]
     assert "`models/one` (llama, d 16)" in card
+
+
+def leaving_the_tag_out(head: HeadConfig, hidden_size: int) -> Head:
+    """As a fit does it where validation rows are answered better by the fields alone."""
+    width_SD = torch.ones(2, hidden_size)
+    width_SD[0] = BOUNDLESS
+    kernel = Kernel(torch.ones(1, hidden_size), torch.zeros(2, 1, dtype=torch.int64), width_SD, torch.ones(1, 1))
+    return replace(Head.new(head, hidden_size), kernel=kernel)
+
+
+def test_the_card_says_which_head_leaves_its_tag_out(folder: Path) -> None:
+    alone = replace(tag("Alone", "function"), head=leaving_the_tag_out(HeadConfig(reads="both"), D))
+    library().add(alone).save(folder)
+    card = (folder / "README.md").read_text()
+    assert "| `<Alone>` | function | 3 | regression, 1; answers from the fields alone | `` |" in card
+    assert card.count("alone") == 1
 
 
 def embedding(vocabulary: int = 3000, hidden_size: int = 64) -> torch.Tensor:
