@@ -40,6 +40,19 @@ def test_perfect_and_hopeless_translations() -> None:
         assert low <= best.metrics[name] + 1e-9 and best.metrics[name] <= high + 1e-9
 
 
+def test_no_interval_goes_below_0() -> None:
+    """Where one answer of many is right, that of BLEU is wider than its mean."""
+    wrong = [
+        "Rien.",
+        "Autre chose que tout le reste.",
+        "Une autre phrase encore qui ne va pas.",
+        "Encore du texte ici.",
+    ]
+    scores = text_scores([FRENCH[0], *wrong], [*FRENCH, *ENGLISH, "Close the file."], [""] * 5, EvaluationConfig())
+    assert all(0 <= low <= high for low, high in scores.intervals.values())
+    assert scores.intervals["bleu"][0] == 0
+
+
 def test_language_is_told_apart_from_quality() -> None:
     """A fluent answer in the wrong language is no answer; nothing is in no language."""
     assert {"en", "fr", "ru", "de", "it", "el", "es", "pt"} <= set(known_languages())

@@ -114,10 +114,10 @@ def all_numbers(texts: Sequence[str]) -> bool:
 
 
 def _corpus(name: str, metric: Any, made: Sequence[str], wanted: Sequence[str]) -> Scores:
-    """A metric of sacrebleu with its own bootstrap interval. The draws are the same for the same number of rows, so two
-    systems are compared on the same draws."""
+    """A metric of sacrebleu with its own bootstrap interval, as wide below as above but cut off at 0. The draws are the
+    same for the same number of rows, so two systems are compared on the same draws."""
     score = metric.corpus_score(made, [wanted], n_bootstrap=DRAWS)
-    low, high = score._mean - score._ci, score._mean + score._ci
+    low, high = max(score._mean - score._ci, 0.0), score._mean + score._ci
     return Scores({name: float(score.score)}, {name: (float(low), float(high))})
 
 
