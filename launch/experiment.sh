@@ -5,10 +5,10 @@
 # SEEDS=3 JOBS=1 TUNE="optim.tag_lr=3e-3,1e-2,3e-2" BASELINES="prompt_tuning lora" in the environment change what runs.
 set -euo pipefail
 unset CDPATH
+data=${2:+$(realpath -m -- "$2")}
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 name=${1:?"name an experiment: qed, descriptor, isoelectric_point, molecular_weight, binding_affinity, drug_combination, synergy_loewe, translate"}
-data=${2:-}
 seeds=${SEEDS:-3} jobs=${JOBS:-1} tune=${TUNE:-} out=${OUT:-results/$name}
 methods=()
 if [[ $name != translate ]]; then read -r -a methods <<<"${BASELINES-prompt_tuning lora}"; fi # those have a head
@@ -40,8 +40,10 @@ for domain in "${domains[@]}"; do tagllm train "configs/offline/$domain.yaml"; d
 # Stages 2 and 3: every seed; what is trained on the same rows, for the first; prompts without training, for each.
 runs=("runs/offline/$config")
 tagllm sweep "configs/offline/$config.yaml" --seeds "$seeds" --jobs "$jobs" ${tune:+--tune "$tune"}
-folders=$("$python" -c 'import json, sys; print(*json.load(open(sys.argv[1]))["combinations"][0]["folders"], sep="\n")' \
-    "${runs[0]}/sweep.json")
+newest='import json, pathlib, sys; files = pathlib.Path(sys.argv[1]).glob("sweep*.json")
+found = json.loads(max(files, key=lambda file: file.stat().st_mtime).read_text())
+print(*found["combinations"][0]["folders"], sep="\n")'
+folders=$("$python" -c "$newest" "${runs[0]}")
 mapfile -t of_seeds <<<"$folders"
 for method in "${methods[@]}"; do tagllm baseline "${runs[0]}/${of_seeds[0]}" --method "$method"; done
 composed=configs/offline/4_$name.yaml

@@ -12,11 +12,12 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+ORIGIN = ("command", "commit", "hardware", "versions", "date")
 _LIBRARIES = ("tagllm", "torch", "transformers", "deepspeed", "datasets", "tokenizers", "safetensors", "rdkit")
 
 
 def origin() -> dict[str, Any]:
-    """`command` as it was typed, `commit`, `hardware`, `versions` and `date` (UTC)."""
+    """What `ORIGIN` names: the command as it was typed, and the date in UTC."""
     name, *words = sys.argv
     command = shlex.join(["tagllm" if name.endswith(("tagllm", "__main__.py")) else Path(name).name, *words])
     date = time.strftime("%Y-%m-%d %H:%M", time.gmtime())

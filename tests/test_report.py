@@ -18,8 +18,12 @@ from typer.testing import CliRunner
 
 from tagllm.cli import app
 from tagllm.config import HeadConfig
+from tagllm.origin import ORIGIN
+from tagllm.report.collect import collect
+from tagllm.report.paper import published_of
 from tagllm.report.sections import Cell
 from tagllm.report.tags import nearest_tokens
+from tagllm.sweep.summary import digits
 from tagllm.tags import TagLibrary
 from tests import tiny
 from tests.test_monitor import CHROMIUM
@@ -110,18 +114,17 @@ def test_a_sweep_is_a_table_and_a_figure(run: Path, tmp_path: Path) -> None:
     del second["baselines"]["ridge_last"]
     (tmp_path / "lengths" / "length=2_seed=1" / "results.json").write_text(json.dumps(second))
     mse = {"length=1": [0.5, None], "length=2": [0.2, 0.05]}
+    about = {key: first[key] for key in ORIGIN}
     combinations = [
         {
             "shown": {"length": n}, "runs": n, "metrics": {"mse": mse[f"length={n}"]},
             "tried": {"1e-2": 0.7, "3e-2": 0.6},
-            "folders": [f"length={n}_seed={seed}" for seed in range(n)],
+            "folders": [f"length={n}_seed={seed}" for seed in range(n)], "origins": [about] * n,
         }
         for n in (2, 1)
     ]  # fmt: skip
-    about = json.loads((run / "results.json").read_text())
-    about = {key: about[key] for key in ("command", "commit", "hardware", "versions", "date")}
     document = {"run": "lengths", "seeds": [0, 1], "tuned": "optim.tag_lr", "combinations": combinations, **about}
-    (tmp_path / "lengths" / "sweep.json").write_text(json.dumps(document))
+    (tmp_path / "lengths" / "sweep_length.json").write_text(json.dumps(document))
     result = RUNNER.invoke(app, ["report", str(tmp_path / "lengths"), "--out", str(tmp_path / "out")])
     assert result.exit_code == 0, result.stderr
     text = (tmp_path / "out" / "report.md").read_text()
@@ -129,10 +132,30 @@ def test_a_sweep_is_a_table_and_a_figure(run: Path, tmp_path: Path) -> None:
     others = json.loads((tmp_path / "out" / "report.json").read_text())["sections"][0]["others"]
     assert others["predict_mean"]["mse"] == pytest.approx([first_mean + 0.01, 0.01 * 12.706], rel=1e-3)
     assert others["ridge_last"]["mse"] == [first["baselines"]["ridge_last"]["mse"], None]
+    low, high = first["baseline_intervals"]["ridge_last"]["mse"]
+    assert f"({digits(low, 3)}–{digits(high, 3)})" in text.split("## ")[1], "over the rows, where seeds tell nothing"
+    assert "length=2_seed=1: `tagllm eval" in (tmp_path / "out" / "report.html").read_text()
     assert f"| predict_mean | {first_mean + 0.01:.4g} (" in text
     assert "of length=2, over the seeds that have them" in text
     assert "loss on validation by optim.tag_lr: 1e-2: 0.7, 3e-2: 0.6" in text
     assert (tmp_path / "out" / "report.html").read_text().count("<svg") == 5, "one more than the run alone"
+
+
+def test_a_run_its_sweeps_and_what_was_composed_are_all_shown(run: Path, tmp_path: Path) -> None:
+    """README's commands leave them in one folder."""
+    shutil.copytree(run, tmp_path / "all")
+    about = {key: json.loads((run / "results.json").read_text())[key] for key in ORIGIN}
+    document = {"run": "all", "seeds": [0], "tuned": None, "combinations": [], **about}
+    for name in ("sweep.json", "sweep_tags.length.json"):
+        (tmp_path / "all" / name).write_text(json.dumps(document))
+    write_case(tmp_path / "all" / "EN-FR", 30.0)
+    write_case(tmp_path / "all" / "seed=0" / "EN-FR", 30.0)
+    assert [type(found).__name__ for found in collect(tmp_path / "all")] == ["Run", *["Swept"] * 2, *["Composed"] * 2]
+
+
+def test_the_paper_stands_beside_the_same_quantity_alone() -> None:
+    assert published_of(["DrugCombination"], {"oneil"}) is None
+    assert published_of(["DrugCombination"], {"drugcomb-css"}) is not None
 
 
 def write_case(folder: Path, score: float) -> None:
@@ -159,7 +182,7 @@ def test_compose_with_several_seeds_is_a_table_of_means(tmp_path: Path) -> None:
     result = RUNNER.invoke(app, ["report", str(tmp_path / "composed"), "--out", str(tmp_path / "out")])
     assert result.exit_code == 0, result.stderr
     text = (tmp_path / "out" / "report.md").read_text()
-    assert "| EN-FR | **30 (17.3–42.7)** | 25 (25–25) |" in text, "half of the interval: 12.706 standard errors of 1"
+    assert "| EN-FR | **30 (17.3–42.7)** | 25 (24–26) |" in text, "half of the interval: 12.706 standard errors of 1"
     assert "| FR-EN | 20 (19–21) | **25 (24–26)** |" in text, "bootstrapped, of the only seed"
     assert "Mean over 2 seeds" in text and "in_language:\n\n| case | tags |" in text
     sections = json.loads((tmp_path / "out" / "report.json").read_text())["sections"]

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 from tagllm.cli import app
 from tagllm.errors import UserError
-from tagllm.sweep.points import Combination, Point, Sweep
+from tagllm.sweep.points import Point, Sweep
 from tagllm.sweep.summary import digits, summaries
 from tests import tiny
 from tests.distributed.launch import wait_until
@@ -88,6 +88,13 @@ def test_a_grid_that_cannot_be_read(config: Path, text: str) -> None:
         points_of(config, [], [text], 1)
 
 
+@pytest.mark.parametrize("text", ["seed=1,2", "output=a,b"])
+def test_what_a_sweep_sets_itself_is_no_axis(config: Path, text: str) -> None:
+    for grid, tune in (([text], None), ([], text)):
+        with pytest.raises(UserError, match="a sweep sets .* itself. Use --seeds"):
+            Sweep.of(config, [], grid, 1, tune=tune)
+
+
 def test_a_wrong_value_is_told_before_anything_runs(config: Path) -> None:
     with pytest.raises(UserError, match="tags.Size.lenght is no key") as caught:
         points_of(config, [], ["tags.Size.lenght=1,2"], 3)
@@ -95,22 +102,53 @@ def test_a_wrong_value_is_told_before_anything_runs(config: Path) -> None:
     assert not (config.parent / "sweep").exists()
 
 
-def finished(point: Point, mse: float, losses: Sequence[float] = ()) -> None:
-    point.folder.mkdir(parents=True)
-    (point.folder / "results.json").write_text(json.dumps({"metrics": {"mse": mse}}))
+def finished(sweep: Sweep, point: Point, mse: float, losses: Sequence[float] = (), **other: str) -> None:
+    point.folder.mkdir(parents=True, exist_ok=True)
+    scored = {"metrics": {"mse": mse}, "split": "test", "config_digest": sweep.config(point).digest()} | other
+    (point.folder / "results.json").write_text(json.dumps(scored))
     lines = [{"step": at, "valid/loss": 2 * loss, "valid/loss_refitted": loss} for at, loss in enumerate(losses)]
     (point.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
-def test_intervals_are_students(tmp_path: Path) -> None:
+def test_intervals_are_students(config: Path) -> None:
     values = [0.2, 0.4, 0.9]
-    sweep = Sweep(tmp_path / "run.yaml", [], tmp_path, [Combination({"a": 1}, {"a": 1})], 4, None)
+    sweep = Sweep.of(config, [], [], 4)
     for point, value in zip(sweep.finals(), values, strict=False):
-        finished(point, value)
+        finished(sweep, point, value, commit="a1b2c3d")
     (found,) = summaries(sweep)
+    assert found.origins == [{"commit": "a1b2c3d"}] * 3
     low, high = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
     assert found.runs == 3, "the fourth is not finished"
     assert found.metrics["mse"] == pytest.approx((np.mean(values), (high - low) / 2))
+
+
+def test_what_all_seeds_have_alike_has_no_interval_over_them(config: Path) -> None:
+    sweep = Sweep.of(config, [], [], 3)
+    for point in sweep.finals():
+        finished(sweep, point, 0.25)
+    assert summaries(sweep)[0].metrics == {"mse": (0.25, None)}
+
+
+def test_only_this_very_run_scored_on_rows_to_test_is_finished(config: Path) -> None:
+    sweep = Sweep.of(config, [], [], 2)
+    first, second = sweep.finals()
+    finished(sweep, first, 0.5)
+    assert sweep.done(first) and not sweep.done(second)
+    assert not Sweep.of(config, ["optim.tag_lr=0.3"], [], 2).done(first), "another config"
+    finished(sweep, first, 0.5, split="valid")
+    assert not sweep.done(first) and summaries(sweep)[0].runs == 0
+
+
+def test_sweeps_of_one_config_stand_side_by_side(config: Path) -> None:
+    names = [
+        Sweep.of(config, [], grid, 1, tune=tune).name
+        for grid in ([], ["tags.Size.length=1,2"])
+        for tune in (None, "optim.tag_lr=1e-2")
+    ]
+    assert names == [
+        "sweep.json", "sweep_optim.tag_lr.json", "sweep_tags.Size.length.json",
+        "sweep_tags.Size.length_optim.tag_lr.json",
+    ]  # fmt: skip
 
 
 def test_every_combination_takes_the_value_that_is_best_on_validation(config: Path) -> None:
@@ -121,7 +159,7 @@ def test_every_combination_takes_the_value_that_is_best_on_validation(config: Pa
         sweep.run_number(7)
     test_mse, valid = [0.1, 0.5, 0.3, 0.1, 0.2, 0.5], [[2.0, 3.0], [2.5, 1.0], [1.5, 1.5], [1.0, 2.0], [4.0, 3.0]]
     for point, mse, losses in zip(sweep.trials(), test_mse, valid, strict=False):
-        finished(point, mse, losses)
+        finished(sweep, point, mse, losses)
     assert [point.values["optim.tag_lr"] for point in sweep.finals()] == ["1e-2"] * 3 + ["1e-3"] * 3
     assert [point.seed for point in sweep.finals()] == [0, 1, 2] * 2
     assert sweep.run_number(7) == sweep.finals()[2] and sweep.run_number(9) == sweep.finals()[5]
@@ -143,7 +181,7 @@ def test_the_command_goes_on_where_it_was_cut_off(config: Path) -> None:
     whole = RUNNER.invoke(app, [*arguments, "--jobs", "2"])
     assert whole.exit_code == 0, whole.stderr
     assert done.stat().st_mtime_ns == before, "a finished run stays as it is"
-    found = json.loads((config.parent / "sweep" / "sweep.json").read_text())["combinations"]
+    found = json.loads((config.parent / "sweep" / "sweep_tags.Size.length.json").read_text())["combinations"]
     assert [summary["runs"] for summary in found] == [1, 1]
     assert [summary["folders"] for summary in found] == [[f"tags.Size.length={n}_seed=0"] for n in (1, 2)]
     for count, summary in zip((1, 2), found, strict=True):
@@ -193,7 +231,7 @@ def test_a_tuned_sweep_from_the_command_line(config: Path) -> None:
     tune = ["--tune", "optim.tag_lr=1e-3,1e30", "--seeds", "2"]
     result = RUNNER.invoke(app, ["sweep", str(config), *tune])
     assert result.exit_code == 0, result.stderr
-    document = json.loads((config.parent / "sweep" / "sweep.json").read_text())
+    document = json.loads((config.parent / "sweep" / "sweep_optim.tag_lr.json").read_text())
     (found,) = document["combinations"]
     assert found["shown"] == {"optim.tag_lr": "1e-3"} and found["runs"] == 2
     assert {"command", "commit", "hardware", "versions", "date"} <= set(document)
@@ -202,6 +240,6 @@ def test_a_tuned_sweep_from_the_command_line(config: Path) -> None:
 
 def test_without_rows_for_validation_nothing_can_be_chosen(config: Path) -> None:
     sweep = Sweep.of(config, [], [], 1, tune="optim.tag_lr=1e-3")
-    finished(sweep.trials()[0], 0.5)
+    finished(sweep, sweep.trials()[0], 0.5)
     with pytest.raises(UserError, match="has no rows for validation"):
         sweep.finals()

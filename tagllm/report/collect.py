@@ -17,7 +17,7 @@ HIGHER_IS_BETTER = (
     "r2", "pearson", "spearman", "concordance", "accuracy", "f1", "auroc", "bleu", "chrf++", "spbleu", "comet", "exact",
     "in_language",
 )  # fmt: skip
-SHOWN = ("mse", "mae", *HIGHER_IS_BETTER, "cross_entropy", "span_nats", "output_nats")
+SHOWN = ("mse", "mae", *HIGHER_IS_BETTER, "unparsable", "cross_entropy", "span_nats", "output_nats")
 """Metrics of the tables, in this order."""
 
 Metrics = dict[str, float]
@@ -42,6 +42,12 @@ class Run(NamedTuple):
     def first(self) -> str:
         """What the others are compared with."""
         return str(self.results.get("prompt", "tag"))
+
+    @property
+    def recipes(self) -> set[str]:
+        """Named data sets that its rows are of."""
+        sources = (yaml.safe_load(self.config).get("data") or {}).get("sources", [])
+        return {source["recipe"] for source in sources if source.get("recipe")}
 
     @property
     def methods(self) -> dict[str, Metrics]:
@@ -77,30 +83,36 @@ class Swept(NamedTuple):
     others: dict[str, list[Metrics]]
 
 
-def collect(path: Path) -> Run | Composed | Swept:
-    """Reads a run that `tagllm eval` has scored, the output of a sweep, or that of compose, for several seeds in
-    folders seed=0, seed=1 and so on.
+def collect(path: Path) -> list[Run | Composed | Swept]:
+    """Reads all that a folder holds: a run that `tagllm eval` has scored, sweeps, and cases of compose (for several
+    seeds in folders seed=0, seed=1 and so on).
 
     Raises:
-        UserError: it is none of them, or a file is damaged.
+        UserError: it holds none of them, or a file is damaged.
     """
-    if (path / "sweep.json").is_file():
-        document = read_json(path / "sweep.json")
-        done: list[str] = next((one["folders"] for one in document["combinations"] if one["folders"]), [])
-        others: dict[str, list[Metrics]] = {}
-        for results in (read_json(path / folder / "results.json") for folder in done):
-            for method, metrics in {**results["baselines"], **results["controls"]}.items():
-                others.setdefault(method, []).append(metrics)
-        return Swept(path.name, document, _run(path / done[0]) if done else None, others)
-    if (path / "results.json").is_file():
-        return _run(path)
-    cases: dict[str, list[Run]] = {}
-    for folder in sorted(path.glob("seed=*")) or [path]:
-        for file in sorted(folder.glob("*/results.json")):
-            cases.setdefault(file.parent.name, []).append(_run(file.parent))
-    if cases and all("prompt" in run.results for runs in cases.values() for run in runs):
-        return Composed(path.name, list(cases.values()))
-    raise UserError(f"{path}: has no results.json. Score it first: tagllm eval {path}")
+    found: list[Run | Composed | Swept] = [_run(path)] if (path / "results.json").is_file() else []
+    found += [_swept(file) for file in sorted(path.glob("sweep*.json"))]
+    for folders in ([path], sorted(path.glob("seed=*"))):
+        files = [file for folder in folders for file in sorted(folder.glob("*/results.json"))]
+        cases: dict[str, list[Run]] = {}
+        for file in files:
+            if "prompt" in read_json(file):
+                cases.setdefault(file.parent.name, []).append(_run(file.parent))
+        if cases:
+            found.append(Composed(path.name, list(cases.values())))
+    if not found:
+        raise UserError(f"{path}: has no results.json. Score it first: tagllm eval {path}")
+    return found
+
+
+def _swept(file: Path) -> Swept:
+    path, document = file.parent, read_json(file)
+    done: list[str] = next((one["folders"] for one in document["combinations"] if one["folders"]), [])
+    others: dict[str, list[Metrics]] = {}
+    for results in (read_json(path / folder / "results.json") for folder in done):
+        for method, metrics in {**results["baselines"], **results["controls"]}.items():
+            others.setdefault(method, []).append(metrics)
+    return Swept(path.name, document, _run(path / done[0]) if done else None, others)
 
 
 def metrics_of(rows: dict[str, Metrics]) -> list[str]:

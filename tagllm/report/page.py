@@ -21,7 +21,7 @@ def write_report(folders: Sequence[Path], output: Path) -> Path:
     Raises:
         UserError: a run that was not scored, or a folder that cannot be written.
     """
-    sections = [section for folder in folders for section in sections_of(collect(folder))]
+    sections = [section for folder in folders for found in collect(folder) for section in sections_of(found)]
     document = {"sections": [section.document for section in sections], **origin()}
     pages = {"html": html(sections).encode(), "md": markdown(sections).encode(), "json": json_bytes(document)}
     try:

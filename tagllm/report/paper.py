@@ -5,7 +5,7 @@ Data and splits of the paper are not ours unless a run says so: they show orders
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
 
@@ -46,9 +46,19 @@ _SPBLEU = {
 """Tag-LLaMA-7B on FLORES-101."""
 
 
-def published_of(names: Sequence[str]) -> Published | None:
-    """Of the first of these tags, or cases named after a pair of languages (`EN-FR`), that the paper has."""
+_OTHER_QUANTITY = {("DrugCombination", "oneil")}
+"""Tags that on these rows learn another quantity than in the paper (Loewe synergy, no CSS)."""
+
+
+def published_of(names: Sequence[str], recipes: Collection[str] = ()) -> Published | None:
+    """Of the first of these tags, or cases named after a pair of languages (`EN-FR`), that the paper has.
+
+    Args:
+        recipes: named data sets that the rows are of.
+    """
     for name in names:
+        if any((name, recipe) in _OTHER_QUANTITY for recipe in recipes):
+            continue
         if name in _VALUES:
             metric, about, values = _VALUES[name]
             return Published(about, {method: {metric: value} for method, value in values.items()})

@@ -12,7 +12,7 @@ from tagllm.sweep.summary import digits, over_seeds
 
 TEXTS = 3
 """Generated texts that are shown of a prompt."""
-
+INTERVAL = "95 % interval (Student's t; of what no seed changes, over the rows of the first)"
 
 MeansAndSpread = tuple[dict[str, Metrics], dict[str, dict[str, Interval]]]
 """By method."""
@@ -66,7 +66,7 @@ def sections_of(found: Run | Composed | Swept) -> list[Section]:
 def _of_run(run: Run) -> Section:
     results = run.results
     tables = [_table("", "method", run.methods, run.intervals)]
-    if paper := published_of([*results["learned"], run.name]):
+    if paper := published_of([*results["learned"], run.name], run.recipes):
         tables.append(_table(f"The paper, on its own rows (LLaMA-7B; {paper.about})", "method", paper.rows, {}))
     if "sources" in results and len(results["sources"]) > 1:
         sources = {name: source["metrics"] for name, source in results["sources"].items()}
@@ -91,12 +91,12 @@ def _of_composed(composed: Composed) -> Section:
     for first, *others in composed.cases:
         of_seeds = {p: over_seeds([run.methods.get(p, {}) for run in (first, *others)]) for p in first.methods}
         means, spread = _means_and_spread(of_seeds)
-        cases[first.name] = means, spread if others else first.intervals
+        cases[first.name] = means, _or_of_rows(spread, first.intervals)
     seeds = max(map(len, composed.cases))
     name = _headline(composed.cases[0][0].methods)
     notes = [f"{name} of every prompt on the same rows; the other metrics are below."]
     if seeds > 1:
-        notes.append(f"Mean over {seeds} seeds, 95 % interval (Student's t); what is below is of the first of them.")
+        notes.append(f"Mean over {seeds} seeds, {INTERVAL}; what is below is of the first of them.")
     tables = [table for metric in (name, "in_language") if (table := _of_prompts(metric, cases)).columns]
     document = {"run": composed.name, "seeds": seeds, "cases": {case: means for case, (means, _) in cases.items()}}
     return Section(composed.name, notes, tables, [], [], {}, document)
@@ -118,7 +118,7 @@ def _of_sweep(sweep: Swept) -> Section:
     others = {method: over_seeds(metrics) for method, metrics in sweep.others.items()}
     means, spread = _means_and_spread({_label(one["shown"]): one["metrics"] for one in combinations if one["runs"]})
     runs = ", ".join(f"{_label(one['shown'])}: {one['runs']}" for one in combinations)
-    notes = [f"Mean over the seeds, 95 % interval (Student's t). Runs: {runs}.", _line(sweep.document)]
+    notes = [f"Mean over the seeds, {INTERVAL}. Runs: {runs}.", _line(sweep.document)]
     if others:
         first = next(_label(one["shown"]) for one in combinations if one["folders"])
         notes.append(f"Baselines and controls are those of {first}, over the seeds that have them.")
@@ -128,13 +128,15 @@ def _of_sweep(sweep: Swept) -> Section:
             notes.append(f"{_label(one['shown'])}: loss on validation by {sweep.document['tuned']}: {tried}.")
     tables, figures = [], []
     if means:
-        beside = _means_and_spread(others)
-        tables = [_table("", "run", means | beside[0], spread | beside[1])]
+        beside, of_seeds = _means_and_spread(others)
+        of_rows = sweep.example.intervals if sweep.example else {}
+        tables = [_table("", "run", means | beside, spread | _or_of_rows(of_seeds, of_rows))]
         name = _headline(means)
         if len(means) > 1 and name:
             figures = [dots(name, {k: (v[name], spread[k].get(name)) for k, v in means.items() if name in v})]
     return Section(
-        sweep.name, notes, tables, figures, [], {"where it comes from": _origin(sweep.document)},
+        sweep.name, notes, tables, figures, [],
+        {"where it comes from": _origin(sweep.document), "where each run comes from": _of_runs(combinations)},
         {**sweep.document, "others": others},
     )  # fmt: skip
 
@@ -146,6 +148,12 @@ def _means_and_spread(rows: Mapping[str, Mapping[str, tuple[float, float | None]
         for label, metrics in rows.items()
     }
     return means, spread
+
+
+def _or_of_rows(
+    of_seeds: dict[str, dict[str, Interval]], of_rows: Mapping[str, Mapping[str, Interval]]
+) -> dict[str, dict[str, Interval]]:
+    return {label: {**of_rows.get(label, {}), **intervals} for label, intervals in of_seeds.items()}
 
 
 def _table(
@@ -209,6 +217,16 @@ def _line(document: Mapping[str, Any]) -> str:
 def _origin(document: Mapping[str, Any]) -> str:
     lines = [f"{name}: {document[name]}" for name in ("command", "commit", "hardware", "date")]
     return "\n".join([*lines, *(f"{name} {version}" for name, version in document["versions"].items())])
+
+
+def _of_runs(combinations: Sequence[Mapping[str, Any]]) -> str:
+    lines = []
+    for one in combinations:
+        for folder, held in zip(one["folders"], one.get("origins", []), strict=False):
+            trained = held.get("training", {})
+            by = f"; trained by `{trained['command']}`, commit {trained['commit']}" if "command" in trained else ""
+            lines.append(f"{folder}: {_line(held)[:-1]}{by}")
+    return "\n".join(lines)
 
 
 def _label(shown: Mapping[str, Any]) -> str:

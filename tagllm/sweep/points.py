@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from tagllm.config import RunConfig
 from tagllm.config_file import load_config
 from tagllm.errors import UserError
-from tagllm.train.run_folder import best_valid_loss
+from tagllm.files import read_json
+from tagllm.train.run_folder import best_valid_loss, read_config
 
 
 class Point(NamedTuple):
@@ -27,10 +29,6 @@ class Point(NamedTuple):
     """What it sets."""
     seed: int
     folder: Path
-
-    @property
-    def done(self) -> bool:
-        return (self.folder / "results.json").is_file()
 
     def overrides(self) -> list[str]:
         chosen = [f"{key}={json.dumps(value)}" for key, value in self.values.items()]
@@ -86,7 +84,7 @@ class Sweep(NamedTuple):
         points = self.trials() if self.tuned else self.finals()
         for point in points:
             try:
-                load_config(self.path, [*self.overrides, *point.overrides()])
+                self.config(point)
             except UserError as error:
                 name = point.shown.get("variant")
                 problems += [f"{name}: {problem}" if name else problem for problem in error.problems]
@@ -96,6 +94,24 @@ class Sweep(NamedTuple):
             )
         if problems:
             raise UserError(*dict.fromkeys(problems))
+
+    def config(self, point: Point) -> RunConfig:
+        return load_config(self.path, [*self.overrides, *point.overrides()])
+
+    def done(self, point: Point) -> bool:
+        """Whether its folder holds this very run, scored on the rows to test; `train` refuses what else it may hold."""
+        if not (point.folder / "results.json").is_file():
+            return False
+        found, config = read_json(point.folder / "results.json"), self.config(point)
+        if config.backbone.dtype == "auto":
+            config = config.in_dtype(read_config(point.folder).backbone.dtype)
+        return bool(found["split"] == "test" and found["config_digest"] == config.digest())
+
+    @property
+    def name(self) -> str:
+        """Of the file of what came of it, by what it varies: sweeps of one config stand side by side."""
+        keys = dict.fromkeys(key for combination in self.combinations for key in combination.shown)
+        return "_".join(["sweep", *keys, *(self.tuned or ())[:1]]) + ".json"
 
     @property
     def num_runs(self) -> int:
@@ -131,7 +147,7 @@ class Sweep(NamedTuple):
         if self.tuned is None:
             return {}
         key = self.tuned[0]
-        return {written(p.values[key]): best_valid_loss(p.folder) for p in self._trials_of(combination) if p.done}
+        return {written(p.values[key]): best_valid_loss(p.folder) for p in self._trials_of(combination) if self.done(p)}
 
     def final(self, combination: Combination, seed: int) -> Point:
         """
@@ -169,6 +185,8 @@ def _axis(text: str, option: str) -> tuple[str, list[Any]]:
         parsed = None
     if not parsed:
         raise UserError(f"{option} {text!r}: it must read key=value,value, as in tags.QED.length=1,5,10")
+    if key in ("seed", "output"):
+        raise UserError(f"{option} {text!r}: a sweep sets {key} itself. Use --seeds N, or an override output=FOLDER.")
     return key, parsed
 
 

@@ -38,7 +38,7 @@ def run_all(sweep: Sweep, points: Sequence[Point], jobs: int) -> list[str]:
     running: set[subprocess.Popen[str]] = set()
 
     def work(at: int) -> list[str]:
-        if points[at].done:
+        if sweep.done(points[at]):
             return []
         print(f"run {at + 1} of {len(points)}: {points[at].folder}", flush=True)
         try:

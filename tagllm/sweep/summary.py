@@ -1,14 +1,15 @@
-"""What came of a sweep: mean and interval over the seeds of each combination; sweep.json and lines for people."""
+"""What came of a sweep: mean and interval over the seeds of each combination; a file of JSON and lines for people."""
 
 from __future__ import annotations
 
+import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from tagllm.files import json_bytes, read_json, replace_file, write_durably
-from tagllm.origin import origin
+from tagllm.origin import ORIGIN, origin
 from tagllm.sweep.points import Sweep, written
 
 CONFIDENCE = 0.95
@@ -17,13 +18,15 @@ CONFIDENCE = 0.95
 class Summary(NamedTuple):
     """Of the seeds of one combination, as `over_seeds` says.
 
-    `tried`: the loss on validation by value of the tuned key; `folders`: of the runs, first seed first."""
+    `tried`: the loss on validation by value of the tuned key; `folders`: of the runs, first seed first; `origins`: of
+    each, the command, commit and hardware that scored it, and those that trained it."""
 
     shown: dict[str, Any]
     runs: int
     metrics: dict[str, tuple[float, float | None]]
     tried: dict[str, float]
     folders: list[str]
+    origins: list[dict[str, Any]]
 
 
 def summaries(sweep: Sweep) -> list[Summary]:
@@ -33,29 +36,32 @@ def summaries(sweep: Sweep) -> list[Summary]:
         tried = sweep.tried(combination)
         waiting = sweep.tuned is not None and not tried
         points = [] if waiting else [sweep.final(combination, seed) for seed in range(sweep.seeds)]
-        done = [point for point in points if point.done]
-        metrics = over_seeds([read_json(point.folder / "results.json")["metrics"] for point in done])
+        done = [point for point in points if sweep.done(point)]
+        results = [read_json(point.folder / "results.json") for point in done]
+        metrics = over_seeds([one["metrics"] for one in results])
         shown = points[0].shown if points else combination.shown
         folders = [str(point.folder.relative_to(sweep.output)) for point in done]
-        made.append(Summary(shown, len(done), metrics, tried, folders))
+        origins = [{part: one[part] for part in (*ORIGIN, "training") if part in one} for one in results]
+        made.append(Summary(shown, len(done), metrics, tried, folders, origins))
     return made
 
 
 def over_seeds(metrics: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float | None]]:
-    """Mean of each that all have, and half of its 95 % interval (Student's t; None of one seed)."""
+    """Mean of each that all have, and half of its 95 % interval (Student's t; None where seeds tell nothing: of one, or
+    where all have the same)."""
     first = metrics[0] if metrics else {}
     names = [name for name in first if all(isinstance(one.get(name), int | float) for one in metrics)]
     return {name: _interval([float(one[name]) for one in metrics]) for name in names}
 
 
 def write_summary(sweep: Sweep, found: Sequence[Summary]) -> None:
-    """OUTPUT/sweep.json."""
+    """OUTPUT/sweep.json, or sweep_KEY.json of one that varies this key."""
     about = {"run": sweep.output.name, "seeds": list(range(sweep.seeds)), "tuned": sweep.tuned and sweep.tuned[0]}
     combinations = [summary._asdict() for summary in found]
     sweep.output.mkdir(parents=True, exist_ok=True)
-    temporary = sweep.output / ".tmp-sweep.json"
+    temporary = sweep.output / f".tmp-{uuid.uuid4().hex}-{sweep.name}"  # tasks of an array write it at the same time
     write_durably(temporary, json_bytes({**about, "combinations": combinations, **origin()}))
-    replace_file(temporary, sweep.output / "sweep.json")
+    replace_file(temporary, sweep.output / sweep.name)
 
 
 def describe(found: Sequence[Summary]) -> list[str]:
@@ -74,7 +80,7 @@ def _interval(values: Sequence[float]) -> tuple[float, float | None]:
     from scipy.stats import sem, t
 
     mean = float(np.mean(values))
-    if len(values) < 2:
+    if len(set(values)) < 2:
         return mean, None
     return mean, float(sem(values) * t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1))
 
