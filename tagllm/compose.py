@@ -30,12 +30,12 @@ from tagllm.config import (
     digest_of,
 )
 from tagllm.data.dataset import Prompts
-from tagllm.errors import UserError
-from tagllm.evaluate.answers import Answer, answers_of, copied_answers, scores_of, write_answers
+from tagllm.errors import UserError, did_you_mean
+from tagllm.evaluate.answers import Answer, answers_of, chosen, copied_answers, scores_of, write_answers
 from tagllm.evaluate.metrics import intervals, value_metrics
 from tagllm.evaluate.scoring import score_pass
-from tagllm.evaluate.text import Scores, problems_of
-from tagllm.files import json_bytes, read_json, replace_file, write_durably
+from tagllm.evaluate.text import Scores, known_languages, problems_of
+from tagllm.files import json_bytes, read_json, replace_file, sha256_file, write_durably
 from tagllm.model.backbone import Backbone
 from tagllm.origin import origin
 from tagllm.stage import stage_of_run
@@ -83,6 +83,16 @@ class ComposeConfig(Section):
     cases: Annotated[dict[str, CaseConfig], Field(min_length=1)]
 
 
+class Asked(NamedTuple):
+    """What came of a prompt. `answers`: of one that asks for text; `rows`: numbers of those it was asked of; `cut`: of
+    how many rows the prompt leaves no room for all of the fields."""
+
+    scores: Scores
+    answers: list[Answer]
+    rows: list[int]
+    cut: int
+
+
 class Composer(NamedTuple):
     config: ComposeConfig
     library: TagLibrary
@@ -111,61 +121,60 @@ class Composer(NamedTuple):
         case, folder = self.config.cases[name], Path(self.config.output) / name
         settings = self.config.model_dump(mode="json", include={"backbone", "libraries", "evaluation"})
         settings["cases"] = {name: case.model_dump(mode="json")}
-        file, digest = folder / "results.json", digest_of(settings)
+        libraries = [sha256_file(Path(path) / "library.json") for path in self.config.libraries]
+        file, digest = folder / "results.json", digest_of([settings, libraries])
         if file.is_file() and (found := read_json(file)).get("config_digest") == digest:
             return found
         folder.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
-        scores: dict[str, Scores] = {}
-        answers: list[Answer] = []
-        numbers: dict[str, int] = {}
-        for prompt in case.prompts:
-            scores[prompt], given, numbers[prompt] = self._prompt(name, prompt)
-            answers += given
-        if len(set(numbers.values())) > 1:
-            told = ", ".join(f"{prompt} {number}" for prompt, number in numbers.items())
-            raise UserError(
-                f"cases.{name}: its prompts leave room for different numbers of rows ({told}), which cannot be "
-                "compared. Leave long rows out with source.max_characters."
-            )
-        first, *others = scores
+        asked = {prompt: self._prompt(name, prompt) for prompt in case.prompts}
+        _require_alike(asked, f"cases.{name}", self.config.evaluation.generated_rows)
+        first, *others = asked
         results = {
-            "run": name, "split": case.split, "rows": numbers[first], "prompt": first,
-            "metrics": scores[first].metrics, "intervals": scores[first].intervals, "baselines": {},
-            "controls": {other: scores[other].metrics for other in others},
-            "control_intervals": {other: scores[other].intervals for other in others},
+            "run": name, "split": case.split, "rows": len(asked[first].rows), "prompt": first,
+            "metrics": asked[first].scores.metrics, "intervals": asked[first].scores.intervals, "baselines": {},
+            "controls": {other: asked[other].scores.metrics for other in others},
+            "control_intervals": {other: asked[other].scores.intervals for other in others},
             "learned": self._function_tags(case), "backbone": self.backbone.identity._asdict(),
             "config_digest": digest, "seconds": time.monotonic() - began, **origin(),
         }  # fmt: skip
-        write_answers(answers, folder)
+        write_answers([answer for one in asked.values() for answer in one.answers], folder)
         write_durably(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode())
         write_durably(folder / ".tmp-results.json", json_bytes(results))
         replace_file(folder / ".tmp-results.json", file)
         return results
 
-    def _prompt(self, name: str, prompt: str) -> tuple[Scores, list[Answer], int]:
-        """Its scores, its answers if it asks for text, and on how many rows."""
+    def _prompt(self, name: str, prompt: str) -> Asked:
         case, about = self.config.cases[name], self.config.cases[name].prompts[prompt]
         text = about.template if about.copies is None else f"{{{about.copies}}} {{output}}"
         if about.shots:
             text = self._worked(name, text, about.shots) + text
         built = self._built(name, text, case.split)
         (template,), (examples,) = built.stage.templates, built.examples(case.split)
+        numbers, cut = examples.row_numbers(), int(built.data.record["0"][case.split]["rows_cut"])
         if not template.has_output:
             found = score_pass(built, self.ranks, case.split, None)
+            classes = any(head.classes for head in built.layout.heads.values())
             pairs = found.values_nK, found.targets_nK
-            return Scores(value_metrics(*pairs, classes=False), intervals(*pairs, classes=False)), [], len(examples)
+            return Asked(Scores(value_metrics(*pairs, classes), intervals(*pairs, classes)), [], numbers, cut)
+        rows = chosen(examples, self.config.evaluation.generated_rows)
         give = copied_answers if about.copies is not None else answers_of
-        answers = give(built, template, examples, self.config.evaluation.generated_rows)
-        answers = [answer._replace(source=prompt) for answer in answers]
-        return scores_of(built, answers, case.language, self.library.tags), answers, len(answers)
+        answers = [answer._replace(source=prompt) for answer in give(built, template, [examples[at] for at in rows])]
+        scores = scores_of(built, answers, case.language, self.library.tags, lambda: self._built(name, text, "train"))
+        return Asked(scores, answers, [numbers[at] for at in rows], cut)
 
     def _worked(self, name: str, text: str, shots: int) -> str:
         """The first training rows as they stand in the prompt, tags and all, as a piece of a template."""
         built = self._built(name, text, "train")
         source, (template,) = built.config.data.sources[0], built.stage.templates
         wanted = dict.fromkeys([*template.fields, source.output])
-        rows = built.examples("train")[0].columns(list(wanted), shots)
+        (examples,) = built.examples("train")
+        if shots > len(examples):
+            raise UserError(
+                f"cases.{name}: shots is {shots}, but there are {len(examples)} training rows to take worked examples "
+                "from. Ask for fewer, or raise source.rows.train."
+            )
+        rows = examples.columns(list(wanted), shots)
         pieces = []
         for at in range(shots):
             for part in template.parts:
@@ -214,11 +223,39 @@ class Composer(NamedTuple):
         return [n for n in dict.fromkeys(used) if kinds[n] == "function"]
 
 
+def _require_alike(asked: dict[str, Asked], where: str, generated_rows: int) -> None:
+    """Raises UserError unless all prompts were asked of the same rows, with as much of them."""
+    out = "Leave long rows out with source.max_characters"
+    if len({len(one.rows) for one in asked.values()}) > 1:
+        told = ", ".join(f"{prompt} {len(one.rows)}" for prompt, one in asked.items())
+        raise UserError(
+            f"{where}: its prompts are asked of different numbers of rows ({told}), which cannot be compared. {out}, "
+            f"or raise evaluation.generated_rows (it is {generated_rows})."
+        )
+    first = next(iter(asked))
+    for prompt, one in asked.items():
+        if one.rows != asked[first].rows:
+            raise UserError(
+                f"{where}: {prompt} leaves no room for some rows that {first} has, so the two are asked of different "
+                f"rows, which cannot be compared. {out}."
+            )
+        if one.cut != asked[first].cut:
+            raise UserError(
+                f"{where}: fields do not fit into {prompt} in {one.cut} rows, into {first} in {asked[first].cut}: the "
+                f"same question would not be asked. {out}, or ask for fewer shots."
+            )
+
+
 def check(config: ComposeConfig, library: TagLibrary) -> None:
     """Raises UserError with every mistake in the prompts."""
     kinds = {name: tag.kind for name, tag in library.tags.items()}
     problems = problems_of(config.evaluation, "evaluation")
     for name, case in config.cases.items():
+        if case.language and case.language not in known_languages():
+            problems.append(
+                f"cases.{name}.language is {case.language!r}; it must be the code of a language that can be told from "
+                f"others. {did_you_mean(case.language.lower(), known_languages())}"
+            )
         if next(iter(case.prompts.values())).copies is not None:
             problems.append(
                 f"cases.{name}.prompts: the first is what the others are compared with; give it a template."

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -13,12 +14,13 @@ from tagllm.baselines.adapt import Adapted
 from tagllm.baselines.methods import METHODS
 from tagllm.baselines.prompts import Row, pad
 from tagllm.baselines.task import Task, open_task
-from tagllm.baselines.train import Clock, errors, refit, see, step
-from tagllm.config import BackboneConfig
+from tagllm.baselines.train import Clock, _warming_up, errors, refit, see, step
+from tagllm.config import BackboneConfig, OptimConfig
 from tagllm.evaluate.closed_form import fit_head
 from tagllm.evaluate.ridge import Rows
 from tagllm.head import Head
 from tagllm.train.gradient_free import FIT_ROWS
+from tagllm.train.schedule import lr_factor
 from tests.test_cli import Run, config, fails, folder, run
 
 pytest.importorskip("peft")
@@ -146,6 +148,15 @@ def test_the_closed_form_head_is_kept_unless_the_trained_one_is_clearly_better(t
     model.overwrite(model.learned() | {"head.weight_KF": weight_KF, "head.bias_K": bias_K})
     _, kept, loss = refit(model, task, method, valid, FIT_ROWS)
     assert not kept and loss < 0.01, "it knew every answer of the validation split"
+
+
+@pytest.mark.parametrize("total", [8, 40, 400])
+def test_the_warm_up_is_as_long_a_share_as_in_the_run(total: int) -> None:
+    """A short training in which a rate is chosen comes to its peak."""
+    optim = OptimConfig(steps=200, warmup_steps=20)
+    factors = [lr_factor(_warming_up(optim, total, steps_of_run=200), at, total) for at in range(total)]
+    assert int(np.argmax(factors)) == pytest.approx(total / 10, abs=1)
+    assert max(factors) == pytest.approx(1)
 
 
 def test_the_clock_stops_at_the_budget() -> None:

@@ -9,9 +9,12 @@ import pytest
 from scipy.sparse import csr_matrix
 from sklearn.ensemble import HistGradientBoostingRegressor
 
+from tagllm.config import HeadConfig
 from tagllm.evaluate.classical import Problem, Table, boosting, classical_baselines, kind_of
+from tagllm.evaluate.held_out import fields_that_trade
 from tagllm.evaluate.metrics import concordance, value_metrics
 from tagllm.evaluate.ridge import Rows
+from tagllm.template import parse_template
 
 MOLECULES = ["CCO", "CCN", "CCCCCC", "c1ccccc1", "c1ccccc1O", "CC(=O)O", "CC(C)C", "C1CCCCC1", "CCCl", "O=C=O"]
 RANDOM = np.random.default_rng(0)
@@ -48,6 +51,46 @@ def test_additive_effects_are_what_the_means_find() -> None:
     assert set(found) == {"nearest_row", "field_means", "ridge_fingerprints", "boosting_fingerprints"}
     assert r2["field_means"] > 0.95
     assert r2["ridge_fingerprints"] > 0.9
+
+
+def test_columns_that_trade_places_tell_the_same() -> None:
+    """Each molecule stands in one column in training and in the other one in the rows to answer."""
+    of_molecule = RANDOM.normal(size=len(MOLECULES))
+    seen = [(a, b) for a, b in itertools.product(range(5), range(5, 10))] * 3
+    targets = np.array([[of_molecule[a] + of_molecule[b]] for a, b in seen], np.float32)
+
+    def fields(pairs: list[tuple[int, int]]) -> dict[str, list[str]]:
+        return {"a": [MOLECULES[a] for a, _ in pairs], "b": [MOLECULES[b] for _, b in pairs]}
+
+    nothing = Table({"a": [], "b": []}, targets[:0])
+    other_way = fields([(b, a) for a, b in seen])
+    found = classical_baselines(Table(fields(seen), targets), nothing, other_way, [["a", "b"]])
+    r2 = {name: value_metrics(values, targets, classes=False)["r2"] for name, values in found.items()}
+    assert r2["field_means"] > 0.95 and r2["ridge_fingerprints"] > 0.9 and r2["nearest_row"] > 0.99
+    apart = classical_baselines(Table(fields(seen), targets), nothing, other_way)
+    assert value_metrics(apart["field_means"], targets, classes=False)["r2"] < 0.1
+
+
+def test_fields_trade_places_where_the_head_takes_them_for_the_same() -> None:
+    kinds = {"D": "domain", "P": "domain", "T": "function"}
+    template = parse_template("on {line}: <D> {a} <D> {b} <P> {p} <T>", kinds)
+    alike = HeadConfig(reads="both", pool="each", symmetric=True, kernel="anova")
+    assert fields_that_trade(template, kinds, {"T": alike}) == [["a", "b"]]
+    assert fields_that_trade(template, kinds, {"T": HeadConfig(reads="both")}) == []
+
+
+def test_numbers_are_numbers_and_what_never_recurs_is_text() -> None:
+    random = np.random.default_rng(2)
+    dose = random.uniform(0, 10, 300)
+    notes = [" ".join(random.choice(["good", "bad", "warm", "cold"], 6)) + f" {at}" for at in range(300)]
+    targets = np.array([[2 * x + 5 * note.count("good")] for x, note in zip(dose, notes, strict=True)], np.float32)
+    fields = {"dose": [f"{x:.4f}" for x in dose], "note": notes}
+    nothing = Table({"dose": [], "note": []}, targets[:0])
+    known = Table({k: v[:240] for k, v in fields.items()}, targets[:240])
+    found = classical_baselines(known, nothing, {k: v[240:] for k, v in fields.items()})
+    r2 = {name: value_metrics(values, targets[240:], classes=False)["r2"] for name, values in found.items()}
+    assert r2["ridge_fingerprints"] > 0.9 and r2["boosting_fingerprints"] > 0.7
+    assert len(np.unique(found["nearest_row"])) > 10
 
 
 def test_what_is_a_matter_of_letters_and_length_is_found_in_sequences() -> None:

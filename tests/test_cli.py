@@ -166,6 +166,12 @@ def test_classification(run: Run, folder: Path) -> None:
     assert len(rows) == 60 and all(row["K"] in "ab" and 0 < row["K_probability"] <= 1 for row in rows)
 
 
+def test_a_split_without_rows_is_not_scored(run: Run, folder: Path) -> None:
+    file = config(folder, "no_test", data__split={"valid": 0.1, "test": 0})
+    assert run("train", file).exit_code == 0
+    fails(run("eval", "runs/no_test"), "its test split has no rows", "--split")
+
+
 def test_text_output_and_composition(run: Run, folder: Path) -> None:
     """A text task; then its function tag in a prompt it has never seen, with a tag of another library."""
     domain = config(folder, "domain", tags={"D": {"length": 2}}, data__template="A <D> {smiles}", data__target=[])

@@ -6,11 +6,15 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import yaml
 
-from tagllm.compose import ComposeConfig, Composer
+from tagllm.compose import ComposeConfig, Composer, _require_alike
 from tagllm.config_file import load_as
+from tagllm.errors import UserError
+from tagllm.evaluate.answers import _training_mean
+from tagllm.tags import TagLibrary
 from tests.test_cli import Run, config, fails, folder, run
 
 __all__ = ["folder", "run"]  # fixtures
@@ -108,6 +112,68 @@ def test_what_was_scored_is_not_scored_again(folder: Path, run: Run, libraries: 
     assert results_of(folder, "once")[0]["config_digest"] != then["config_digest"]
 
 
+@pytest.mark.parametrize("language", ["FR", "klingon"])
+def test_a_language_that_cannot_be_told_is_refused_before_anything_is_generated(
+    folder: Path, run: Run, libraries: list[str], language: str
+) -> None:
+    file = composed(folder, libraries, {"tags": "{smiles} <T> <FR> {output}"}, language=language)
+    fails(run("compose", file), f"cases.case.language is '{language}'", "code of a language")
+
+
+def test_a_head_of_classes_is_scored_as_one(folder: Path, run: Run) -> None:
+    head = {"type": "classification", "classes": ["a", "b"]}
+    file = config(
+        folder, "composed_classes", tags={"K": W | {"head": head}}, data__template="{smiles} <K>", data__target=["kind"]
+    )
+    assert run("train", file).exit_code == 0
+    library = str(folder / "runs/composed_classes/library")
+    case = composed(folder, [library], {"tags": "{smiles} <K>"}, "classes")
+    assert run("compose", case, "cases.classes.source.target=kind").exit_code == 0
+    assert {"accuracy", "auroc"} <= set(results_of(folder, "classes")[0]["metrics"])
+
+
+def test_a_tag_that_was_trained_anew_is_scored_anew(folder: Path, run: Run, libraries: list[str]) -> None:
+    file = composed(folder, libraries, {"tags": "{smiles} <T> <FR> {output}"}, "anew")
+    assert run("compose", file).exit_code == 0
+    then = results_of(folder, "anew")[0]
+    library = TagLibrary.load(Path(libraries[0]))
+    tag = library.tags["T"]
+    library.add(tag.with_rows(tag.rows_PD + 1)).save(Path(libraries[0]))
+    assert run("compose", file).exit_code == 0
+    assert results_of(folder, "anew")[0]["config_digest"] != then["config_digest"]
+
+
+def test_prompts_that_would_ask_something_else_are_refused(folder: Path, libraries: list[str]) -> None:
+    composer = Composer.open(
+        load_as(ComposeConfig, composed(folder, libraries, {"tags": "{smiles} <T> <FR> {output}"}))
+    )
+    asked = composer._prompt("case", "tags")
+    alike = {"tags": asked, "in text": asked}
+    _require_alike(alike, "cases.case", 3)
+    for change, words in (
+        ({"rows": asked.rows[1:]}, "different numbers of rows .tags 3, in text 2.*generated_rows .it is 3"),
+        ({"rows": [row + 1 for row in asked.rows]}, "in text leaves no room for some rows that tags has"),
+        ({"cut": 2}, "fields do not fit into in text in 2 rows, into tags in 0.*fewer shots"),
+    ):
+        with pytest.raises(UserError, match=words):
+            _require_alike(alike | {"in text": asked._replace(**change)}, "cases.case", 3)
+
+
+def test_answers_that_are_no_numbers_count_as_the_mean_of_training_rows(folder: Path, libraries: list[str]) -> None:
+    """Not as 0, which weighs as much as the mean does."""
+    file = composed(folder, libraries, {"in text": "{smiles} weighs {output}"})
+    composer = Composer.open(load_as(ComposeConfig, file, ["cases.case.source.output=weight"]))
+    built = composer._built("case", "{smiles} weighs {output}", "train")
+    expected = np.mean([float(text) for text in built.examples("train")[0].columns(["weight"])["weight"]])
+    assert _training_mean(built) == pytest.approx(expected, rel=0.05)
+    asked = composer._prompt("case", "in text")
+    targets = [float(answer.reference) for answer in asked.answers]
+    assert asked.scores.metrics["unparsable"] == 1, "of a backbone that was never trained"
+    assert asked.scores.metrics["mae"] == pytest.approx(
+        np.abs(np.array(targets) - _training_mean(built)).mean(), rel=1e-4
+    )
+
+
 @pytest.mark.parametrize(
     ("prompts", "words"),
     [
@@ -116,6 +182,10 @@ def test_what_was_scored_is_not_scored_again(folder: Path, run: Run, libraries: 
         ({"tags": "{smiles} <T>"}, ("either {output} or one tag with a head",)),
         ({"tags": {"template": "{smiles} <W>", "shots": 1}}, ("shots is 1", "Set it to 0")),
         ({"tags": {"copies": "smiles"}}, ("cases.case.prompts", "give it a template")),
+        (
+            {"tags": {"template": "{smiles} <T> <FR> {output}", "shots": 99}},
+            ("cases.case: shots is 99", "training rows", "Ask for fewer"),
+        ),
         ({"tags": {"template": "{smiles}", "copies": "smiles"}}, ("exactly one of template and copies",)),
         ({"tags": {"templat": "{smiles}"}}, ("templat is no key", "Did you mean template?")),
         ({"tags": "{smile} <T> {output}"}, ("there is no column 'smile'",)),

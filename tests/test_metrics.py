@@ -48,6 +48,19 @@ def test_a_constant_prediction_has_no_correlation() -> None:
     assert found == pytest.approx({"mse": 2 / 3, "mae": 2 / 3, **nothing})
 
 
+@pytest.mark.parametrize("scale", [1e-9, 1e-4, 1.0, 1e6])
+def test_r2_has_no_unit(scale: float) -> None:
+    """Of concentrations in mol/l too, whose squared residuals are next to nothing."""
+    random = np.random.default_rng(1)
+    targets = random.normal(size=(400, 1)).astype(np.float32)
+    noise = random.normal(size=(400, 1)).astype(np.float32)
+    expected = 1 - np.square(noise - targets).sum() / np.square(targets - targets.mean()).sum()
+    found = value_metrics(noise * np.float32(scale), targets * np.float32(scale), classes=False)
+    assert found["r2"] == pytest.approx(expected, rel=1e-3)
+    mean = np.full_like(targets, targets.mean() * scale)
+    assert value_metrics(mean, targets * np.float32(scale), classes=False)["r2"] == pytest.approx(0, abs=1e-3)
+
+
 def test_missing_targets_do_not_count() -> None:
     full = value_metrics(column(1, 2, 4), column(1, 3, 3), classes=False)
     assert value_metrics(column(1, 2, 9, 4), column(1, 3, NAN, 3), classes=False) == full
@@ -82,6 +95,16 @@ def test_classes_without_a_target() -> None:
     logits = np.array([[2, 0], [0, 1], [5, 0]], np.float32)
     assert value_metrics(logits, column(0, 1, NAN), classes=True)["accuracy"] == 1
     assert value_metrics(logits, column(NAN, NAN, NAN), classes=True) == {}
+
+
+def test_a_rare_class_has_an_interval() -> None:
+    """Some draws miss it."""
+    random = np.random.default_rng(0)
+    targets = np.zeros((300, 1), np.float32)
+    targets[:2] = 1
+    logits = np.stack([np.zeros(300), random.normal(size=300) + 2 * targets[:, 0]], axis=1).astype(np.float32)
+    low, high = intervals(logits, targets, classes=True)["auroc"]
+    assert 0 <= low <= value_metrics(logits, targets, classes=True)["auroc"] <= high <= 1
 
 
 def test_intervals_are_those_of_the_mean_where_it_is_one() -> None:

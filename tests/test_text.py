@@ -59,6 +59,7 @@ def test_language_is_told_apart_from_quality() -> None:
     share = language_scores([*FRENCH, *ENGLISH], "fr", {"en", "fr"}).metrics["in_language"]
     assert share == 0.5
     assert language_scores(["", FRENCH[0]], "fr", set()).metrics["in_language"] == 0.5
+    assert language_scores(ENGLISH, "fr", {"fr"}).metrics["in_language"] == 0, "where no other one is named"
 
 
 def test_the_wanted_language_is_that_of_the_tag_before_the_answer() -> None:
@@ -75,6 +76,8 @@ def test_numbers_in_text() -> None:
     assert [number_in(text) for text in ("0.53", " -1e3 units", "about 2", "", "7th", "1e999")] == [
         0.53, -1000.0, None, None, None, None,
     ]  # fmt: skip
+    units = ("7.5kcal", "0.71C", "1.2e", "6nM", "1.5.2", "3.", ".5", "2.5e-3 mol")
+    assert [number_in(text) for text in units] == [7.5, 0.71, 1.2, None, 1.5, 3.0, 0.5, 0.0025]
     assert all_numbers(["0.5", "-3"]) and not all_numbers(["0.5", "x"]) and not all_numbers([])
     found = number_scores(["0.5", "no idea", "1.5"], [0.5, 1.0, 1.5], fallback=1.0)
     assert found.metrics["mse"] == 0 and found.metrics["unparsable"] == pytest.approx(1 / 3)

@@ -20,6 +20,7 @@ from tagllm.baselines.adapt import Adapted
 from tagllm.baselines.methods import Method
 from tagllm.baselines.prompts import Row, pad
 from tagllm.baselines.task import Task
+from tagllm.config import OptimConfig
 from tagllm.evaluate.closed_form import answers_of, fit_head, squared_errors
 from tagllm.evaluate.features import Features
 from tagllm.evaluate.ridge import clearly_better
@@ -85,7 +86,8 @@ def train(
     valid, optim = task.rows("valid", method), config.optim
     rows = StepRows(config.model_copy(update={"seed": seed}), task.data.splits["train"], 0, 1)
     optimizer = torch.optim.AdamW(model.groups(rate, optim.head_lr), betas=optim.betas, weight_decay=0.0)
-    clock = Clock(budget_s, MOST_EPOCHS * total_steps(optim, rows.rows_per_epoch))
+    steps_of_run = total_steps(optim, rows.rows_per_epoch)
+    clock = Clock(budget_s, MOST_EPOCHS * steps_of_run)
     scale_head(model, task, method)
 
     def look(limit: int) -> tuple[Head, bool, float]:
@@ -95,7 +97,7 @@ def train(
     while (at := len(clock.seconds)) < (total := clock.total()):
         began = time.perf_counter()
         batches = [[untagged(example) for example in batch] for batch in rows.micro_batches(at)]
-        factor = lr_factor(optim, at, total)
+        factor = lr_factor(_warming_up(optim, total, steps_of_run), at, total)
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
         skipped += not step(model, optimizer, batches, optim.clip)
@@ -116,6 +118,11 @@ def train(
     learns = sum(p.numel() for p in model.parameters() if p.requires_grad)
     rows_seen, seconds = steps * optim.rows_per_step, sum(clock.seconds)
     return Trained(loss, best_step, refitted, steps, rows_seen, skipped, seconds, learns), head
+
+
+def _warming_up(optim: OptimConfig, total: int, steps_of_run: int) -> OptimConfig:
+    """For the same share of the steps as in the run: a short training would not get beyond it."""
+    return optim.model_copy(update={"warmup_steps": round(optim.warmup_steps * total / steps_of_run)})
 
 
 def step(

@@ -58,6 +58,10 @@ class Examples:
         group = int(self.groups_n[index])
         return group if group >= 0 else self.source + index
 
+    def row_numbers(self) -> list[int]:
+        """Which row of the source each example is."""
+        return list(self._table["row"][:])
+
     def columns(self, names: Sequence[str], limit: int | None = None) -> dict[str, list[Any]]:
         """The values of all rows, or of the first ones, as they stand in the data."""
         rows = self._rows.select(self._table["row"][:limit])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -28,6 +28,8 @@ from tagllm.evaluate.text import (
 from tagllm.files import replace_file, write_durably
 from tagllm.template import OUTPUT, Template
 from tagllm.train.build import Built
+
+ROWS_OF_MEAN = 1000
 
 
 class Answer(NamedTuple):
@@ -58,11 +60,13 @@ def text_results(built: Built, split: Split, run: Path) -> dict[str, Any]:
     answers: dict[str, list[Answer]] = {}
     found: dict[str, Scores] = {}
     for template, examples in asked:
-        answers[template.text] = answers_of(built, template, examples, share)
+        answers[template.text] = answers_of(built, template, [examples[at] for at in chosen(examples, share)])
         language = language_of(template, built.layout.kinds)
-        found[template.text] = scores_of(built, answers[template.text], language, built.tags)
+        found[template.text] = scores_of(built, answers[template.text], language, built.tags, lambda: built)
     everything = [answer for some in answers.values() for answer in some]
-    overall = found[asked[0][0].text] if len(asked) == 1 else scores_of(built, everything, "", built.tags)
+    overall = (
+        found[asked[0][0].text] if len(asked) == 1 else scores_of(built, everything, "", built.tags, lambda: built)
+    )
     write_answers(everything, run)
     sources = {name: {"rows": len(answers[name]), **scores._asdict()} for name, scores in found.items()}
     about = {} if settings.spbleu_model else {"note": NO_SPBLEU}
@@ -76,9 +80,8 @@ def write_answers(answers: Sequence[Answer], folder: Path) -> None:
     replace_file(folder / ".tmp-generated.jsonl", folder / "generated.jsonl")
 
 
-def answers_of(built: Built, template: Template, examples: Examples, number: int) -> list[Answer]:
+def answers_of(built: Built, template: Template, rows: Sequence[Example]) -> list[Answer]:
     tokenizer, settings = built.backbone.tokenizer, built.config.evaluation
-    rows = [examples[at] for at in _chosen(examples, number)]
     prompts = [row.ids[: _output_at(row)] for row in rows]
     made = generate(built.model, tokenizer, prompts, settings.max_new_tokens, settings.beams, settings.rows_per_batch)
     plain = [_plain(built, ids) for ids in prompts]
@@ -86,19 +89,24 @@ def answers_of(built: Built, template: Template, examples: Examples, number: int
     return [Answer(template.text, *texts) for texts in zip(plain, wanted, made, strict=True)]
 
 
-def copied_answers(built: Built, template: Template, examples: Examples, number: int) -> list[Answer]:
-    """The same rows, each answered with its own prompt."""
-    rows = [examples[at] for at in _chosen(examples, number)]
+def copied_answers(built: Built, template: Template, rows: Sequence[Example]) -> list[Answer]:
+    """Each row answered with its own prompt."""
     plain = [_plain(built, row.ids[: _output_at(row)]) for row in rows]
     return [Answer(template.text, text, _reference(built, row), text) for text, row in zip(plain, rows, strict=True)]
 
 
-def scores_of(built: Built, answers: Sequence[Answer], language: str, tags: Collection[str]) -> Scores:
+def scores_of(
+    built: Built, answers: Sequence[Answer], language: str, tags: Collection[str], trained_on: Callable[[], Built]
+) -> Scores:
     """Of numbers, or of text; with a language also how many answers are in it, rather than in another that a tag is
-    named after."""
+    named after.
+
+    Args:
+        trained_on: has the training rows, by whose mean answers count that are no numbers.
+    """
     made, wanted = [answer.generated for answer in answers], [answer.reference for answer in answers]
     if all_numbers(wanted):
-        return number_scores(made, [float(text) for text in wanted], _training_mean(built))
+        return number_scores(made, [float(text) for text in wanted], _training_mean(trained_on()))
     scores = text_scores(made, wanted, [answer.prompt for answer in answers], built.config.evaluation)
     if language:
         among = {name.lower() for name in tags} & set(known_languages())
@@ -116,10 +124,10 @@ def language_of(template: Template, kinds: dict[str, str]) -> str:
 
 
 def _training_mean(built: Built) -> float:
-    """Of the numbers to be written: what an answer that is none counts as."""
-    rows = [examples[i] for examples in built.data.splits.get("train", []) for i in range(min(len(examples), 1000))]
+    """Of the numbers to be written, of some rows of each source."""
+    rows = [examples[at] for examples in built.examples("train") for at in chosen(examples, ROWS_OF_MEAN)]
     numbers = [text for row in rows if (row.marks == OUTPUT).any() and all_numbers([text := _reference(built, row)])]
-    return float(np.mean([float(text) for text in numbers])) if numbers else 0.0
+    return float(np.mean([float(text) for text in numbers]))
 
 
 def _reference(built: Built, row: Example) -> str:
@@ -127,8 +135,8 @@ def _reference(built: Built, row: Example) -> str:
     return text.strip()
 
 
-def _chosen(examples: Examples, number: int) -> list[int]:
-    """The same rows for every prompt that is asked of them."""
+def chosen(examples: Examples, number: int) -> list[int]:
+    """So many, evenly; of as many rows always the same."""
     return np.sort(np.random.default_rng(0).permutation(len(examples))[:number]).tolist()  # type: ignore[no-any-return]
 
 

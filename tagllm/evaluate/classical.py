@@ -1,11 +1,13 @@
 """Baselines that see the fields as they are and no LLM, on the same rows: means per value, the nearest training row,
 ridge and boosted trees on fingerprints.
 
-n rows, U distinct values of a field, F features, K targets.
+n rows, C columns, U distinct values of a field, F features, K targets.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -15,7 +17,8 @@ from numpy.typing import NDArray
 from tagllm.evaluate.ridge import ENOUGH_ROWS, Floats, Rows
 
 Fields = Mapping[str, Sequence[str]]
-Kind = Literal["molecule", "sequence", "category"]
+Columns = Sequence[Sequence[str]]
+Kind = Literal["molecule", "sequence", "number", "category"]
 BITS, RADIUS, LETTERS = 1024, 2, 3
 """Morgan fingerprints of this size and radius; runs of so many letters hashed into as many bits, and shorter ones
 counted."""
@@ -24,6 +27,8 @@ MANY, RESIDUES = 50, frozenset("ACDEFGHIKLMNPQRSTVWY")
 """So many distinct words of these letters are peptides rather than names."""
 HELD_BACK = 0.2
 """Of the training rows, to choose a penalty by where validation has too few."""
+STEPS = 64
+"""Of the ladder that tells how near numbers are."""
 MOST_BINS = 255
 """That boosted trees take."""
 
@@ -36,17 +41,21 @@ class Table(NamedTuple):
 
 
 class Field(NamedTuple):
-    """One column of training, validation and held-out rows together."""
+    """One column of training, validation and held-out rows together, or columns that may trade places."""
 
     kind: Kind
     bits_UF: Any
     """Sparse 0/1, by which values are alike; one column per value for a category."""
     features_UF: Any
     """What is fitted: these bits, and of a sequence how often it has each letter and pair of letters."""
-    train_n: NDArray[np.intp]
-    valid_n: NDArray[np.intp]
-    held_out_n: NDArray[np.intp]
-    """Which distinct value stands in each row."""
+    train_nC: NDArray[np.intp]
+    valid_nC: NDArray[np.intp]
+    held_out_nC: NDArray[np.intp]
+    """Which distinct values stand in each row."""
+
+    @property
+    def recurs(self) -> bool:
+        return len(np.unique(self.train_nC)) < self.train_nC.size / 2
 
 
 class Problem(NamedTuple):
@@ -61,13 +70,23 @@ class Problem(NamedTuple):
         return len(self.valid.targets_nK) >= ENOUGH_ROWS
 
 
-def classical_baselines(train: Table, valid: Table, held_out: Fields) -> dict[str, Floats]:
+def classical_baselines(
+    train: Table, valid: Table, held_out: Fields, trading: Sequence[Sequence[str]] = ()
+) -> dict[str, Floats]:
     """What each baseline answers to the held-out rows (n, K); what it has to choose it chooses on the validation rows.
-    `field_means` (an additive effect per value of each field) is left out where values hardly recur."""
-    fields = [_field(train.fields[name], valid.fields[name], held_out[name]) for name in train.fields]
+    `field_means` (an additive effect per value of each field) is left out where values hardly recur.
+
+    Args:
+        trading: names of columns that may trade places, as two drugs of a pair: a value tells the same in each of them.
+    """
+    together = [*trading, *([name] for name in train.fields if not any(name in names for names in trading))]
+    fields = [
+        _field(*([table[name] for name in names] for table in (train.fields, valid.fields, held_out)))
+        for names in together
+    ]
     targets = train.targets_nK, valid.targets_nK
     predictions = {"nearest_row": train.targets_nK[_nearest(fields)]}
-    if recurring := [f for f in fields if len(np.unique(f.train_n)) < len(f.train_n) / 2]:
+    if recurring := [field for field in fields if field.recurs]:
         predictions["field_means"] = _ridge(_problem(recurring, *targets, categories=True))
     problem = _problem(fields, *targets)
     predictions["ridge_fingerprints"] = _ridge(problem)
@@ -91,12 +110,25 @@ def kind_of(values: Sequence[str]) -> Kind:
     return "sequence" if len(some) >= MANY and peptides > 0.9 * len(some) else "category"
 
 
-def _field(train: Sequence[str], valid: Sequence[str], held_out: Sequence[str]) -> Field:
-    distinct, at = np.unique(np.array([*train, *valid, *held_out], dtype=object).astype(str), return_inverse=True)
+def _field(train: Columns, valid: Columns, held_out: Columns) -> Field:
+    """Of values that hardly recur and are neither molecules nor sequences, numbers are taken as numbers and the rest as
+    text, which is letters and runs of them like a sequence."""
+    lengths = [len(columns[0]) for columns in (train, valid, held_out)]
+    values_nC = np.concatenate([np.array(columns, dtype=object).astype(str).T for columns in (train, valid, held_out)])
+    distinct, at = np.unique(values_nC, return_inverse=True)
     kind = kind_of(list(distinct))
+    if kind == "category" and len(distinct) > values_nC.size / 2:
+        kind = "number" if all(map(is_number, distinct)) else "sequence"
     bits_UF = _bits(list(distinct), kind)
-    features_UF = _with_counts(list(distinct), bits_UF) if kind == "sequence" else bits_UF
-    return Field(kind, bits_UF, features_UF, *np.split(at, [len(train), len(train) + len(valid)]))
+    features_UF = _features(list(distinct), kind, bits_UF)
+    return Field(kind, bits_UF, features_UF, *np.split(at.reshape(values_nC.shape), np.cumsum(lengths)[:-1]))
+
+
+def is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
 
 
 def _bits(values: Sequence[str], kind: Kind) -> Any:
@@ -104,6 +136,9 @@ def _bits(values: Sequence[str], kind: Kind) -> Any:
 
     if kind == "category":
         return identity(len(values), np.float32, format="csr")
+    if kind == "number":
+        number_U1 = np.array(values, float)[:, None]
+        return csr_matrix((number_U1 >= np.quantile(number_U1, np.linspace(0, 1, STEPS))).astype(np.float32))
     if kind == "sequence":
         from sklearn.feature_extraction.text import HashingVectorizer
 
@@ -123,13 +158,20 @@ def _bits(values: Sequence[str], kind: Kind) -> Any:
     )
 
 
-def _with_counts(sequences: Sequence[str], bits_UF: Any) -> Any:
-    """What is a matter of composition or of length is not in bits."""
-    from scipy.sparse import hstack
+def _features(values: Sequence[str], kind: Kind, bits_UF: Any) -> Any:
+    """Bits do not tell what is a matter of composition, of length, or of size."""
+    from scipy.sparse import csr_matrix, hstack
+
+    if kind == "number":
+        number_U1 = np.array(values, float)[:, None]
+        spread = number_U1.std() or 1.0
+        return csr_matrix(((number_U1 - number_U1.mean()) / spread).astype(np.float32))
+    if kind != "sequence":
+        return bits_UF
     from sklearn.feature_extraction.text import CountVectorizer
 
     counter = CountVectorizer(analyzer="char", ngram_range=(1, LETTERS - 1), lowercase=False, dtype=np.float32)
-    return hstack([counter.fit_transform(sequences), bits_UF], format="csr")
+    return hstack([counter.fit_transform(values), bits_UF], format="csr")
 
 
 def _problem(fields: Sequence[Field], train_nK: Floats, valid_nK: Floats, categories: bool = False) -> Problem:
@@ -139,23 +181,33 @@ def _problem(fields: Sequence[Field], train_nK: Floats, valid_nK: Floats, catego
     blocks = [identity(f.bits_UF.shape[0], np.float32, format="csr") if categories else f.features_UF for f in fields]
 
     def columns(rows: Sequence[NDArray[np.intp]]) -> Any:
-        return hstack([block[rows_n] for block, rows_n in zip(blocks, rows, strict=True)], format="csr")
+        return hstack(
+            [sum(block[at_n] for at_n in at_nC.T) for block, at_nC in zip(blocks, rows, strict=True)], format="csr"
+        )
 
     return Problem(
-        Rows(columns([f.train_n for f in fields]), train_nK),
-        Rows(columns([f.valid_n for f in fields]), valid_nK),
-        columns([f.held_out_n for f in fields]),
+        Rows(columns([f.train_nC for f in fields]), train_nK),
+        Rows(columns([f.valid_nC for f in fields]), valid_nK),
+        columns([f.held_out_nC for f in fields]),
     )
 
 
 def _nearest(fields: Sequence[Field]) -> NDArray[np.intp]:
-    """For each held-out row the training row that is most alike: Tanimoto similarity, averaged over the fields."""
-    tables = [_tanimoto(f.bits_UF, np.unique(f.held_out_n)) for f in fields]
+    """For each held-out row the training row that is most alike: Tanimoto similarity, summed over the columns, which
+    trade places where they may and it helps."""
+    tables = [_tanimoto(f.bits_UF, np.unique(f.held_out_nC)) for f in fields]
     best = []
-    for at in range(len(fields[0].held_out_n)):
-        alike_n = sum(table[f.held_out_n[at]][f.train_n] for table, f in zip(tables, fields, strict=True))
+    for at in range(len(fields[0].held_out_nC)):
+        alike_n = sum(_alike(table, f.held_out_nC[at], f.train_nC) for table, f in zip(tables, fields, strict=True))
         best.append(int(np.argmax(alike_n)))
     return np.array(best, np.intp)
+
+
+def _alike(table: Mapping[int, Floats], value_C: NDArray[np.intp], train_nC: NDArray[np.intp]) -> Floats:
+    orders = itertools.permutations(value_C.tolist())
+    each = [sum(table[value][at_n] for value, at_n in zip(order, train_nC.T, strict=True)) for order in orders]
+    found_n: Floats = np.max(each, axis=0)
+    return found_n
 
 
 def _tanimoto(bits_UF: Any, wanted: NDArray[np.intp]) -> dict[int, Floats]:

@@ -30,7 +30,8 @@ def value_metrics(values_nK: Floats, targets_nK: Floats, classes: bool) -> dict[
 
 def intervals(values_nK: Floats, targets_nK: Floats, classes: bool) -> dict[str, tuple[float, float]]:
     """95 % bootstrap intervals of `value_metrics` over the rows (percentiles of `RESAMPLES` draws): how much another
-    draw of held-out rows would change them. Rows that lack the same targets are drawn among each other."""
+    draw of held-out rows would change them. Rows that lack the same targets are drawn among each other. AUROC is of the
+    draws that have two classes."""
     known_nK = np.isfinite(targets_nK)
     if known_nK.any(axis=1).sum() < 2:
         return {}
@@ -47,8 +48,8 @@ def intervals(values_nK: Floats, targets_nK: Floats, classes: bool) -> dict[str,
             parts += [{name: np.array([value]) for name, value in metrics.items()} for metrics in each]
         else:
             parts.append(_regression(values_nK, targets_nK, draws_Rm))
-    names = sorted(set.intersection(*map(set, parts)))
-    found = {name: np.concatenate([part[name] for part in parts]) for name in names}
+    names = dict.fromkeys(name for part in parts for name in part)
+    found = {name: np.concatenate([part[name] for part in parts if name in part]) for name in names}
     return {name: (float(np.quantile(v, 0.025)), float(np.quantile(v, 0.975))) for name, v in found.items()}
 
 
@@ -68,10 +69,11 @@ def _of_columns(values_mR: Doubles, targets_mR: Doubles) -> dict[str, Doubles]:
 
     values, targets = torch.from_numpy(values_mR), torch.from_numpy(targets_mR)
     R = values.shape[1]
+    scale_R = targets.std(dim=0, correction=0).clamp(min=1e-300)  # r2_score takes residuals of 1e-4 in all for none
     return {
         "mse": mean_squared_error(values, targets, num_outputs=R).reshape(R).numpy(),
         "mae": mean_absolute_error(values, targets, num_outputs=R).reshape(R).numpy(),
-        "r2": r2_score(values, targets, multioutput="raw_values").reshape(R).numpy(),
+        "r2": r2_score(values / scale_R, targets / scale_R, multioutput="raw_values").reshape(R).numpy(),
         "pearson": _correlation(values_mR, targets_mR),
         "spearman": _correlation(*(rankdata(x, axis=0) for x in (values_mR, targets_mR))),
         "concordance": concordance(values_mR, targets_mR),

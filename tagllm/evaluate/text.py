@@ -19,7 +19,8 @@ from tagllm.evaluate.metrics import intervals, value_metrics
 DRAWS = 200
 """Bootstrap draws of rows for an interval."""
 NO_SPBLEU = "no spBLEU: evaluation.spbleu_model names no sentencepiece model; BLEU and chrF++ stand for it"
-_NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?(?!\w)")
+_NUMBER = re.compile(r"[-+]?(\d*\.\d+([eE][-+]?\d+)?|\d+\.?([eE][-+]?\d+)?(?![\w.]*\w))")
+"""A unit may stand right behind a decimal point's digits (7.5kcal); behind others it may be a word (7th)."""
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -74,10 +75,10 @@ def text_scores(made: Sequence[str], wanted: Sequence[str], sources: Sequence[st
 
 
 def language_scores(made: Sequence[str], language: str, among: Collection[str]) -> Scores:
-    """`in_language`: the share of texts that py3langid takes for `language` rather than for another one of `among`
-    (empty: all it knows). An empty text is in no language."""
+    """`in_language`: the share of texts that py3langid takes for `language` rather than for another one of `among` (or,
+    where that names no other, of all it knows). An empty text is in no language."""
     identifier = _identifier()
-    if among:
+    if {*among} - {language}:
         identifier.set_languages({*among, language})
     return _mean("in_language", [bool(text) and identifier.classify(text)[0] == language for text in made])
 
