@@ -117,7 +117,8 @@ def test_a_sweep_is_a_table_and_a_figure(run: Path, tmp_path: Path) -> None:
     about = {key: first[key] for key in ORIGIN}
     combinations = [
         {
-            "shown": {"length": n}, "runs": n, "metrics": {"mse": mse[f"length={n}"]},
+            "shown": {"length": n}, "runs": n,
+            "metrics": {"mse": mse[f"length={n}"], "mae": [first["metrics"]["mae"], None]},
             "tried": {"1e-2": 0.7, "3e-2": 0.6},
             "folders": [f"length={n}_seed={seed}" for seed in range(n)], "origins": [about] * n,
         }
@@ -134,6 +135,8 @@ def test_a_sweep_is_a_table_and_a_figure(run: Path, tmp_path: Path) -> None:
     assert others["ridge_last"]["mse"] == [first["baselines"]["ridge_last"]["mse"], None]
     low, high = first["baseline_intervals"]["ridge_last"]["mse"]
     assert f"({digits(low, 3)}–{digits(high, 3)})" in text.split("## ")[1], "over the rows, where seeds tell nothing"
+    mae = [digits(end, 3) for end in first["intervals"]["mae"]]
+    assert f"{digits(first['metrics']['mae'], 4)} ({mae[0]}–{mae[1]})" in text.split("## ")[1]
     assert "length=2_seed=1: `tagllm eval" in (tmp_path / "out" / "report.html").read_text()
     assert f"| predict_mean | {first_mean + 0.01:.4g} (" in text
     assert "of length=2, over the seeds that have them" in text

@@ -129,8 +129,8 @@ def _of_sweep(sweep: Swept) -> Section:
     tables, figures = [], []
     if means:
         beside, of_seeds = _means_and_spread(others)
-        of_rows = sweep.example.intervals if sweep.example else {}
-        tables = [_table("", "run", means | beside, spread | _or_of_rows(of_seeds, of_rows))]
+        of_rows = _intervals_of_example(sweep)
+        tables = [_table("", "run", means | beside, _or_of_rows(spread | of_seeds, of_rows))]
         name = _headline(means)
         if len(means) > 1 and name:
             figures = [dots(name, {k: (v[name], spread[k].get(name)) for k, v in means.items() if name in v})]
@@ -148,6 +148,15 @@ def _means_and_spread(rows: Mapping[str, Mapping[str, tuple[float, float | None]
         for label, metrics in rows.items()
     }
     return means, spread
+
+
+def _intervals_of_example(sweep: Swept) -> Mapping[str, Mapping[str, Interval]]:
+    """Over rows, by the labels of the table."""
+    if sweep.example is None:
+        return {}
+    label = next(_label(one["shown"]) for one in sweep.document["combinations"] if one["folders"])
+    found = sweep.example.intervals
+    return {**found, label: found[sweep.example.first]}
 
 
 def _or_of_rows(
