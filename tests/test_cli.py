@@ -119,6 +119,34 @@ def test_a_run_that_was_stopped_behind_its_last_step_ends_once(
     assert (folder / "runs/late/library").exists()
 
 
+@pytest.mark.parametrize("cut", ["held_out", "seen_by_heads"])
+def test_an_evaluation_that_a_stop_cut_off_is_made_by_the_next_process(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, cut: str
+) -> None:
+    """In either of its passes: no score is left out, and the best state is the same one."""
+
+    def stopped(*_: Any) -> None:
+        raise StopAsked
+
+    assert run("train", config(folder, "unstopped")).exit_code == 0
+    file = config(folder, f"cut-{cut}")
+    with monkeypatch.context() as patch:
+        patch.setattr(GradientFree, cut, stopped)
+        assert run("train", file).exit_code == EXIT_STOPPED
+    assert run("train", file).exit_code == 0
+    (found, progress), (expected, its) = (_scores(folder / "runs" / name) for name in (f"cut-{cut}", "unstopped"))
+    assert found == expected and len(found) == 2
+    assert progress == its
+
+
+def _scores(run: Path) -> tuple[list[dict[str, float]], dict[str, Any]]:
+    """What was logged of held-out rows, and the progress in the newest checkpoint."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    scores = [{k: v for k, v in line.items() if k == "step" or k.startswith("valid/")} for line in lines]
+    newest = max((run / "checkpoints").glob("step-*"))
+    return [one for one in scores if "valid/loss" in one], json.loads((newest / "progress.json").read_text())
+
+
 def test_train_eval_predict(run: Run, folder: Path) -> None:
     file = config(folder, "whole")
     assert run("train", file).exit_code == 0

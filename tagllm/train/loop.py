@@ -159,12 +159,13 @@ class Trainer:
         tags are worth shows then, long before a head that takes small steps follows them. Training goes on, and the
         state is kept, with the heads as they are; the end refits them."""
         held_out, learned = self.gradient_free.held_out(), self.engine.learned()
-        self.progress = self.progress._replace(evaluated=self.at)
+        seen = self.gradient_free.seen_by_heads() if held_out else {}
+        self.progress = self.progress._replace(evaluated=self.at)  # a stop in the passes above: they are due again
         norms = row_norms(self.built.layout, learned)
         if held_out is None:
             self.monitor.log(self.at, norms)
             return
-        _, refitted = self.gradient_free.refit_heads(held_out, self.gradient_free.seen_by_heads())
+        _, refitted = self.gradient_free.refit_heads(held_out, seen)
         scalars = self.gradient_free.scalars(held_out) | refitted
         self.monitor.log(self.at, scalars | norms)
         self._note_best(refitted["valid/loss_refitted"], learned)
