@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from tagllm.errors import UserError
 from tagllm.model.linear import FrozenLinear
 from tagllm.model.lm_head import FrozenHead
 from tagllm.model.loading import load_model
@@ -83,3 +87,43 @@ def test_modules_are_placed_one_by_one(tmp_path: Path) -> None:
     found, embedding = load_model(saved(tmp_path), torch.float32, CPU, "int8", place)
     assert set(found.modules()) == set(placed)
     assert embedding().equal(found.get_input_embeddings().weight)
+
+
+def fp8(weight: torch.Tensor) -> torch.Tensor:
+    return weight.to(torch.float8_e4m3fn)
+
+
+def int8(weight: torch.Tensor) -> torch.Tensor:
+    return (weight / weight.abs().amax() * 127).round().to(torch.int8)
+
+
+@pytest.mark.parametrize("method", ["fp8", "bitsandbytes", "gptq"])
+def test_a_quantised_checkpoint_is_refused(method: str, tmp_path: Path) -> None:
+    name = saved(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "quantization_config": {"quant_method": method}}))
+    with pytest.raises(UserError, match=rf"{name} is already quantised \({method}\).* set backbone\.quantize\."):
+        load_model(name, torch.float32, CPU)
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [(fp8, r"\(32, 32\) float8_e4m3fn"), (int8, r"\(32, 32\) int8"), (lambda w: w[:, :1], r"\(32, 1\) float32")],
+)
+def test_a_tensor_that_is_not_what_the_config_says_is_refused(
+    change: Callable[[torch.Tensor], torch.Tensor], told: str, tmp_path: Path
+) -> None:
+    name, key = saved(tmp_path), "model.layers.1.self_attn.q_proj.weight"
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({**tensors, key: change(tensors[key]).contiguous()}, tmp_path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=rf"its tensor {key} is {told}; by its config it must be \(32, 32\), in floats"):
+        load_model(name, torch.float32, CPU)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_floats_of_any_usual_width_are_loaded(dtype: torch.dtype, tmp_path: Path) -> None:
+    name = saved(tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    save_file({n: t.to(dtype) for n, t in tensors.items()}, tmp_path / "model.safetensors", {"format": "pt"})
+    found, _ = load_model(name, torch.float32, CPU)
+    assert all(found.get_parameter(n).equal(t.to(dtype).float()) for n, t in tensors.items())

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tagllm.config import Quantization
+from tagllm.errors import UserError
 from tagllm.model.allocator import return_freed_memory
 from tagllm.model.frozen import make_frozen_aware
 from tagllm.model.linear import FrozenLinear
@@ -74,6 +75,7 @@ def load_model(
 
     Raises:
         OSError, ValueError, ImportError: transformers cannot make it.
+        UserError: its weights are quantised already, or are not those of its config.
     """
     from transformers import GenerationConfig
 
@@ -92,14 +94,33 @@ def load_model(
 
 
 def skeleton(name: str, dtype: torch.dtype) -> Any:
-    """The frozen-aware model without weights, all on torch's meta device."""
+    """The frozen-aware model without weights, all on torch's meta device.
+
+    Raises:
+        OSError, ValueError: transformers cannot make it.
+        UserError: its weights are quantised already.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    config = AutoConfig.from_pretrained(name)
+    _refuse_quantised(name, config)
     with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(name), dtype=dtype)
+        model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
     model.requires_grad_(False).eval()
     make_frozen_aware(model)
     return model
+
+
+def _refuse_quantised(name: str, config: Any) -> None:
+    """Such files hold integers or floats of 8 bits, and their scales under names that the model does not have."""
+    for one in (config, config.get_text_config()):
+        held = getattr(one, "quantization_config", None)
+        if held is not None:
+            method = held.get("quant_method", "unknown") if isinstance(held, dict) else held.quant_method
+            raise UserError(
+                f"backbone.model: {name} is already quantised ({getattr(method, 'value', method)}); tags are trained "
+                "on weights that are quantised here. Load the unquantised model, and set backbone.quantize."
+            )
 
 
 def _weights(name: str, model: Any) -> Weights:
@@ -155,7 +176,7 @@ def _fill(
             aliases = names[f"{name}.{at}".removeprefix(".")]
             parameter = tied.get(aliases[0])
             if parameter is None:
-                stored = weights[next(alias for alias in aliases if alias in weights)]
+                stored = _sound(next(alias for alias in aliases if alias in weights), weights, empty)
                 parameter = nn.Parameter(stored.to(device, dtype), requires_grad=False)
             if len(aliases) > 1:
                 tied[aliases[0]] = parameter
@@ -166,3 +187,15 @@ def _fill(
             setattr(model.get_submodule(parent), child, module)
         if place is not None:
             place(module)
+
+
+def _sound(name: str, weights: Weights, empty: Tensor) -> Tensor:
+    """A stored tensor that is what the config says: others would broadcast, or be cast to numbers without meaning."""
+    stored = weights[name]
+    if stored.shape != empty.shape or not stored.is_floating_point() or stored.itemsize < 2:
+        found, expected = tuple(stored.shape), tuple(empty.shape)
+        raise UserError(
+            f"backbone.model: its tensor {name} is {found} {str(stored.dtype).removeprefix('torch.')}; by its config "
+            f"it must be {expected}, in floats of 16 bits or more. Load the unquantised model that config.json is of."
+        )
+    return stored
