@@ -20,7 +20,7 @@ from torch.nn import functional
 from transformers import AttentionInterface, DynamicCache
 
 from tagllm.data.batch import Tokens
-from tagllm.errors import UserError
+from tagllm.model.architecture import not_supported, require_supported
 from tagllm.model.masks import seen
 from tagllm.model.merged_attention import EXPLICIT_UP_TO, Shared, attend_merged
 from tagllm.model.parts_function import Group, Groups, KeySet, Live, attend_parts
@@ -200,16 +200,13 @@ def use_parts_attention(model: Any) -> None:
     """Switches a transformers model over.
 
     Raises:
-        UserError: the architecture does not take its attention from transformers' interface.
+        UserError: the architecture does not take its attention from transformers' interface, or has something beside.
     """
+    require_supported(model)
     with suppress(ValueError):
         model.set_attn_implementation(NAME)
     if model.config.get_text_config()._attn_implementation != NAME:
-        raise UserError(
-            f"backbone.model: the architecture {model.config.model_type} does not let its attention be chosen, so "
-            "prefixes cannot be frozen. Take one that uses transformers' attention interface: Llama, Mistral, Qwen, "
-            "Gemma, GPT-2 and most others."
-        )
+        raise not_supported(model, "does not let its attention be chosen")
 
 
 @contextmanager

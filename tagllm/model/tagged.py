@@ -17,6 +17,7 @@ from tagllm.data.encode import TagLayout
 from tagllm.errors import UserError
 from tagllm.head import Head, fields_read
 from tagllm.model.allocator import give_back_freed_memory
+from tagllm.model.architecture import logit_factor
 from tagllm.model.attention import Part, Pass, use_parts_attention
 from tagllm.model.embedding import TagEmbedding
 from tagllm.model.lm_head import FrozenHead
@@ -182,7 +183,10 @@ class TaggedModel(nn.Module):
         if not self.reads_tokens:
             return hidden_MD.float().sum(dim=1) * 0.0
         head: FrozenHead = self.backbone.get_output_embeddings()
-        cap = getattr(self.backbone.config.get_text_config(), "final_logit_softcapping", None)
+        config = self.backbone.config.get_text_config()
+        cap = getattr(config, "final_logit_softcapping", None)
+        if (factor := logit_factor(config)) != 1:
+            hidden_MD = hidden_MD * factor
         nats_M: Tensor = head(hidden_MD, batch.label_M, cap or None)
         return nats_M
 
