@@ -191,7 +191,8 @@ class TaggedModel(nn.Module):
         return nats_M
 
     def _values(self, last_BD: Tensor, mean_BD: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Every head sees every row and each row keeps its own head's answer: the same modules on all ranks."""
+        """Every head sees every row, for the same modules on all ranks, but no target of another head; each row keeps
+        its own head's answer."""
         value_sum = last_BD.sum() * 0.0
         values_BK = torch.full_like(batch.target_BK, torch.nan)
         for index, head in enumerate(self.heads.values()):
@@ -200,9 +201,9 @@ class TaggedModel(nn.Module):
             mine_B = batch.head_B == index
             width = answer_BK.shape[1]
             spec = head.spec
-            target_BK = head.standardise(batch.target_BK[:, : 1 if spec.classes else width])
-            losses_BK = value_losses(answer_BK, target_BK, len(spec.classes or []))
-            value_sum = value_sum + (losses_BK * mine_B[:, None]).sum()
+            target_BK = batch.target_BK[:, : 1 if spec.classes else width].where(mine_B[:, None], torch.nan)
+            losses_BK = value_losses(answer_BK, head.standardise(target_BK), len(spec.classes or []))
+            value_sum = value_sum + losses_BK.sum()
             answer_BK = nn.functional.pad(head.unstandardise(answer_BK), (0, values_BK.shape[1] - width))
             values_BK = torch.where(mine_B[:, None], answer_BK.detach(), values_BK)
         return value_sum, values_BK

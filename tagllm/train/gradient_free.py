@@ -53,13 +53,18 @@ class GradientFree:
         return result.loss(self.built.stage.weights)
 
     def scalars(self, result: Pass) -> dict[str, float]:
-        """Loss and metrics of the validation split."""
+        """Loss and metrics of the validation split; of each head on its own rows, by name where there are several."""
         scalars = {"valid/loss": self.loss(result)}
         for name, total, n in zip(("span", "output"), result.sums, result.counts, strict=False):
             scalars |= {f"valid/{name}_nats": total / n} if n else {}
-        classes = any(head.classes for head in self.built.layout.heads.values())
-        metrics = value_metrics(result.values_nK, result.targets_nK, classes)
-        return scalars | {f"valid/{name}": value for name, value in metrics.items()}
+        heads = self.built.layout.heads
+        for head, spec in heads.items():
+            mine_n, outputs = self._with_tag("valid", head), spec.outputs
+            values_nK, targets_nK = result.values_nK[mine_n, :outputs], result.targets_nK[mine_n, :outputs]
+            at = f"valid/{head}" if len(heads) > 1 else "valid"
+            metrics = value_metrics(values_nK, targets_nK, bool(spec.classes))
+            scalars |= {f"{at}/{name}": value for name, value in metrics.items()}
+        return scalars
 
     def scale_heads(self) -> None:
         """Tells learned heads the scale of the means they read."""
