@@ -55,6 +55,20 @@ def test_no_more_is_sent_than_memory_asks_for(
     assert why.startswith(("replicate", "shard")[config.engine.stage // 3])
 
 
+@pytest.mark.parametrize("shard_over", ["world", "node"])
+def test_one_node_is_sharded_whatever_it_is_called(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, shard_over: str
+) -> None:
+    """A rank has room for its part, not for the whole."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setenv("TAGLLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": PAGE, "SC_PHYS_PAGES": 64 * 2**30 // PAGE}.__getitem__)
+    monkeypatch.setattr(plan, "cpu_multiplies_bf16", lambda: True)
+    config, why = placed(stage(tmp_path, shard_over=shard_over), Ranks(0, 8, torch.device("cpu")))
+    assert (config.engine.zero_stage, config.engine.shard_over) == (3, shard_over)
+    assert "nothing fits" not in why
+
+
 def test_a_user_who_shards_in_nodes_gets_nothing_wider(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     monkeypatch.setenv("TAGLLM_CACHE", str(tmp_path / "cache"))

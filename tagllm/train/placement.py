@@ -33,7 +33,7 @@ def placed(stage: Stage, ranks: Ranks) -> tuple[RunConfig, str]:
     shape, loads, learned = figures_of(stage, ranks.size)
     ways: list[Placement] = ["replicate"]
     ways += ["shard in a node"] if 1 < local < ranks.size else []
-    ways += ["shard"] if config.engine.shard_over == "world" else []
+    ways += ["shard"] if config.engine.shard_over == "world" or local == ranks.size else []  # one node is the world
     chosen, why = choose([estimate(shape, loads, learned, config, hardware, way, cuda) for way in ways], hardware)
     placement = chosen.placement if chosen is not None else ways[-1]
     decided: dict[str, Any] = {"zero_stage": 0 if placement == "replicate" else 3}
