@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from typing import Any
 
@@ -13,6 +14,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 from tagllm.config import FieldConfig, HeadConfig, SourceConfig
+from tagllm.data.dataset import Prompts
 from tagllm.data.encode import Encoder, Example, TagLayout, Unusable
 from tagllm.template import FIELD, OUTPUT, SPAN, TAG, TEXT, parse_template, written
 from tests import tiny
@@ -55,6 +57,16 @@ def test_tags_are_ids_after_the_vocabulary_frozen_ones_first() -> None:
     assert LAYOUT.first_learned_id == LAYOUT.ids("SMILES").start
     with pytest.raises(KeyError):
         LAYOUT.ids("Other")
+
+
+@pytest.mark.parametrize("token", ["bos_token", "eos_token"])
+def test_other_ends_are_other_prompts(tokenizer: Any, token: str) -> None:
+    """Base and instruct models often differ in nothing else, and tokenizer.json does not say it: rows that were
+    tokenised for one must not serve the other."""
+    other, again = copy.deepcopy(tokenizer), copy.deepcopy(tokenizer)
+    setattr(other, token, "<pad>")
+    digests = [Prompts(LAYOUT, each, 200).digest() for each in (tokenizer, other, again)]
+    assert digests[0] == digests[2] != digests[1]
 
 
 def test_a_prompt_as_ids_and_marks(tokenizer: Any) -> None:

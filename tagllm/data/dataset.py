@@ -101,7 +101,8 @@ class Prompts(NamedTuple):
 
     def digest(self) -> str:
         layout = self.layout._asdict() | {"heads": {n: h.model_dump(mode="json") for n, h in self.layout.heads.items()}}
-        return digest_of([FORMAT, layout, tokenizer_digest(self.tokenizer), self.max_tokens])
+        ends = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id  # tokenizer.json does not say which these are
+        return digest_of([FORMAT, layout, tokenizer_digest(self.tokenizer), ends, self.max_tokens])
 
 
 @lru_cache(maxsize=8)
