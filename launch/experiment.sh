@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # One experiment from raw data to tables, at SmolLM2's size:  launch/experiment.sh NAME [FOLDER OF RAW DATA]
 # NAME: qed  descriptor  isoelectric_point  molecular_weight  binding_affinity  drug_combination  synergy_loewe  translate
+# Without a folder, rows are those that were prepared before (or the proteins of Debian's mmseqs2-examples).
 # The tables go to results/NAME/ (report.md, report.json, report.html). What is finished is not done again.
 # SEEDS=3 JOBS=1 TUNE="optim.tag_lr=3e-3,1e-2,3e-2" BASELINES="prompt_tuning lora" in the environment change what runs.
 set -euo pipefail
@@ -15,26 +16,26 @@ if [[ $name != translate ]]; then read -r -a methods <<<"${BASELINES-prompt_tuni
 if [[ -x .venv/bin/python ]]; then python=.venv/bin/python; else python=python3; fi
 tagllm() { "$python" -m tagllm "$@"; }
 
-prepare() {
-    if [[ -n $data ]]; then tagllm prepare "$1" --from "$data"; else tagllm prepare "$1"; fi
-}
+# prepare NAME FOLDER; without a folder, what was prepared before.
+prepare() { tagllm prepare "$1" ${2:+--from "$2"}; }
 
 # Stage 1: the domain tags that the experiment loads, and its rows.
 proteins=/usr/share/doc/mmseqs2/example-data
+[[ -e $proteins ]] || proteins=
 domains=()
 case $name in
 qed) config=2_qed domains=(1_smiles) ;;
 descriptor | isoelectric_point) config=2_$name domains=(1_protein) && proteins=${data:-$proteins} ;;
 molecular_weight)
     config=2_$name domains=(1_protein 1_smiles) && proteins=${data:-$proteins}
-    tagllm prepare peptides --from "$proteins"
+    prepare peptides "$proteins"
     ;;
-binding_affinity) config=3_$name domains=(1_protein 1_smiles) && prepare davis ;;
-drug_combination | synergy_loewe) config=3_$name domains=(1_smiles) && prepare oneil ;;
-translate) config=3_translate domains=(1_languages) && prepare libreoffice-help ;;
+binding_affinity) config=3_$name domains=(1_protein 1_smiles) && prepare davis "$data" ;;
+drug_combination | synergy_loewe) config=3_$name domains=(1_smiles) && prepare oneil "$data" ;;
+translate) config=3_translate domains=(1_languages) && prepare libreoffice-help "$data" ;;
 *) echo "experiment: $name is none of them; the first lines of $0 name all" >&2 && exit 2 ;;
 esac
-if [[ " ${domains[*]} " == *" 1_protein "* ]]; then tagllm prepare mmseqs-proteins --from "$proteins"; fi
+if [[ " ${domains[*]} " == *" 1_protein "* ]]; then prepare mmseqs-proteins "$proteins"; fi
 for domain in "${domains[@]}"; do tagllm train "configs/offline/$domain.yaml"; done
 
 # Stages 2 and 3: every seed; what is trained on the same rows, for the first; prompts without training, for each.

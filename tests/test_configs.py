@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import subprocess
@@ -130,6 +131,24 @@ def test_every_experiment_has_its_configs() -> None:
     assert {stem.partition("_")[2] for stem in stems} == set(names[1].split())
     for found in re.findall(r"domains=\(([\w ]+)\)", script):
         assert all((ROOT / "configs" / "offline" / f"{stem}.yaml").is_file() for stem in found.split())
+
+
+@pytest.mark.parametrize("folder", [None, "raw"])
+def test_an_experiment_without_a_folder_takes_what_was_prepared(folder: str | None, tmp_path: Path) -> None:
+    """With a python3 that only notes what it is asked, where Debian's package is not installed."""
+    (tmp_path / "launch").mkdir()
+    text = (ROOT / "launch" / "experiment.sh").read_text()
+    script = tmp_path / "launch" / "experiment.sh"
+    script.write_text(text.replace("/usr/share/doc/mmseqs2/example-data", str(tmp_path / "none")))
+    (tmp_path / "python3").write_text('#!/bin/sh\necho "$@" >> asked\n')
+    (tmp_path / "python3").chmod(0o755)
+    (tmp_path / "raw").mkdir()
+    command = ["bash", script, "binding_affinity", *([folder] if folder else [])]
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    subprocess.run(command, cwd=tmp_path, env=os.environ | {"PATH": path}, timeout=60, check=True)
+    asked = [line for line in (tmp_path / "asked").read_text().splitlines() if line.startswith("-m tagllm prepare")]
+    given = f" --from {tmp_path / 'raw'}" if folder else ""
+    assert asked == [f"-m tagllm prepare davis{given}", "-m tagllm prepare mmseqs-proteins"]
 
 
 @pytest.mark.skipif(not (ROOT / ".venv" / "installed").exists(), reason="needs the .venv that the quickstart uses")

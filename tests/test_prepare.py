@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -228,9 +229,9 @@ def test_another_version_of_a_package_is_read_anew(tmp_path: Path, monkeypatch: 
     pytest.importorskip("pydta")
     recipe = recipe_of("pydta-proteins")
     monkeypatch.setattr(preparing.metadata, "version", lambda _: "1")
-    assert preparing.prepared(recipe, tmp_path).about["made_from"]["package"] == "pydta 1"
+    assert prepare(recipe, None, tmp_path).about["made_from"]["package"] == "pydta 1"
     monkeypatch.setattr(preparing.metadata, "version", lambda _: "2")
-    assert preparing.prepared(recipe, tmp_path).about["made_from"]["package"] == "pydta 2"
+    assert prepare(recipe, None, tmp_path).about["made_from"]["package"] == "pydta 2"
 
 
 def test_what_is_not_prepared_says_the_command(tmp_path: Path) -> None:
@@ -242,7 +243,27 @@ def test_damage_is_found(tmp_path: Path) -> None:
     data = prepared("davis", tmp_path)
     data.files["test"].write_bytes(data.files["test"].read_bytes()[:-1] + b"x")
     with pytest.raises(DamagedFile, match="test.parquet: cannot be used: its sha256 is"):
-        preparing.prepared(recipe_of("davis"), tmp_path / "cache")
+        prepare(recipe_of("davis"), None, tmp_path / "cache")
+
+
+@pytest.mark.parametrize("name", ["test.parquet", "recipe.json"])
+@pytest.mark.parametrize("damage", [Path.unlink, lambda path: path.write_bytes(b"{")])
+def test_what_is_damaged_is_written_anew_from_its_origin(
+    name: str, damage: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    data = prepared("davis", tmp_path)
+    whole = rows_of(data)
+    damage(data.folder / name)
+    again = prepare(recipe_of("davis"), tmp_path / "origin", tmp_path / "cache")
+    assert rows_of(again) == whole and rows_of(prepare(recipe_of("davis"), None, tmp_path / "cache")) == whole
+
+
+def test_a_damaged_copy_of_a_package_is_written_anew(tmp_path: Path) -> None:
+    pytest.importorskip("pydta")
+    data = prepare(recipe_of("pydta-proteins"), None, tmp_path)
+    whole = rows_of(data)
+    data.files[None].write_bytes(b"x")
+    assert rows_of(prepare(recipe_of("pydta-proteins"), None, tmp_path)) == whole
 
 
 def test_files_of_another_form_are_told(tmp_path: Path) -> None:
@@ -266,6 +287,8 @@ def test_the_command_lists_and_prepares(tmp_path: Path, monkeypatch: pytest.Monk
     about = json.loads((tmp_path / "cache/recipes/davis/recipe.json").read_text())
     assert "licence  as published with DeepDTA" in shown.stdout and "train 16, test 4" in shown.stdout
     assert about["sha256"]["train.parquet"] in shown.stdout
+    again = RUNNER.invoke(app, ["prepare", "davis"])
+    assert again.exit_code == 0 and again.stdout == shown.stdout, "what is there needs no --from"
     listed = RUNNER.invoke(app, ["prepare"])
     assert all(name in listed.stdout for name in RECIPES)
 
@@ -273,16 +296,17 @@ def test_the_command_lists_and_prepares(tmp_path: Path, monkeypatch: pytest.Monk
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["davis"], "Run: tagllm prepare davis --from PATH"),
+        (["davis"], "it is not prepared, .* Run: tagllm prepare davis --from PATH"),
         (["davis", "--from", "nowhere"], "--from nowhere: there is no such file or folder"),
         (["davies"], "'davies' is no named data set"),
+        (["rdkit-nci", "--from", "/etc/hostname"], "--from /etc/hostname would not be read: .* package rdkit. Run: "),
     ],
 )
 def test_mistakes(arguments: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TAGLLM_CACHE", str(tmp_path))
     result = RUNNER.invoke(app, ["prepare", *arguments])
     assert result.exit_code == 2
-    assert message in result.stderr
+    assert re.search(message, result.stderr)
 
 
 @pytest.mark.skipif(not SHARED.is_dir(), reason="needs the real data in ../shared/data")

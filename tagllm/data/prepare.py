@@ -35,19 +35,29 @@ class Prepared(NamedTuple):
 def prepare(recipe: Recipe, origin: Path | None, cache: Path) -> Prepared:
     """Reads the rows from `origin`, or from where the recipe has them, and writes them to `cache/recipes/NAME`.
 
-    Rows that were prepared from the same origin before are left as they are.
+    Rows that were prepared from the same origin before are left as they are, unless they are damaged; without an origin
+    so are those that were prepared from any.
 
     Raises:
-        UserError: an origin that is missing or not as it must be, rows that cannot be read, a full disk.
+        UserError: an origin that is missing, not as it must be or of no use; rows that cannot be read; a full disk;
+            without an origin, rows that need one and were never prepared, or are damaged.
     """
-    if origin is None and recipe.origin:
-        raise UserError(_needs_origin(recipe))
-    if origin is not None and not origin.exists():
-        raise UserError(f"--from {origin}: there is no such file or folder; it must be {recipe.origin or 'a copy'}.")
-    made_from = _identity(recipe, origin)
     folder = cache / "recipes" / recipe.name
-    if (folder / "recipe.json").is_file() and read_json(folder / "recipe.json").get("made_from") == made_from:
+    if origin is not None:
+        _check_origin(recipe, origin)
+    elif _is_of_origin(recipe, folder):
         return _opened(folder)
+    elif recipe.origin:
+        raise UserError(
+            f"recipe {recipe.name}: it is not prepared, and its rows are in no package. "
+            f"Run: tagllm prepare {recipe.name} --from PATH, where PATH is {recipe.origin}."
+        )
+    made_from = _identity(recipe, origin)
+    try:
+        if read_json(folder / "recipe.json").get("made_from") == made_from:
+            return _opened(folder)
+    except DamagedFile:  # or not there; written anew below
+        pass
     temporary = folder.with_name(f".tmp-{recipe.name}-{uuid.uuid4().hex}")
     try:
         temporary.mkdir(parents=True)
@@ -64,21 +74,6 @@ def prepare(recipe: Recipe, origin: Path | None, cache: Path) -> Prepared:
         raise UserError(f"{folder}: cannot be written: {error}. Make room, or set TAGLLM_CACHE.") from None
     finally:
         remove_folder(temporary)
-    return _opened(folder)
-
-
-def prepared(recipe: Recipe, cache: Path) -> Prepared:
-    """The rows as they were prepared; a recipe that needs no `--from` is prepared here if it has to be.
-
-    Raises:
-        UserError: it was never prepared, or its files are not those that were written.
-    """
-    folder = cache / "recipes" / recipe.name
-    there = (folder / "recipe.json").is_file()
-    if not recipe.origin and not (there and _is_of_origin(folder)):
-        return prepare(recipe, None, cache)
-    if not there:
-        raise UserError(_needs_origin(recipe))
     return _opened(folder)
 
 
@@ -102,16 +97,21 @@ def table_of(cache: Path) -> Table:
     return table
 
 
-def _is_of_origin(folder: Path) -> bool:
-    """Prepared with --from though that was not needed: a local copy of the hub's repository, which stays."""
-    return bool(read_json(folder / "recipe.json")["made_from"].get("origin"))
+def _check_origin(recipe: Recipe, origin: Path) -> None:
+    if recipe.is_packaged:
+        raise UserError(
+            f"recipe {recipe.name}: --from {origin} would not be read: its rows are those of package {recipe.package}. "
+            f"Run: tagllm prepare {recipe.name}."
+        )
+    if not origin.exists():
+        raise UserError(f"--from {origin}: there is no such file or folder; it must be {recipe.origin or 'a copy'}.")
 
 
-def _needs_origin(recipe: Recipe) -> str:
-    return (
-        f"recipe {recipe.name}: it is not prepared, and its rows are in no package. "
-        f"Run: tagllm prepare {recipe.name} --from PATH, where PATH is {recipe.origin}."
-    )
+def _is_of_origin(recipe: Recipe, folder: Path) -> bool:
+    """Prepared with --from, be it needed or a local copy of the hub's repository; such rows stay."""
+    if recipe.is_packaged or not (folder / "recipe.json").is_file():
+        return False
+    return bool(read_json(folder / "recipe.json").get("made_from", {}).get("origin"))
 
 
 def _opened(folder: Path) -> Prepared:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tagllm.config import SPLITS, SourceConfig, Split, digest_of
-from tagllm.data.prepare import prepared
+from tagllm.data.prepare import prepare
 from tagllm.data.readers import (
     OWN_COLUMNS,
     BadRow,
@@ -92,7 +92,7 @@ def _origin(source: SourceConfig, cache: Path) -> tuple[str, list[Any], Callable
     """Name, what identifies the rows, and the parts (made only when they are to be read)."""
     if source.recipe is not None:
         recipe = recipe_of(source.recipe)
-        ready = prepared(recipe, cache)
+        ready = prepare(recipe, None, cache)
         name = f"recipe {recipe.name}"
         parts = [_Part(recipe.columns, partial(_split_rows, file, split), name) for split, file in ready.files.items()]
         return name, ["recipe", recipe.name, ready.about["sha256"]], lambda: parts

@@ -28,6 +28,11 @@ class Recipe(NamedTuple):
     origin: str = ""
     """What `--from` must name; empty: nothing need be given."""
 
+    @property
+    def is_packaged(self) -> bool:
+        """An installed package has all its rows, and `--from` nothing to say."""
+        return bool(self.package) and not self.origin
+
 
 def pair_key(*parts: str) -> str:
     """A short key of the parts, the same on every machine."""
