@@ -273,6 +273,33 @@ def test_files_of_another_form_are_told(tmp_path: Path) -> None:
     assert not list((tmp_path / "cache" / "recipes").iterdir()), "nothing is left behind"
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"Drug1": None}, "TypeError.* behind 1 good rows. It must be the folder of the benchmark"),
+        ({"Y": None}, "TypeError.*float"),
+        ({"CellLine_ID": None}, "TypeError.'cell_line is None, not a str'"),
+        ({"Drug2": 7}, "TypeError"),
+        ({"Y": "high"}, "ValueError.*'high'"),
+    ],
+)
+def test_a_row_without_a_value_is_told(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    good = {"Drug1": "CC", "Drug2": "CO", "CellLine_ID": "HT29", "Y": 12.5}
+    before = [good] * (None in change.values())  # a column has one type
+    pq.write_table(pa.Table.from_pylist([*before, {**good, **change}]), tmp_path / "train_val.parquet")
+    with pytest.raises(UserError, match=f"recipe drugcomb-css: .* is not of the form that is read: {message}"):
+        prepare(recipe_of("drugcomb-css"), tmp_path, tmp_path / "cache")
+    assert not list((tmp_path / "cache" / "recipes").iterdir()), "nothing is left behind"
+
+
+def test_a_null_translation_is_told(tmp_path: Path) -> None:
+    copy = opus(tmp_path / "copy")
+    rows = [{"translation": {"en": "a", "fr": "b"}}, {"translation": {"en": None, "fr": "b"}}]
+    pq.write_table(pa.Table.from_pylist(rows), copy / "en-fr" / "test-00000-of-00001.parquet")
+    with pytest.raises(UserError, match="recipe opus100-en-fr: .* is not of the form that is read: TypeError"):
+        prepare(recipe_of("opus100-en-fr"), copy, tmp_path / "cache")
+
+
 def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
     (tmp_path / "train_val.pkl").write_bytes(b"not even a pickle")
     with pytest.raises(UserError, match="is a pickle, which may run any code .*to_csv"):

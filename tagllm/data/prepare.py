@@ -148,22 +148,40 @@ def _write(recipe: Recipe, origin: Path | None, folder: Path) -> dict[str, int]:
     writers: dict[str, Any] = {}
     counts: dict[str, int] = {}
     try:
-        for name, rows in _batches(recipe.rows(origin)):
+        for name, rows in _batches(_checked(recipe, origin)):
             if name not in writers:
                 writers[name] = pq.ParquetWriter(folder / f"{name}.parquet", schema, compression="zstd")
             writers[name].write_table(pa.Table.from_pylist(rows, schema=schema))
             counts[name] = counts.get(name, 0) + len(rows)
-    except (KeyError, ValueError) as error:
-        raise UserError(
-            f"recipe {recipe.name}: {origin or recipe.source} is not of the form that is read: {error!r}. It must be "
-            f"{recipe.origin or recipe.description}."
-        ) from None
     finally:
         for writer in writers.values():
             writer.close()
     if not counts:
         raise UserError(f"recipe {recipe.name}: {origin or recipe.source} gave no row. Check that it is whole.")
     return counts
+
+
+def _checked(recipe: Recipe, origin: Path | None) -> Iterator[RecipeRow]:
+    """Its rows. Raises UserError where they cannot be made of what is read, or lack the value of a column."""
+    num_good = 0
+    try:
+        for split, row in recipe.rows(origin):
+            for column, kind in recipe.columns.items():
+                if not isinstance(row.get(column), kind):
+                    raise TypeError(f"{column} is {row.get(column)!r:.60}, not a {kind.__name__}")
+            yield split, row
+            num_good += 1
+    except (
+        ArithmeticError,
+        AttributeError,
+        LookupError,
+        TypeError,
+        ValueError,
+    ) as error:  # what a stranger's file does
+        raise UserError(
+            f"recipe {recipe.name}: {origin or recipe.source} is not of the form that is read: {error!r} behind "
+            f"{num_good:,} good rows. It must be {recipe.origin or recipe.description}."
+        ) from None
 
 
 def _batches(rows: Iterator[RecipeRow]) -> Iterator[tuple[str, list[dict[str, Any]]]]:

@@ -124,9 +124,10 @@ def _bindingdb_patent(origin: Path | None) -> Iterator[RecipeRow]:
 def _drugcomb_css(origin: Path | None) -> Iterator[RecipeRow]:
     for stem, split in _TRAIN_TEST.items():
         for row in _rows(_benchmark("drugcomb-css", origin, stem)):
-            cell_line = row.get("CellLine_ID") or row.get("Cell_Line_ID")
+            cell_line = row["CellLine_ID" if "CellLine_ID" in row else "Cell_Line_ID"]
             yield split, {
-                "smiles_1": row["Drug1"], "smiles_2": row["Drug2"], "cell_line": str(cell_line), "css": float(row["Y"]),
+                "smiles_1": row["Drug1"], "smiles_2": row["Drug2"], "css": float(row["Y"]),
+                "cell_line": None if cell_line is None else str(cell_line),
                 "key": pair_key(*sorted((row["Drug1"], row["Drug2"]))),
             }  # fmt: skip
 
