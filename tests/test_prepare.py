@@ -15,12 +15,13 @@ import pytest
 from typer.testing import CliRunner
 
 from tagllm.cli import app
-from tagllm.config import SourceConfig
+from tagllm.config import SPLITS, SourceConfig
 from tagllm.data import prepare as preparing
 from tagllm.data.prepare import Prepared, prepare
 from tagllm.data.recipes import RECIPES, libreoffice, recipe_of
 from tagllm.data.recipes.hub import FLORES, LANGUAGES
 from tagllm.data.sources import load_rows
+from tagllm.data.splits import split_rows
 from tagllm.errors import UserError
 from tagllm.files import DamagedFile
 
@@ -216,6 +217,34 @@ def test_held_out_pairs_of_opus_are_not_trained_on(tmp_path: Path) -> None:
     assert by_split == {"test": "a", "valid": "b", "train": "c"}
 
 
+def test_the_published_split_of_drugcomb_is_used_and_validation_shares_no_pair(tmp_path: Path) -> None:
+    """It goes by ordered pairs: C with CO is trained on, CO with C tested."""
+    origin, head = drugcomb(tmp_path / "origin"), "Drug1,Drug2,CellLine_ID,Y\n"
+    drugs = ["C" * n + "O" for n in range(1, 15)]
+    pairs = [f"{one},{two},HT29,1\n" for one in drugs for two in drugs if one != two]
+    (origin / "train_val.csv").write_text(head + "".join(pairs))
+    (origin / "test.csv").write_text(head + "".join(pairs[:20]))
+    prepare(recipe_of("drugcomb-css"), origin, tmp_path / "cache")
+    source = SourceConfig.model_validate({"recipe": "drugcomb-css", "template": "{key}"})
+    table = load_rows(source, tmp_path / "cache").table
+    splits = split_rows(table, table["key"][:], source, "here")
+    train, valid, test = (
+        {frozenset((table[int(at)]["smiles_1"], table[int(at)]["smiles_2"])) for at in splits[split]}
+        for split in SPLITS
+    )
+    assert valid and not train & valid
+    assert len(splits["test"]) == 20 and test <= train | valid, "as published"
+
+
+def test_rows_of_another_version_are_prepared_anew(tmp_path: Path) -> None:
+    recipe = recipe_of("drugcomb-css")
+    prepare(recipe._replace(format=recipe.format - 1), drugcomb(tmp_path / "origin"), tmp_path)
+    with pytest.raises(UserError, match="drugcomb-css: it is not prepared by this version, .*Run: tagllm prepare"):
+        prepare(recipe, None, tmp_path)
+    prepare(recipe, tmp_path / "origin", tmp_path)
+    assert prepare(recipe, None, tmp_path).about["made_from"]["format"] == recipe.format
+
+
 def test_preparing_again_does_nothing_and_other_files_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     origin = davis(tmp_path / "origin")
     first = prepare(recipe_of("davis"), origin, tmp_path / "cache")
@@ -348,3 +377,9 @@ def test_mistakes(arguments: list[str], message: str, tmp_path: Path, monkeypatc
 def test_the_real_files(name: str, folder: str, rows: int, tmp_path: Path) -> None:
     data = prepare(recipe_of(name), SHARED / folder, tmp_path)
     assert sum(data.about["rows"].values()) == rows
+    if name == "davis":
+        found = rows_of(data)
+        pairs = {split: [(row["smiles"], row["sequence"]) for of, row in found if of == split] for split in SPLITS}
+        trained_on = set(pairs["train"])
+        again = sum(pair in trained_on for pair in pairs["test"])
+        assert f"{again} of the {len(pairs['test']):,} rows of test" in data.about["description"]

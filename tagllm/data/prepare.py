@@ -18,8 +18,6 @@ from tagllm.data.recipes import RECIPES, Recipe, RecipeRow
 from tagllm.errors import UserError
 from tagllm.files import DamagedFile, json_bytes, read_json, remove_folder, replace_folder, sha256_file, write_durably
 
-FORMAT = 1
-"""Raise when a recipe would give other rows than before."""
 BATCH_ROWS = 10_000
 
 
@@ -48,8 +46,9 @@ def prepare(recipe: Recipe, origin: Path | None, cache: Path) -> Prepared:
     elif _is_of_origin(recipe, folder):
         return _opened(folder)
     elif recipe.origin:
+        old = " by this version" if (folder / "recipe.json").is_file() else ""
         raise UserError(
-            f"recipe {recipe.name}: it is not prepared, and its rows are in no package. "
+            f"recipe {recipe.name}: it is not prepared{old}, and its rows are in no package. "
             f"Run: tagllm prepare {recipe.name} --from PATH, where PATH is {recipe.origin}."
         )
     made_from = _identity(recipe, origin)
@@ -111,7 +110,8 @@ def _is_of_origin(recipe: Recipe, folder: Path) -> bool:
     """Prepared with --from, be it needed or a local copy of the hub's repository; such rows stay."""
     if recipe.is_packaged or not (folder / "recipe.json").is_file():
         return False
-    return bool(read_json(folder / "recipe.json").get("made_from", {}).get("origin"))
+    made_from = read_json(folder / "recipe.json").get("made_from", {})
+    return bool(made_from.get("origin")) and made_from.get("format") == recipe.format
 
 
 def _opened(folder: Path) -> Prepared:
@@ -126,7 +126,7 @@ def _opened(folder: Path) -> Prepared:
 
 def _identity(recipe: Recipe, origin: Path | None) -> dict[str, Any]:
     """What the rows depend on: the version of a package, the contents of files."""
-    found: dict[str, Any] = {"format": FORMAT}
+    found: dict[str, Any] = {"format": recipe.format}
     if recipe.package:
         try:
             found["package"] = f"{recipe.package} {metadata.version(recipe.package)}"

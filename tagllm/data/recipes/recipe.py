@@ -27,6 +27,8 @@ class Recipe(NamedTuple):
     """The installed package the rows come from; another version of it may have other rows."""
     origin: str = ""
     """What `--from` must name; empty: nothing need be given."""
+    format: int = 1
+    """Raise when it would give other rows than before."""
 
     @property
     def is_packaged(self) -> bool:
