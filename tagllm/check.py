@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
+from tagllm.config import SPLITS, SourceConfig, Split
 from tagllm.config_file import load_config
 from tagllm.data.dataset import check_columns
 from tagllm.data.readers import column_names
 from tagllm.data.recipes import recipe_of
+from tagllm.data.splits import check_keys
 from tagllm.errors import UserError
 from tagllm.stage import Stage, check_world, read_stage
 from tagllm.template import marks_of, spans_of
@@ -43,6 +46,11 @@ def check_config(path: Path, overrides: list[str], num_ranks: int) -> list[str]:
                     check_columns(source, stage.templates[at], columns, f"{place} ({name})")
         except UserError as error:
             problems += [problem if problem.startswith(where) else f"{place}: {problem}" for problem in error.problems]
+    if stage is not None:
+        try:
+            check_keys(config.data.sources, stage.templates, [_given(source) for source in config.data.sources])
+        except UserError as error:
+            problems += [f"{where}: {problem}" for problem in error.problems]
     if problems or stage is None:
         raise UserError(*problems)
     tags = ", ".join(f"<{name}>{'' if name in stage.learned else ' (frozen)'}" for name in config.tags)
@@ -50,6 +58,13 @@ def check_config(path: Path, overrides: list[str], num_ranks: int) -> list[str]:
     length = f"{config.optim.steps} steps" if config.optim.steps else f"{config.optim.epochs:g} epochs"
     lines = [f"{path}: good", f"  tags: {tags}", f"  loss: {terms}", f"  {length} of {config.optim.rows_per_step} rows"]
     return lines + [f"  note: {note}" for note in _notes(stage)]
+
+
+def _given(source: SourceConfig) -> Collection[Split]:
+    """The splits that its data has itself; of a hub and of a recipe, where only reading tells, it is taken for all."""
+    if source.path is None:
+        return SPLITS
+    return () if isinstance(source.path, str) else source.path
 
 
 def _notes(stage: Stage) -> list[str]:

@@ -98,6 +98,17 @@ def test_check_reports_every_mistake_at_once(run: Run, folder: Path) -> None:
     assert len(lines) == 2
 
 
+def test_two_templates_over_one_file_are_held_out_by_one_key(run: Run, folder: Path) -> None:
+    file, text = config(folder, "keys"), "data.sources.1: is split by name, and data.sources.0, which has the same rows"
+    values = yaml.safe_load(file.read_text())
+    values["data"]["sources"].append(values["data"]["sources"][0] | {"template": "{name} weighs <W>"})
+    file.write_text(yaml.safe_dump(values))
+    fails(run("check", file), f"{file}: {text}", "Set split.by in both")
+    fails(run("train", file), text)
+    both = [f"data.sources[{at}].split.by=smiles" for at in (0, 1)]
+    assert run("check", file, *both).exit_code == 0
+
+
 def test_a_run_that_was_stopped_behind_its_last_step_ends_once(
     run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

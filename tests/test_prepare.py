@@ -156,7 +156,7 @@ def test_every_recipe_is_tested() -> None:
     packaged = {recipe.name for recipe in RECIPES.values() if recipe.source.startswith("package ")}
     opus_pairs = {f"opus100-en-{language}" for language in LANGUAGES}
     assert {*SMALL, *packaged, *opus_pairs} == set(RECIPES)
-    assert all(recipe.licence and recipe.source for recipe in RECIPES.values())
+    assert all(recipe.licence and recipe.source and "key" in recipe.columns for recipe in RECIPES.values())
 
 
 @pytest.mark.parametrize("name", SMALL)

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tagllm.config import SourceConfig, Split
-from tagllm.data.splits import check_recorded, split_of, split_record, split_rows
+from tagllm.data.splits import check_keys, check_recorded, keys_of, split_by, split_of, split_record, split_rows
 from tagllm.errors import UserError
+from tagllm.template import Template, parse_template
 
 KEYS = st.lists(st.text(max_size=8), min_size=1, max_size=60)
 ROOMY = [f"key {number}" for number in range(400)]
@@ -203,3 +204,57 @@ def test_many_keys_are_fast() -> None:
     start = time.perf_counter()
     split_rows(table, keys, source_of(rows={"train": 1000}), "here")
     assert time.perf_counter() - start < 5
+
+
+DE, FR = "<DE> {de}", "<FR> {fr}"
+KINDS = {"DE": "domain", "FR": "domain", "Pair": "function"}
+
+
+def sources(*about: dict[str, Any]) -> tuple[list[SourceConfig], list[Template]]:
+    found = [SourceConfig.model_validate({"path": "rows.csv", **source}) for source in about]
+    return found, [parse_template(source.template, KINDS) for source in found]
+
+
+def test_the_default_key_does_not_depend_on_the_order_of_the_prompt() -> None:
+    found, templates = sources({"template": "{fr} {de} {output} <Pair>"}, {"template": "{de} {fr} <Pair>"})
+    assert split_by(found[0], templates[0]) == split_by(found[1], templates[1]) == ["de", "fr"]
+    (chosen,), (template,) = sources({"template": "{de}", "split": {"by": ["fr", "de"]}})
+    assert split_by(chosen, template) == ["fr", "de"]
+    table = datasets.Dataset.from_dict({"de": ["a", None], "fr": ["b", "c"]})
+    assert keys_of(table, ["de", "fr"]) == ["a\0b", "\0c"] and keys_of(table, ["de"]) == ["a", ""]
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "given_splits"),
+    [
+        ({"template": DE}, {"template": FR}, ()),
+        ({"template": DE, "path": "./rows.csv"}, {"template": FR}, ()),
+        ({"template": DE, "split": {"by": "id"}}, {"template": DE}, ()),
+        ({"template": DE}, {"template": FR}, ("train", "test")),
+        ({"template": DE, "path": None, "hub": "x"}, {"template": FR, "path": None, "hub": "x"}, ("train",)),
+        ({"template": DE, "path": {"train": "a.csv"}}, {"template": FR, "path": {"train": "a.csv"}}, ("train",)),
+    ],
+)
+def test_two_keys_of_the_same_rows_are_refused(one: Any, two: Any, given_splits: tuple[Split, ...]) -> None:
+    """A sentence that one holds out stands in a row that the other trains on."""
+    found, templates = sources(one, {"template": DE, "path": "other.csv"}, two)
+    told = "data.sources.2: is split by .*, and data.sources.0, .* same rows, by .*. Set split.by in both, to the same"
+    with pytest.raises(UserError, match=told) as caught:
+        check_keys(found, templates, [given_splits] * 3)
+    assert len(caught.value.problems) == 1
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "given_splits"),
+    [
+        ({"template": DE, "split": {"by": "id"}}, {"template": FR, "split": {"by": "id"}}, ()),
+        ({"template": DE, "split": {"by": "de"}}, {"template": FR, "split": {"by": "id"}}, ()),
+        ({"template": DE}, {"template": FR, "split": {"by": "de"}}, ()),
+        ({"template": DE}, {"template": FR, "path": "other.csv"}, ()),
+        ({"template": DE}, {"template": FR}, ("train", "valid", "test")),
+        ({"template": DE}, {"template": FR, "split": {"valid": 0, "test": 0}}, ()),
+        ({"template": DE, "path": None, "recipe": "flores"}, {"template": FR, "path": None, "recipe": "flores"}, ()),
+    ],
+)
+def test_keys_that_hold_out_the_same_or_were_chosen(one: Any, two: Any, given_splits: tuple[Split, ...]) -> None:
+    check_keys(*sources(one, two), [given_splits] * 2)

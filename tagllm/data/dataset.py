@@ -17,7 +17,7 @@ import numpy as np
 from tagllm.config import SPLITS, DataConfig, SourceConfig, Split, digest_of
 from tagllm.data.encode import Encoder, Example, TagLayout, Unusable
 from tagllm.data.sources import load_rows
-from tagllm.data.splits import split_record, split_rows
+from tagllm.data.splits import check_keys, keys_of, split_by, split_record, split_rows
 from tagllm.errors import UserError
 from tagllm.files import write_durably
 from tagllm.template import Template
@@ -123,17 +123,18 @@ def prepare(
 
     Raises:
         UserError: unreadable rows (unless `on_bad_row: skip`), a missing column, an empty split, overlapping splits, or
-            more rows without a label than `max_unlabelled_share`.
+            more rows without a label than `max_unlabelled_share`; other keys of the same rows (`check_keys`).
     """
     splits: dict[Split, list[Examples]] = {split: [] for split in wanted}
     record: dict[str, Any] = {}
     bad_rows: list[BadRow] = []
-    for at, (source, template) in enumerate(zip(config.sources, templates, strict=True)):
+    loaded = [load_rows(source, cache) for source in config.sources]
+    check_keys(config.sources, templates, [rows.given_splits for rows in loaded])
+    for at, (source, template, rows) in enumerate(zip(config.sources, templates, loaded, strict=True)):
         where = f"data.sources.{at}"
-        rows = load_rows(source, cache)
         check_columns(source, template, rows.columns, f"{where} ({rows.name})")
         table = rows.table.select(_short_enough(rows.table, source))
-        keys = _keys(table, source, template, rows.columns)
+        keys = keys_of(table, split_by(source, template))
         found = split_rows(table, keys, source, f"{where} ({rows.name})", wanted)
         bad_rows += [
             BadRow(row["_file"], row["_line"], row["_bad"])
@@ -189,15 +190,6 @@ def _short_enough(table: Any, source: SourceConfig) -> np.ndarray:
         lengths = pc.fill_null(pc.utf8_length(table.data.column(column).cast("string")), 0)
         keep &= lengths.to_numpy() <= limit
     return np.flatnonzero(keep)
-
-
-def _keys(table: Any, source: SourceConfig, template: Template, columns: Sequence[str]) -> list[str]:
-    """What the split goes by: the given columns, a recipe's own `key`, or all fields of the template."""
-    by = source.split.by or (["key"] if source.recipe and "key" in columns else template.fields)
-    if len(by) == 1:
-        return ["" if value is None else str(value) for value in table[by[0]][:]]
-    values = zip(*(table[name][:] for name in by), strict=True)
-    return ["\0".join("" if value is None else str(value) for value in row) for row in values]
 
 
 def _write_examples(file: Path, table: Any, indices: np.ndarray, encoder: Encoder) -> None:

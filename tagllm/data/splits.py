@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -11,6 +13,7 @@ from numpy.typing import NDArray
 
 from tagllm.config import SPLITS, SourceConfig, Split
 from tagllm.errors import UserError
+from tagllm.template import Template
 
 if TYPE_CHECKING:
     import datasets
@@ -25,6 +28,59 @@ def split_of(key: str, seed: int, valid: float, test: float) -> Split:
     0 |-- test --|-------- train --------|-- valid --| 1
     """
     return SPLITS[int(_splits_of(_uniform(_hashes([key], seed)[0]), valid, test)[0])]
+
+
+def split_by(source: SourceConfig, template: Template) -> list[str]:
+    """The columns whose text makes the key of a row: the given ones, a recipe's own `key`, or all fields of the
+    template, by name, so that prompts that have them in another order hold out the same rows."""
+    return source.split.by or (["key"] if source.recipe is not None else sorted(template.fields))
+
+
+def keys_of(table: datasets.Dataset, by: Sequence[str]) -> list[str]:
+    """The key of each row."""
+    if len(by) == 1:
+        return ["" if value is None else str(value) for value in table[by[0]][:]]
+    values = zip(*(table[name][:] for name in by), strict=True)
+    return ["\0".join("" if value is None else str(value) for value in row) for row in values]
+
+
+def check_keys(
+    sources: Sequence[SourceConfig], templates: Sequence[Template], given: Sequence[Collection[Split]]
+) -> None:
+    """Two sources that draw held-out rows from the same data must do so by the same key, unless both were told theirs:
+    what one holds out the other would train on.
+
+    Args:
+        given: the splits that the data of each source has itself; the others are drawn.
+
+    Raises:
+        UserError: a line for each two that do not.
+    """
+    by = [split_by(source, template) for source, template in zip(sources, templates, strict=True)]
+    problems = []
+    for one, two in itertools.combinations(range(len(sources)), 2):
+        first, second = sources[one], sources[two]
+        if by[one] == by[two] or (first.split.by and second.split.by) or _data_of(first) != _data_of(second):
+            continue
+        if _draws(first, given[one]) and _draws(second, given[two]):
+            problems.append(
+                f"data.sources.{two}: is split by {', '.join(by[two])}, and data.sources.{one}, which has the same "
+                f"rows, by {', '.join(by[one])}; what one holds out the other would train on. Set split.by in both, to "
+                "the same columns."
+            )
+    if problems:
+        raise UserError(*problems)
+
+
+def _data_of(source: SourceConfig) -> Any:
+    if source.path is None:
+        return source.recipe, source.hub
+    paths = {None: source.path} if isinstance(source.path, str) else source.path
+    return {split: Path(path).resolve() for split, path in paths.items()}
+
+
+def _draws(source: SourceConfig, given: Collection[Split]) -> bool:
+    return bool(("valid" not in given and source.split.valid) or ("test" not in given and source.split.test))
 
 
 def split_rows(
