@@ -17,6 +17,7 @@ from tagllm.evaluate.metrics import value_metrics
 from tagllm.evaluate.passes import Pass
 from tagllm.head import Head
 from tagllm.model.tagged import TaggedModel
+from tagllm.report.collect import metrics_of
 from tagllm.train.gradient_free import GradientFree
 from tests import tiny
 from tests.test_cli import Run, config, folder, run
@@ -62,6 +63,42 @@ def test_each_head_is_measured_on_its_own_rows(
         assert found[f"valid/{tag}/{metric}"] == pytest.approx(expected[metric])
         assert {key for key in found if key.startswith(f"valid/{tag}/")} == {f"valid/{tag}/{key}" for key in expected}
     assert "valid/mse" not in found and "valid/accuracy" not in found
+
+
+def test_eval_scores_each_head_on_its_own_rows(run: Run, folder: Path) -> None:
+    """And sets no baseline of one beside the answers of the other."""
+    tags, targets = PAIRS[0]
+    assert run("train", of_two(folder, "both", tags, targets)).exit_code == 0
+    told = run("eval", "runs/both")
+    assert told.exit_code == 0, told.output
+    results = json.loads((folder / "runs/both/results.json").read_text())
+    assert {"W/mse", "K/accuracy"} <= set(results["metrics"]) and "mse" not in results["metrics"]
+    assert {"W/mse", "K/accuracy"} <= set(results["intervals"])
+    assert not results["baselines"] and "Baselines are those of runs with one head" in told.output
+    assert metrics_of({"tag": results["metrics"]})[:2] == ["K/accuracy", "K/f1"]
+
+
+def test_a_head_of_classes_stands_beside_frequencies_and_probes(run: Run, folder: Path) -> None:
+    file = config(folder, "letters", tags={"K": LETTER}, data__template="{smiles} <K>", data__target=["kind"])
+    assert run("train", file).exit_code == 0
+    assert run("eval", "runs/letters").exit_code == 0
+    results = json.loads((folder / "runs/letters/results.json").read_text())
+    assert set(results["baselines"]) == {"predict_frequencies", "logistic_last", "logistic_mean", "logistic_both"}
+    assert all({"accuracy", "cross_entropy"} <= set(metrics) for metrics in results["baselines"].values())
+    assert results["baseline_intervals"].keys() == results["baselines"].keys()
+
+
+def test_a_head_is_fitted_without_rows_for_validation_too(run: Run, folder: Path) -> None:
+    """Of three steps it has learned next to nothing; the baselines beside it are fitted either way."""
+    mse = {}
+    for refit in (True, False):
+        head = {"type": "regression", "reads": "both", "refit": refit}
+        tags = {"W": {"kind": "function", "length": 2, "head": head}}
+        file = config(folder, f"refit-{refit}", tags=tags, data__split={"valid": 0, "test": 0.3})
+        assert run("train", file).exit_code == 0
+        assert run("eval", f"runs/refit-{refit}").exit_code == 0
+        mse[refit] = json.loads((folder / f"runs/refit-{refit}/results.json").read_text())["metrics"]["mse"]
+    assert mse[True] < 0.7 * mse[False]
 
 
 def test_a_number_is_no_class_of_another_head() -> None:

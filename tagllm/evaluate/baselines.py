@@ -20,10 +20,12 @@ def probe_of(result: Pass, layout: TagLayout) -> Features:
     """What a probe on the frozen LLM sees: states before the function tag, and means over the fields. Only rows with a
     target (sources without the head have none). Where the function tag is absent, its head itself reads the state
     before it."""
-    known = np.isfinite(result.targets_nK).all(axis=1)
+    classes = any(head.classes for head in layout.heads.values())
+    targets_nK = result.targets_nK[:, : 1 if classes else None]
+    known = np.isfinite(targets_nK).all(axis=1)
     absent = not any(layout.lengths[name] for name in layout.heads)
     last_nD = result.last_nD if absent else result.prefix_last_nD
-    return Features(last_nD[known], result.mean_nD[known], result.targets_nK[known])
+    return Features(last_nD[known], result.mean_nD[known], targets_nK[known])
 
 
 def value_baselines(train: Features, valid: Features, held_out: Features, layout: TagLayout) -> dict[str, Floats]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +16,12 @@ from tagllm.errors import UserError
 from tagllm.evaluate.ablate import ablations
 from tagllm.evaluate.answers import text_results
 from tagllm.evaluate.baselines import probe_of, value_baselines
+from tagllm.evaluate.class_probes import class_baselines
 from tagllm.evaluate.classical import Table, classical_baselines
 from tagllm.evaluate.features import Features
 from tagllm.evaluate.metrics import intervals, value_metrics
 from tagllm.evaluate.passes import Floats
-from tagllm.evaluate.scoring import Evaluation, nats, score_pass, with_tags
+from tagllm.evaluate.scoring import Evaluation, by_head, nats, score_pass, with_tags
 from tagllm.files import json_bytes, read_json, replace_file, save_tensors, write_durably
 from tagllm.head import fields_alone
 from tagllm.origin import origin
@@ -73,8 +73,10 @@ def evaluate(
         for part in ("metrics", "intervals"):
             results[part] |= found.pop(part)
         results |= found
-    if told := fields_alone({name: tag.head for name, tag in built.tags.items()}):
-        results["note"] = f"{told} {results.get('note', '')}".strip()
+    notes = [fields_alone({name: tag.head for name, tag in built.tags.items()}), results.get("note", "")]
+    if len(built.layout.heads) > 1:
+        notes.append("Baselines are those of runs with one head.")
+    results |= {"note": " ".join(filter(None, notes))} if any(notes) else {}
     if ablate:
         results["ablations"] = ablations(evaluation)
     add_trained(results, run)
@@ -114,27 +116,33 @@ def _probe(evaluation: Evaluation, split: Split, kept: RunFolder | None) -> Feat
 
 def _score_values(evaluation: Evaluation, folder: RunFolder, overridden: bool, results: dict[str, Any]) -> None:
     built, ranks, split = evaluation
-    classes = any(head.classes for head in built.layout.heads.values())
     held_out = score_pass(built, ranks, split, None, probing=True)
-    results["metrics"] |= value_metrics(held_out.values_nK, held_out.targets_nK, classes)
-    results["intervals"] = ranks.on_rank_zero(lambda: intervals(held_out.values_nK, held_out.targets_nK, classes))
+    results["metrics"] |= by_head(built, split, held_out, value_metrics)
+    results["intervals"] = ranks.on_rank_zero(lambda: by_head(built, split, held_out, intervals))
     pairs = {"values_nK": torch.from_numpy(held_out.values_nK), "targets_nK": torch.from_numpy(held_out.targets_nK)}
     ranks.on_rank_zero(lambda: save_tensors(folder.path / "held_out.safetensors", pairs))
-    if not classes:
-        kept = None if overridden else folder
-        test, train = probe_of(held_out, built.layout), _probe(evaluation, "train", kept)
-        assert train is not None
-        results["probe_rows"] = len(train.targets_nK)
-        valid = test if split == "valid" else _probe(evaluation, "valid", kept) or train.none()
-        probes = partial(value_baselines, train, valid, test, built.layout)
-        results |= ranks.on_rank_zero(lambda: _baselines(probes() | _classical(built, split), test.targets_nK))
+    if len(built.layout.heads) > 1:
+        return
+    (head,) = built.layout.heads.values()
+    kept = None if overridden or head.classes else folder
+    test, train = probe_of(held_out, built.layout), _probe(evaluation, "train", kept)
+    assert train is not None
+    results["probe_rows"] = len(train.targets_nK)
+    valid = test if split == "valid" else _probe(evaluation, "valid", kept) or train.none()
+
+    def answers() -> dict[str, Floats]:
+        if head.classes:
+            return class_baselines(train, valid, test, len(head.classes))
+        return value_baselines(train, valid, test, built.layout) | _classical(built, split)
+
+    results |= ranks.on_rank_zero(lambda: _baselines(answers(), test.targets_nK, bool(head.classes)))
 
 
-def _baselines(answers: dict[str, Floats], targets_nK: Floats) -> dict[str, Any]:
+def _baselines(answers: dict[str, Floats], targets_nK: Floats, classes: bool) -> dict[str, Any]:
     """Metrics and intervals of what needs no training but a fit."""
     return {
-        "baselines": {name: value_metrics(values, targets_nK, classes=False) for name, values in answers.items()},
-        "baseline_intervals": {name: intervals(values, targets_nK, classes=False) for name, values in answers.items()},
+        "baselines": {name: value_metrics(values, targets_nK, classes) for name, values in answers.items()},
+        "baseline_intervals": {name: intervals(values, targets_nK, classes) for name, values in answers.items()},
     }
 
 

@@ -39,8 +39,8 @@ class Rows(NamedTuple):
     """Of numpy; sparse ones of scipy for fits that take them."""
     targets_nK: Floats
 
-    def some(self, chosen: NDArray[Any]) -> Rows:
-        """Those of a mask, or with these numbers."""
+    def some(self, chosen: NDArray[Any] | slice) -> Rows:
+        """Those of a mask, with these numbers, or in a slice."""
         return Rows(self.features_nF[chosen], self.targets_nK[chosen])
 
 

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple, TypeVar
 
 import torch
 
 from tagllm.config import Split
 from tagllm.data.dataset import Prompts
 from tagllm.evaluate.metrics import value_metrics
-from tagllm.evaluate.passes import Pass, all_draws, run_over
+from tagllm.evaluate.passes import Floats, Pass, all_draws, run_over
 from tagllm.tags import Tag
 from tagllm.train.build import Built, assemble, empty_memory, prepare_on_all
 from tagllm.train.ranks import Ranks
+
+T = TypeVar("T")
+Measure = Callable[[Floats, Floats, bool], dict[str, T]]
 
 
 class Evaluation(NamedTuple):
@@ -67,7 +71,18 @@ def nats(result: Pass) -> dict[str, float]:
     return found
 
 
+def by_head(built: Built, split: Split, result: Pass, measure: Measure[T]) -> dict[str, T]:
+    """What `measure` finds of each head, of values and targets of its own rows and whether it tells classes; with its
+    name in front (`QED/mse`) where there are several."""
+    heads, found = built.layout.heads, dict[str, T]()
+    for name, spec in heads.items():
+        mine_n, width = built.rows_with(split, name), spec.outputs
+        of_head = measure(result.values_nK[mine_n, :width], result.targets_nK[mine_n, :width], bool(spec.classes))
+        at = f"{name}/" if len(heads) > 1 else ""
+        found |= {f"{at}{metric}": value for metric, value in of_head.items()}
+    return found
+
+
 def metrics_of(evaluation: Evaluation, result: Pass) -> dict[str, float]:
     """Of the tokens and of the values, whichever there are."""
-    classes = any(head.classes for head in evaluation.built.layout.heads.values())
-    return nats(result) | value_metrics(result.values_nK, result.targets_nK, classes)
+    return nats(result) | by_head(evaluation.built, evaluation.split, result, value_metrics)

@@ -116,8 +116,14 @@ def _swept(file: Path) -> Swept:
 
 
 def metrics_of(rows: dict[str, Metrics]) -> list[str]:
-    there = {name for metrics in rows.values() for name in metrics}
-    return [name for name in SHOWN if name in there]
+    """Those of the tables, in their order; of several heads, one head after the other."""
+    there = sorted({name for metrics in rows.values() for name in metrics if measured(name) in SHOWN})
+    return sorted(there, key=lambda name: (name.rpartition("/")[0], SHOWN.index(measured(name))))
+
+
+def measured(name: str) -> str:
+    """What a metric is, without the name of its head (`QED/mse`)."""
+    return name.rpartition("/")[2]
 
 
 def _run(path: Path) -> Run:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from tagllm.report.collect import HIGHER_IS_BETTER, Composed, Interval, Metrics, Run, Swept, metrics_of
+from tagllm.report.collect import HIGHER_IS_BETTER, Composed, Interval, Metrics, Run, Swept, measured, metrics_of
 from tagllm.report.figures import changes, dots, learning_curves, predicted_against_true, tag_similarity
 from tagllm.report.paper import published_of
 from tagllm.sweep.summary import digits, over_seeds
@@ -178,7 +178,7 @@ def _table(
 
 
 def _best(metric: str, values: Sequence[float]) -> float:
-    return max(values) if metric in HIGHER_IS_BETTER else min(values)
+    return max(values) if measured(metric) in HIGHER_IS_BETTER else min(values)
 
 
 def _headline(rows: Mapping[str, Metrics]) -> str:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from tagllm.config import SPLITS, BackboneConfig, DataConfig, RunConfig, Split
 from tagllm.data.collate import Collator
@@ -40,6 +41,11 @@ class Built(NamedTuple):
 
     def examples(self, split: Split) -> list[Examples]:
         return self.data.splits[split]
+
+    def rows_with(self, split: Split, tag: str) -> NDArray[np.bool_]:
+        """Which rows of a pass over the whole split stand in a prompt with this tag."""
+        pairs = zip(self.examples(split), self.stage.templates, strict=True)
+        return np.concatenate([np.full(len(examples), tag in template.tags) for examples, template in pairs])
 
     def collator(self) -> Collator:
         return self.stage.collator(self.layout, self.model.rotation is not None)

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from tagllm.config import Split
 from tagllm.data.batch import Batch
@@ -18,6 +16,7 @@ from tagllm.evaluate.features import Features
 from tagllm.evaluate.metrics import value_metrics
 from tagllm.evaluate.passes import Pass, all_draws, run_over
 from tagllm.evaluate.ridge import clearly_better
+from tagllm.evaluate.scoring import by_head
 from tagllm.head import Head
 from tagllm.model.tagged import Output
 from tagllm.model.value_head import HeadModule
@@ -57,14 +56,8 @@ class GradientFree:
         scalars = {"valid/loss": self.loss(result)}
         for name, total, n in zip(("span", "output"), result.sums, result.counts, strict=False):
             scalars |= {f"valid/{name}_nats": total / n} if n else {}
-        heads = self.built.layout.heads
-        for head, spec in heads.items():
-            mine_n, outputs = self._with_tag("valid", head), spec.outputs
-            values_nK, targets_nK = result.values_nK[mine_n, :outputs], result.targets_nK[mine_n, :outputs]
-            at = f"valid/{head}" if len(heads) > 1 else "valid"
-            metrics = value_metrics(values_nK, targets_nK, bool(spec.classes))
-            scalars |= {f"{at}/{name}": value for name, value in metrics.items()}
-        return scalars
+        found = by_head(self.built, "valid", result, value_metrics)
+        return scalars | {f"valid/{name}": value for name, value in found.items()}
 
     def scale_heads(self) -> None:
         """Tells learned heads the scale of the means they read."""
@@ -84,22 +77,26 @@ class GradientFree:
         names = [name for name, head in self._learned_heads().items() if probing or head.spec.refit]
         return {name: self._pass("train", features=True, limit=limit, tag=name, collate=collate) for name in names}
 
-    def refit_heads(self, held_out: Pass, seen: Mapping[str, Pass]) -> tuple[dict[str, Head], dict[str, float]]:
+    def refit_heads(self, held_out: Pass | None, seen: Mapping[str, Pass]) -> tuple[dict[str, Head], dict[str, float]]:
         """Closed-form fits on training rows as `seen_by_heads`; those that are kept, since the trained head is not
-        clearly better on `held_out`, the validation split with the state as it is. And the losses there, before and
-        after each fit and of what was kept. The model stays as it is."""
+        clearly better on `held_out`, the validation split with the state as it is (all, without such rows). And the
+        losses there, before and after each fit and of what was kept. The model stays as it is."""
         heads, report = dict[str, Head](), dict[str, float]()
         for name, module in self._learned_heads().items():
             if not module.spec.refit:
                 continue
-            mine_n, blank = self._with_tag("valid", name), self._blank(name)
-            train, valid = seen[name].rows(module.spec), held_out.rows(module.spec).some(mine_n)
+            mine_n, blank = self.built.rows_with("valid", name), self._blank(name)
+            train = seen[name].rows(module.spec)
+            valid = train.some(slice(0)) if held_out is None else held_out.rows(module.spec).some(mine_n)
             fit = self.ranks.on_rank_zero(partial(fit_head, blank, train, valid))
+            if held_out is None:
+                heads[name] = fit
+                continue
             fitted = held_out.answered_by(fit, mine_n)
             report |= {f"refit/{name}_before": self.loss(held_out), f"refit/{name}_after": self.loss(fitted)}
             if not clearly_better(held_out.errors(fit), fitted.errors(fit)):
                 heads[name], held_out = fit, fitted
-        return heads, report | {"valid/loss_refitted": self.loss(held_out)}
+        return heads, report | ({} if held_out is None else {"valid/loss_refitted": self.loss(held_out)})
 
     def probes(self, seen: Mapping[str, Pass], held_out: Pass | None) -> dict[Split, Features]:
         """Features for the ridge baselines of eval, of passes that were `probing`; none without such a head."""
@@ -131,11 +128,6 @@ class GradientFree:
         head = self.built.tags[name].head
         assert head is not None
         return head.blank()
-
-    def _with_tag(self, split: Split, tag: str) -> NDArray[np.bool_]:
-        """Which rows of a pass over the whole split stand in a prompt with this tag."""
-        pairs = zip(self.built.examples(split), self.built.stage.templates, strict=True)
-        return np.concatenate([np.full(len(examples), tag in template.tags) for examples, template in pairs])
 
     def _pass(
         self, split: Split, features: bool = False, limit: int | None = None, tag: str | None = None,

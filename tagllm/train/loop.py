@@ -193,7 +193,7 @@ class Trainer:
             held_out = self.gradient_free.held_out(probing=True)
             seen = self.gradient_free.seen_by_heads(FIT_ROWS, probing=True)
             self.built.model.forget()  # as large as the fit, and that was the last pass
-            heads, scalars = self.gradient_free.refit_heads(held_out, seen) if held_out else ({}, {})
+            heads, scalars = self.gradient_free.refit_heads(held_out, seen)
             result, probes = self.engine.learned(), self.gradient_free.probes(seen, held_out)
         except StopAsked:
             self.engine.overwrite(last)
