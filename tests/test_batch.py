@@ -75,9 +75,9 @@ def test_pieces_own_and_live_positions_give_the_rows_back(case: tuple[Collator, 
     """Nothing lost, nothing twice, each position with its span and its pooling mark; and no padding at all."""
     collator, rows = case
     batch = collator(rows)
-    for row, (prefix, live) in zip(rows, prompts_of(batch), strict=True):
+    cuts = collator.cuts(rows)
+    for row, cut, (prefix, live) in zip(rows, cuts, prompts_of(batch), strict=True):
         needed = last_needed(collator, row) + 1
-        cut = collator.live_at(row)
         spans = np.zeros(len(row.ids), int)
         for number, (start, end) in enumerate(row.spans_at if collator.block else [], 1):
             spans[start:end] = number
@@ -87,7 +87,7 @@ def test_pieces_own_and_live_positions_give_the_rows_back(case: tuple[Collator, 
         assert [prefix[at] for at in range(cut)] == expected[:cut]
         assert [[token, span, pool] for token, _, span, pool in live] == expected[cut:]
         assert [at for _, at, _, _ in live] == list(range(cut, needed))
-    assert batch.prefix_lengths == [collator.live_at(row) for row in rows]
+    assert batch.prefix_lengths == cuts
     free = collator.block and collator.free_spans
     for tokens, runs in ((batch.pieces.tokens, collator.grouped or free), (batch.own, True), (batch.live, False)):
         dummy = collator.sharded and collator.frozen_prefix and runs and not sum(tokens.lengths)
@@ -113,8 +113,8 @@ def test_labels_are_the_next_tokens_of_the_terms(case: tuple[Collator, list[Exam
     collator, rows = case
     batch = collator(rows)
     expected = [
-        (i, at - 1 - collator.live_at(row), int(row.ids[at]), int(row.marks[at]))
-        for i, row in enumerate(rows)
+        (i, at - 1 - cut, int(row.ids[at]), int(row.marks[at]))
+        for i, (row, cut) in enumerate(zip(rows, collator.cuts(rows), strict=True))
         for at in range(1, len(row.ids))
         if row.marks[at] in collator.terms
     ]
@@ -194,6 +194,19 @@ def test_live_at_by_example() -> None:
         of = tiny.layout(learned)
         found.append(tiny.collator(of, terms=terms).live_at(tiny.example(of, prompt, random)))
     assert found == [10, 4, 6, 12]
+
+
+def test_a_few_words_before_the_tag_of_a_long_text_are_live() -> None:
+    """Unless a pass may not depend on the rows, prefixes are shared by plan, or nothing is learned in it."""
+    of, random = tiny.layout(("Learned",)), np.random.default_rng(0)
+    short, long = (tiny.example(of, (3, "Learned", f"~{n}"), random) for n in (9, 60))
+    plain = tiny.collator(of, terms=(SPAN,))
+    assert plain.cuts([short]) == [3] and plain.cuts([long]) == [0]
+    assert plain.cuts([short, short]) == [3, 3] and plain.cuts([short, long]) == [0, 0], "over the batch"
+    assert sum(plain([long]).own.lengths) == 0 and plain([long]).live.lengths == (len(long.ids) - 1,)
+    for setting in ("block", "sharded", "grouped", "cut_at_function"):
+        row = tiny.example(of, (3, "Learned", "~60", "F"), random)
+        assert tiny.collator(of, terms=(SPAN,), **{setting: True}).cuts([row])[0] > 0
 
 
 @pytest.mark.parametrize("pieces", [(4, "Frozen", "~9", 3, "F", 2), (2, "F", "~2", "Learned", 1)])

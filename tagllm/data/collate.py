@@ -15,6 +15,8 @@ from tagllm.data.encode import Example
 from tagllm.data.sharing import Share, beginnings, digest, free_spans
 
 Positions = NDArray[np.int64]
+FROZEN_FROM = 10
+"""A prefix of less than one in so many positions of a batch is computed with the rest."""
 
 
 class Collator(NamedTuple):
@@ -48,6 +50,15 @@ class Collator(NamedTuple):
         last = example.read_at if example.read_at >= 0 else len(example.ids) - 1
         return int(min([last, *learned[:1], *self._label_positions(example)[:1]]))
 
+    def cuts(self, examples: Sequence[Example]) -> list[int]:
+        """Where the live part of each row of a batch begins: as `live_at`, or at 0 where hardly anything stands before
+        it. A few words before the tag of a long text are less work than the attention that takes them in costs, which
+        is in parts and keeps every score. Not where a pass may not depend on the rows, or groups share prefixes."""
+        found = [self.live_at(example) for example in examples]
+        by_plan = self.cut_at_function or self.block or self.sharded or self.grouped
+        total = sum(_end(example, self._label_positions(example)) for example in examples)
+        return found if by_plan or sum(found) * FROZEN_FROM >= total else [0] * len(found)
+
     def probing(self) -> Collator:
         """For features without a gradient: cut right before the function tag, no labels."""
         return self._replace(terms=(), frozen_prefix=True, cut_at_function=True)
@@ -58,7 +69,7 @@ class Collator(NamedTuple):
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
         """Positions behind the last one needed are dropped."""
-        cuts = [self.live_at(example) for example in examples]
+        cuts = self.cuts(examples)
         labels = [self._label_positions(example) for example in examples]
         ends = [_end(example, at) for example, at in zip(examples, labels, strict=True)]
         shares = self._shares(examples, cuts)
