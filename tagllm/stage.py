@@ -14,6 +14,7 @@ from tagllm.data.encode import TagLayout
 from tagllm.errors import UserError, did_you_mean
 from tagllm.head import States
 from tagllm.model.loss import Weights
+from tagllm.order import order_problems, trained_with
 from tagllm.tags import NAME, Tag, TagLibrary
 from tagllm.template import OUTPUT, SPAN, Template, all_pools, marks_of, parse_template, pool_of
 
@@ -102,11 +103,17 @@ def read_stage(config: RunConfig, where: str) -> Stage:
 
 
 def stage_of_run(config: RunConfig, library: TagLibrary, where: str) -> Stage:
-    """The stage of a finished run: all its tags come from its own library."""
+    """The stage of a finished run: all its tags come from its own library.
+
+    Raises:
+        UserError: a template has an unknown tag, or gives a head fields in another order than it knows.
+    """
     loaded = {name: library.get(name, where) for name in config.tags}
     kinds = {name: tag.kind for name, tag in loaded.items()}
     templates = [parse_template(source.template, kinds, where) for source in config.data.sources]
     stage = Stage(config, loaded, {where: library}, kinds, templates, Weights(0.0, 0.0, 0.0))
+    if problems := _orders(stage, where):
+        raise UserError(*problems)
     return stage._replace(weights=_weights(stage))
 
 
@@ -129,6 +136,7 @@ def _contradictions(stage: Stage, where: str) -> list[str]:
             States.of(spec, layout.pools)
         except UserError as error:
             problems += [f"{where}: tags.{name}.{problem}" for problem in error.problems]
+    problems += _orders(stage, where)
     if config.mask == "block" and any(template.has_output for template in stage.templates):
         problems.append(
             f"{where}: mask is block, but a template has {{output}}; text is generated under the causal mask only. Set "
@@ -173,6 +181,19 @@ def _contradictions(stage: Stage, where: str) -> list[str]:
                 f"{place}: nothing in the prompt is supervised; the template needs {{output}}, a tag with a head, or a "
                 "field right behind a domain tag with loss.span > 0."
             )
+    return problems
+
+
+def _orders(stage: Stage, where: str) -> list[str]:
+    """Of prompts with the same head, where it reads means of fields."""
+    heads, problems = stage.layout(0).heads, list[str]()
+    kinds = {n: t.kind for library in stage.libraries.values() for n, t in library.tags.items()} | stage.kinds
+    for name in (name for name, head in heads.items() if head.reads != "last"):
+        prompts = trained_with(stage.loaded[name], kinds) if name in stage.loaded else {}
+        for at, template in enumerate(stage.templates):
+            if name in template.tags:
+                prompts[f"{where}: data.sources.{at}.template"] = template
+        problems += order_problems(name, prompts, kinds, pool_of(heads.values()))
     return problems
 
 

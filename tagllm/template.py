@@ -171,6 +171,13 @@ def all_pools(templates: Iterable[Template], kinds: Mapping[str, str], pool: Poo
     return max(map(one, templates), key=len, default=(0,))
 
 
+def owners_of(template: Template, kinds: Mapping[str, str], pool: Pool) -> tuple[str, ...]:
+    """Whose each mean is that heads read side by side of this template: `<TAG>`, or `{column}` without a tag."""
+    fields = [field for field in _pooled(template, kinds) if field is not None]
+    owner_of = {field.of(pool): f"<{field.tag}>" if field.tag else f"{{{field.column}}}" for field in fields}
+    return () if pool == "together" else tuple(owner_of.values())
+
+
 def written(value: Any, config: FieldConfig) -> str:
     """The value of a column as text, empty where there is none.
 

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 from tagllm.config import Pool
+from tagllm.config_file import load_config
+from tagllm.errors import UserError
+from tagllm.stage import stage_of_run
 from tagllm.tags import TagLibrary
 from tagllm.template import all_pools, parse_template, pools_of
 from tests import tiny
@@ -147,3 +152,82 @@ def test_fields_that_trade_places_behind_other_words_are_noted(
 def test_a_prompt_with_other_pools_is_refused(finished: Path, folder: Path, run: Run) -> None:
     told = run("predict", finished, folder / "rows.csv", folder / "none.csv", "--template", "<SMILES> {smiles} <W>")
     fails(told, "tags.W.head", "reads 2 means over fields side by side", "have 1")
+
+
+NAME, SMILES = "<Name> {name}", "<SMILES> {smiles}"
+EACH = {"pool": "each"}
+
+
+def two_domains(folder: Path, name: str, *templates: str, pool: str = "apart", **head: object) -> Path:
+    tags = {
+        "Name": {"length": 2},
+        "SMILES": {"length": 2},
+        "W": {"kind": "function", "length": 2, "head": {"reads": "mean", "pool": pool, **head}},
+    }
+    file = config(folder, name, tags=tags)
+    values = yaml.safe_load(file.read_text())
+    (source,) = values["data"]["sources"]
+    values["data"]["sources"] = [{**source, "template": template} for template in templates]
+    file.write_text(yaml.safe_dump(values))
+    return file
+
+
+@pytest.mark.parametrize("pool", ["apart", "each"])
+@pytest.mark.parametrize(
+    ("one", "other", "told"),
+    [
+        (f"{NAME} {SMILES} <W>", f"{SMILES} {NAME} <W>", ["of <SMILES>, <Name>,", "of <Name>, <SMILES>;"]),
+        (f"{NAME} {SMILES} <W>", f"{SMILES} <W>", ["of <SMILES>,", "of <Name>, <SMILES>;"]),
+        (
+            "{name} <SMILES> {smiles} <Name> <W>",
+            f"{SMILES} {{kind}} <W>",
+            ["of <SMILES>, {kind},", "{name}, <SMILES>;"],
+        ),
+        ("{name} {kind} <W>", f"{NAME} {SMILES} {{kind}} {{name}} <W>", ["of {name}, {kind},", "{kind}, {name};"]),
+    ],
+)
+def test_sources_in_opposite_orders_are_told_before_anything_is_read(
+    folder: Path, run: Run, pool: str, one: str, other: str, told: list[str]
+) -> None:
+    """Their means would trade places without a word."""
+    lines = fails(run("check", two_domains(folder, "orders", one, other, pool=pool)), *told, f"has pool: {pool}")
+    assert len(lines) == 1 and "data.sources.0.template" in lines[0] and "data.sources.1.template" in lines[0]
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "head"),
+    [
+        (f"{NAME} {SMILES} <W>", f"{SMILES} {NAME} <W>", {"pool": "together"}),
+        (f"{NAME} {SMILES} <W>", f"{SMILES} {NAME} <W>", {"reads": "last"}),
+        (f"{NAME} {SMILES} <W>", f"{NAME} <W>", {}),
+        (f"{NAME} <W>", f"{SMILES} <W>", {}),
+        (f"{NAME} <SMILES> {{smiles}} <W>", "<Name> {kind}, really, <SMILES> {name} <W>", {}),
+        (
+            "<Name> {kind} <SMILES> {smiles} {name} <W>",
+            "<Name> {smiles} <SMILES> {kind} {weight} <W>",
+            {"pool": "each"},
+        ),
+    ],
+)
+def test_sources_in_one_order_are_not(folder: Path, run: Run, one: str, other: str, head: dict[str, Any]) -> None:
+    checked = run("check", two_domains(folder, "one-order", one, other, **head))
+    assert checked.exit_code == 0, checked.output
+
+
+def test_a_loaded_head_is_asked_in_the_order_of_its_training(folder: Path, run: Run) -> None:
+    trained = run("train", two_domains(folder, "first", f"{NAME} {SMILES} <W>"))
+    assert trained.exit_code == 0, trained.output
+    library = TagLibrary.load(folder / "runs/first/library")
+    for number, template in enumerate((f"{NAME} then {SMILES} <W>", f"{SMILES} {NAME} <W>")):
+        tags = {name: {"load": "runs/first/library", "learn": name == "SMILES"} for name in library.tags}
+        checked = run("check", config(folder, f"second-{number}", tags=tags, data__template=template))
+        if number == 0:
+            assert checked.exit_code == 0, checked.output
+            continue
+        fails(
+            checked, "its fields are of <SMILES>, <Name>, those of the prompt <W> was trained with of <Name>, <SMILES>"
+        )
+        with pytest.raises(UserError, match="the prompt <W> was trained with of <Name>, <SMILES>"):
+            stage_of_run(load_config(folder / "second-1.yaml"), library, "here")
+    bare = replace(library, tags={name: replace(tag, about={}) for name, tag in library.tags.items()})
+    stage_of_run(load_config(folder / "second-1.yaml"), bare, "here")  # one that does not know is taken as before
