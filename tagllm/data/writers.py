@@ -7,8 +7,9 @@ import gzip
 import json
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import IO, Any
 
 from tagllm.errors import UserError
@@ -17,30 +18,47 @@ KINDS = ("csv", "tsv", "jsonl", "parquet")
 
 
 class Writer:
-    """Takes rows one by one."""
+    """Takes rows one by one. A column that `columns` lacks stands behind them, empty in the rows that have none."""
 
-    def __init__(self, stream: IO[Any], kind: str, columns: Sequence[str]) -> None:
-        self._stream, self._kind, self._columns = stream, kind, columns
-        self._rows: list[Mapping[str, Any]] = []
-        if kind in ("csv", "tsv"):
-            self._csv = csv.DictWriter(stream, columns, delimiter="," if kind == "csv" else "\t", lineterminator="\n")
-            self._csv.writeheader()
+    def __init__(self, stream: IO[Any], kind: str, columns: Sequence[str], spool: IO[str]) -> None:
+        self._stream, self._kind, self._columns = stream, kind, dict.fromkeys(columns)
+        self._lines = stream if kind == "jsonl" else spool  # all columns are known behind the last row
 
     def write(self, row: Mapping[str, Any]) -> None:
-        if self._kind == "jsonl":
-            self._stream.write(json.dumps(dict(row), ensure_ascii=False) + "\n")
-        elif self._kind == "parquet":
-            self._rows.append(row)
-        else:
-            self._csv.writerow(row)
+        self._columns.update(dict.fromkeys(row))
+        self._lines.write(json.dumps(dict(row), ensure_ascii=False) + "\n")
 
     def close(self) -> None:
+        if self._kind == "jsonl":
+            return
+        self._lines.seek(0)
+        rows = map(json.loads, self._lines)
         if self._kind == "parquet":
-            import pyarrow as pa
-            import pyarrow.parquet as pq
+            _write_parquet(list(rows), list(self._columns), self._stream)
+        else:
+            delimiter = "," if self._kind == "csv" else "\t"
+            table = csv.DictWriter(self._stream, list(self._columns), delimiter=delimiter, lineterminator="\n")
+            table.writeheader()
+            table.writerows(rows)
 
-            columns = {name: [row.get(name) for row in self._rows] for name in self._columns}
-            pq.write_table(pa.table(columns), self._stream)
+
+def _write_parquet(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], stream: IO[Any]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.table({name: _array([row.get(name) for row in rows]) for name in columns}), stream)
+
+
+def _array(values: list[Any]) -> Any:
+    """As one Arrow type, or where there is none that holds them all, as text."""
+    import pyarrow as pa
+
+    kinds = {type(value) for value in values if value is not None}
+    if len(kinds) <= 1 or kinds == {int, float}:
+        with suppress(pa.ArrowException, OverflowError):  # an integer may be too large
+            return pa.array(values)
+    texts = [value if value is None or isinstance(value, str) else json.dumps(value) for value in values]
+    return pa.array(texts, pa.string())
 
 
 def writable_kind(path: Path) -> str:
@@ -58,8 +76,9 @@ def open_writer(path: Path, columns: Sequence[str]) -> Iterator[Writer]:
     temporary = path.with_name(f".tmp-{uuid.uuid4().hex}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with _open(temporary, kind, path.name.lower().endswith(".gz")) as stream:
-            writer = Writer(stream, kind, columns)
+        packed = path.name.lower().endswith(".gz")
+        with _open(temporary, kind, packed) as stream, TemporaryFile("w+", encoding="utf-8", dir=path.parent) as spool:
+            writer = Writer(stream, kind, columns, spool)
             yield writer
             writer.close()
         temporary.replace(path)

@@ -1,0 +1,89 @@
+"""Writing rows: every format, columns that come late, and values that one Arrow type does not hold."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+
+from tagllm.data.readers import Row, read_rows
+from tagllm.data.writers import open_writer
+from tagllm.evaluate import predict
+from tagllm.template import parse_template
+
+LATE: list[dict[str, Any]] = [{"a": "x", "p": 1.5}, {"a": '\u00e4,\n\r"', "b": 3, "p": None}, {"p": 0.1}]
+
+
+def written(path: Path, rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> list[dict[str, Any]]:
+    with open_writer(path, columns) as writer:
+        for row in rows:
+            writer.write(row)
+    assert [file.name for file in path.parent.iterdir()] == [path.name], "nothing else is left"
+    return [row.values for row in read_rows(path) if isinstance(row, Row)]
+
+
+@pytest.mark.parametrize("name", ["x.csv", "x.tsv", "x.csv.gz"])
+def test_a_column_that_comes_late_is_text_behind_the_others(name: str, tmp_path: Path) -> None:
+    found = written(tmp_path / name, [*LATE[::2], {"a": "y", "b": 3, "p": None}], ["a", "p"])
+    assert [list(row) for row in found] == [["a", "p", "b"]] * 3
+    assert [list(row.values()) for row in found] == [["x", "1.5", ""], ["", "0.1", ""], ["y", "", "3"]]
+
+
+def test_a_column_that_comes_late_in_parquet_and_jsonl(tmp_path: Path) -> None:
+    whole = [{"a": None, "p": None, "b": None} | row for row in LATE]
+    for folder in "one", "two":
+        (tmp_path / folder).mkdir()
+    assert written(tmp_path / "one" / "x.parquet", LATE, ["a", "p"]) == whole
+    assert written(tmp_path / "two" / "x.jsonl.gz", LATE, ["a", "p"]) == LATE
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ([1, "two", None, 2.5, True], ["1", "two", None, "2.5", "true"]),
+        ([True, 1], ["true", "1"]),
+        ([1.5, True], ["1.5", "true"]),
+        ([1, 2**80], ["1", str(2**80)]),
+        ([1, 2.5, None], [1.0, 2.5, None]),
+        ([False, None], [False, None]),
+        (["x", ""], ["x", ""]),
+    ],
+)
+def test_a_column_of_several_types_is_text_in_parquet(values: list[Any], expected: list[Any], tmp_path: Path) -> None:
+    path = tmp_path / "x.parquet"
+    with open_writer(path, ["v"]) as writer:
+        for value in values:
+            writer.write({"v": value})
+    assert pq.read_table(path).to_pydict() == {"v": expected}
+
+
+class Fixed:
+    """A predictor that always says 2."""
+
+    columns = ("P",)
+    template = parse_template("{a}", {})
+
+    def __init__(self, request: Any) -> None:
+        pass
+
+    def predict(self, rows: Sequence[dict[str, Any]]) -> list[list[Any]]:
+        return [[2.0] for _ in rows]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_predictions_of_uneven_objects_are_written(
+    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(predict, "Predictor", Fixed)
+    lines: list[dict[str, Any]] = [{"a": "x", "id": 1}, {"a": "y", "id": "two", "note": "z"}]
+    (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    request = predict.Request([], None, None, None, 1, 1)
+    assert predict.predict_file(request, tmp_path / "in.jsonl", tmp_path / f"out.{suffix}") == (2, 0)
+    first, second = (row.values for row in read_rows(tmp_path / f"out.{suffix}") if isinstance(row, Row))
+    assert list(first) == ["a", "id", "P", "tagllm_error", "note"]
+    assert (first["id"], second["id"], second["note"]) == ("1", "two", "z")
+    assert float(first["P"]) == 2 and not first["note"] and not first["tagllm_error"]
