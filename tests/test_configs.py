@@ -122,6 +122,12 @@ def test_every_readme_command_parses(line: str) -> None:
     assert all(option in shown for option in options)
 
 
+def test_the_readme_activates_the_venv_before_its_first_command() -> None:
+    lines = README.splitlines()
+    first = next(at for at, line in enumerate(lines) if line.startswith("tagllm "))
+    assert lines[first - 1].startswith(". .venv/bin/activate ") and lines[first - 2] == "```"
+
+
 def test_every_experiment_has_its_configs() -> None:
     """launch/experiment.sh names them by their file."""
     script = (ROOT / "launch" / "experiment.sh").read_text()
