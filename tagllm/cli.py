@@ -139,7 +139,7 @@ def sweep(
     tune: Annotated[
         str | None, typer.Option(help="KEY=VALUE,VALUE,... ; each combination takes the best on validation.")
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Runs side by side.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Runs side by side, each on a GPU of its own.")] = 1,
     only: Annotated[int | None, typer.Option(min=0, help="One run, counted from 0: $SLURM_ARRAY_TASK_ID.")] = None,
     offline: Offline = False,
 ) -> None:

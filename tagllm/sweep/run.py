@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from queue import Queue
+
+import torch
 
 from tagllm.errors import UserError
 from tagllm.sweep.points import Point, Sweep
@@ -30,21 +34,25 @@ def run_sweep(sweep: Sweep, jobs: int) -> None:
 
 
 def run_all(sweep: Sweep, points: Sequence[Point], jobs: int) -> list[str]:
-    """Trains and scores what is not finished, `jobs` runs at a time, each with its share of the cores. A run that fails
-    stops no other; returned is a line for each of those. When this process is told to stop, so are they: each saves
-    where it stands."""
-    cores = max(1, (os.cpu_count() or 1) // jobs)
-    share = {"OMP_NUM_THREADS": str(cores)} if jobs > 1 else {}
+    """Trains and scores what is not finished, `jobs` runs at a time, each with its share of the cores and GPUs. A run
+    that fails stops no other; returned is a line for each of those. When this process is told to stop, so are they:
+    each saves where it stands."""
+    free: Queue[dict[str, str]] = Queue()
+    for share in shares(jobs, os.environ, torch.cuda.device_count(), os.cpu_count() or 1):
+        free.put(share)
     running: set[subprocess.Popen[str]] = set()
 
     def work(at: int) -> list[str]:
         if sweep.done(points[at]):
             return []
         print(f"run {at + 1} of {len(points)}: {points[at].folder}", flush=True)
+        share = free.get()
         try:
             run_point(sweep, points[at], os.environ | share, running)
         except UserError as error:
             return list(error.problems)
+        finally:
+            free.put(share)
         return []
 
     with ThreadPoolExecutor(jobs) as pool:
@@ -54,6 +62,20 @@ def run_all(sweep: Sweep, points: Sequence[Point], jobs: int) -> list[str]:
             for process in list(running):
                 process.terminate()
             raise
+
+
+def shares(jobs: int, environment: Mapping[str, str], num_gpus: int, num_cores: int) -> list[dict[str, str]]:
+    """What each of the runs side by side has set: its cores and a GPU of its own, of those that CUDA_VISIBLE_DEVICES
+    names or else of all. With fewer GPUs than jobs they take turns. One run alone is left everything."""
+    if jobs == 1:
+        return [{}]
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    named = map(str, range(num_gpus)) if visible is None else (name.strip() for name in visible.split(","))
+    devices = list(itertools.takewhile(lambda name: name not in ("", "-1"), named))  # CUDA stops there too
+    share = {"OMP_NUM_THREADS": str(max(1, num_cores // jobs))}
+    if not devices:
+        return [share] * jobs
+    return [share | {"CUDA_VISIBLE_DEVICES": devices[at % len(devices)]} for at in range(jobs)]
 
 
 def run_point(sweep: Sweep, point: Point, environment: Mapping[str, str], running: set[subprocess.Popen[str]]) -> None:
