@@ -211,11 +211,11 @@ class Composer(NamedTuple):
         return Built(stage, self.backbone, layout, stage.loaded, data, model)
 
     def _key(self, case: CaseConfig) -> list[str]:
-        """One key for all prompts of a case, so that they are asked of the same rows."""
+        """One key for all prompts of a case, so that they are asked of the same rows: a run's in the first one."""
         if case.source.recipe is not None:  # has a key of its own
             return []
         first = next(iter(case.prompts.values()))
-        return parse_template(first.template, {n: tag.kind for n, tag in self.library.tags.items()}).fields
+        return sorted(parse_template(first.template, {n: tag.kind for n, tag in self.library.tags.items()}).fields)
 
     def _function_tags(self, case: CaseConfig) -> list[str]:
         kinds = {n: tag.kind for n, tag in self.library.tags.items()}

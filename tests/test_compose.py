@@ -11,7 +11,9 @@ import pytest
 import yaml
 
 from tagllm.compose import ComposeConfig, Composer, _require_alike
+from tagllm.config import DataConfig, SplitConfig
 from tagllm.config_file import load_as
+from tagllm.data.dataset import Prompts, prepare
 from tagllm.errors import UserError
 from tagllm.evaluate.answers import _training_mean
 from tagllm.tags import TagLibrary
@@ -66,6 +68,20 @@ def test_controls_are_asked_of_the_same_rows(folder: Path, run: Run, libraries: 
     assert all(line["generated"] == line["prompt"] for line in answers if line["source"] == "copy")
     worked = next(line["prompt"] for line in answers if line["source"] == "examples")
     assert worked.count("\n\n") == 2 and "x" in worked.split("\n\n")[0]
+
+
+def test_rows_to_score_are_those_that_a_run_over_these_columns_holds_out(folder: Path, libraries: list[str]) -> None:
+    """In whatever order a prompt has them."""
+    composer = Composer.open(load_as(ComposeConfig, composed(folder, libraries, {"tags": "{smiles} {kind} <W>"})))
+    held_out = {
+        text: composer._built("case", text, "test").examples("test")[0].row_numbers()
+        for text in ("{smiles} {kind} <W>", "{kind} of {smiles} <W>")
+    }
+    stage = composer._built("case", "{smiles} {kind} <W>", "test").stage
+    by_default = stage.config.data.sources[0].model_copy(update={"split": SplitConfig()})
+    prompts = Prompts(stage.layout(96), composer.backbone.tokenizer, composer.backbone.max_tokens)
+    data = prepare(DataConfig(sources=[by_default]), stage.templates, prompts, folder / "cache", ["test"])
+    assert [data.splits["test"][0].row_numbers()] * 2 == list(held_out.values())
 
 
 def test_worked_examples_are_training_rows_as_they_stand_in_the_prompt(folder: Path, libraries: list[str]) -> None:

@@ -167,7 +167,9 @@ def two_domains(folder: Path, name: str, *templates: str, pool: str = "apart", *
     file = config(folder, name, tags=tags)
     values = yaml.safe_load(file.read_text())
     (source,) = values["data"]["sources"]
-    values["data"]["sources"] = [{**source, "template": template} for template in templates]
+    values["data"]["sources"] = [
+        {**source, "template": template, "split": {"by": ["smiles"]}} for template in templates
+    ]
     file.write_text(yaml.safe_dump(values))
     return file
 
@@ -231,3 +233,10 @@ def test_a_loaded_head_is_asked_in_the_order_of_its_training(folder: Path, run: 
             stage_of_run(load_config(folder / "second-1.yaml"), library, "here")
     bare = replace(library, tags={name: replace(tag, about={}) for name, tag in library.tags.items()})
     stage_of_run(load_config(folder / "second-1.yaml"), bare, "here")  # one that does not know is taken as before
+
+
+def test_predict_asks_in_the_order_of_training(folder: Path, run: Run) -> None:
+    assert run("train", two_domains(folder, "asked", f"{NAME} {SMILES} <W>")).exit_code == 0
+    ask = ("predict", "runs/asked", folder / "rows.csv", folder / "asked.csv", "--template")
+    assert run(*ask, f"{NAME} of {SMILES} weighs <W>").exit_code == 0
+    fails(run(*ask, f"{SMILES} {NAME} <W>"), "template: its fields are of <SMILES>, <Name>", "the same order")

@@ -18,6 +18,7 @@ from tagllm.errors import UserError, did_you_mean
 from tagllm.evaluate.generate import generate
 from tagllm.model.backbone import load_backbone
 from tagllm.model.tagged import TaggedModel
+from tagllm.order import order_problems, trained_with
 from tagllm.tags import Tag, TagLibrary
 from tagllm.template import Template, all_pools, parse_template, pool_of
 
@@ -64,6 +65,10 @@ class Predictor:
         pools = all_pools([self.template], kinds, pool_of(heads.values()))
         layout = TagLayout.of(backbone.vocabulary_size, {n: kinds[n] for n in used}, lengths, [], heads, pools)
         self.model = TaggedModel(backbone.model, used, layout, reads_tokens=False, kernel=backbone.kernel).to(device)
+        if self.spec and self.spec.reads != "last":
+            prompts = trained_with(tags[self.tag], kinds) | {"template": self.template}
+            if problems := order_problems(self.tag, prompts, kinds, pool_of(heads.values())):
+                raise UserError(*problems)
         self.tokenizer, self.device, self.request = backbone.tokenizer, device, request
         source = SourceConfig(path="-", template=str(text), fields=about.get("fields", {}))
         self.encoder = Encoder(self.template, source, layout, backbone.tokenizer, backbone.max_tokens, labelled=False)
