@@ -16,8 +16,9 @@ def order_problems(name: str, prompts: Mapping[str, Template], kinds: Mapping[st
     """What is wrong with prompts, by the places where they stand, in which the head of tag `name` answers."""
     owners = {place: owners_of(template, kinds, pool) for place, template in prompts.items()}
     first = max(owners, key=lambda place: len(owners[place]), default="")
+    there = first.rpartition(": ")[2]  # the file is named in front
     return [
-        f"{place}: its fields are of {', '.join(found)}, those of {first} of {', '.join(owners[first])}; the head of "
+        f"{place}: its fields are of {', '.join(found)}, those of {there} of {', '.join(owners[first])}; the head of "
         f"<{name}> has pool: {pool}, and knows them by their order. Put them in the same order."
         for place, found in owners.items()
         if trade_places(owners[first], found)

@@ -8,7 +8,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from tagllm.config import FieldConfig, RunConfig
+from torch import nn
+
+from tagllm.config import FieldConfig, RunConfig, SourceConfig
 from tagllm.data.collate import Collator
 from tagllm.data.encode import TagLayout
 from tagllm.errors import UserError, did_you_mean
@@ -136,7 +138,12 @@ def _contradictions(stage: Stage, where: str) -> list[str]:
             States.of(spec, layout.pools)
         except UserError as error:
             problems += [f"{where}: tags.{name}.{problem}" for problem in error.problems]
-    problems += _orders(stage, where)
+        if hasattr(nn.ModuleDict(), name):
+            problems.append(
+                f"{where}: tags.{name}: a tag with a head cannot be called {name}, which torch has a meaning for. Give "
+                f"it another name, such as {name.capitalize()}."
+            )
+    problems += [*_orders(stage, where), *_without_effect(config, where)]
     if config.mask == "block" and any(template.has_output for template in stage.templates):
         problems.append(
             f"{where}: mask is block, but a template has {{output}}; text is generated under the causal mask only. Set "
@@ -195,6 +202,29 @@ def _orders(stage: Stage, where: str) -> list[str]:
                 prompts[f"{where}: data.sources.{at}.template"] = template
         problems += order_problems(name, prompts, kinds, pool_of(heads.values()))
     return problems
+
+
+def _without_effect(config: RunConfig, where: str) -> list[str]:
+    """Settings that something else leaves without effect."""
+    problems, sources, patience = list[str](), config.data.sources, config.evaluation.patience
+    if patience is not None and not any(map(_may_validate, sources)):
+        problems.append(
+            f"{where}: evaluation.patience is {patience}, but no source has rows for validation (split.valid is 0 in "
+            "all), so nothing would end the run. Set split.valid, or leave patience out."
+        )
+    if config.data.mix != "given":
+        problems += [
+            f"{where}: data.sources.{at}.weight is {source.weight:g}, but data.mix is {config.data.mix}, which looks "
+            "at no weight. Set data.mix=given, or leave weight out."
+            for at, source in enumerate(sources)
+            if source.weight != 1
+        ]
+    return problems
+
+
+def _may_validate(source: SourceConfig) -> bool:
+    """Recipes and hub data sets may come with such rows, and files that are given by split too."""
+    return source.split.valid > 0 or source.path is None or (isinstance(source.path, dict) and "valid" in source.path)
 
 
 def _cannot_remember(config: RunConfig, where: str) -> str:

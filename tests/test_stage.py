@@ -212,3 +212,53 @@ def test_rows_that_do_not_divide(ranks: int, rows: int, suggested: str) -> None:
 @pytest.mark.parametrize("ranks", [1, 5, 25])
 def test_rows_that_divide(ranks: int) -> None:
     check_world(config({"D": {}}, "<D> {x}"), ranks, "c.yaml")
+
+
+@pytest.mark.parametrize("name", ["type", "half", "train", "values"])
+def test_a_name_that_torch_has_a_meaning_for_is_refused_for_heads_only(name: str) -> None:
+    (problem,) = problems({name: HEAD}, f"{{x}} <{name}>", target="y")
+    assert f"tags.{name}: a tag with a head cannot be called {name}" in problem and name.capitalize() in problem
+    read_stage(config({name: {}}, f"<{name}> {{x}}"), "c.yaml")
+    read_stage(config({name.capitalize(): HEAD}, f"{{x}} <{name.capitalize()}>", target="y"), "c.yaml")
+
+
+def tuned(source: dict[str, Any], **sections: Any) -> RunConfig:
+    """Of two sources, the second one as it is told."""
+    made = config({"D": {}}, "<D> {x}", "<D> {x}").model_dump(exclude_unset=True)
+    made["data"]["sources"][0]["split"] = {"valid": 0.0}
+    made["data"]["sources"][1] |= {"split": {"valid": 0.0}} | source
+    made["data"] |= sections.pop("data", {})
+    return parse_config({**made, **sections}, "c.yaml")
+
+
+PATIENT = {"evaluation": {"patience": 3}}
+
+
+@pytest.mark.parametrize("source", [{}, {"path": {"train": "a.csv", "test": "b.csv"}}])
+def test_patience_without_rows_to_validate_on_is_refused(source: dict[str, Any]) -> None:
+    with pytest.raises(UserError, match=r"^c.yaml: evaluation.patience is 3, but no source has .* Set split.valid"):
+        read_stage(tuned(source, **PATIENT), "c.yaml")
+    read_stage(tuned(source), "c.yaml")
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        {"split": {"valid": 0.2}},
+        {"path": {"train": "a.csv", "valid": "b.csv"}},
+        {"path": None, "hub": "a"},
+        {"path": None, "recipe": "a"},
+    ],
+    ids=str,
+)
+def test_patience_is_taken_where_there_may_be_some(source: dict[str, Any]) -> None:
+    read_stage(tuned(source, **PATIENT), "c.yaml")
+
+
+@pytest.mark.parametrize("mix", ["proportional", "equal"])
+def test_a_weight_that_the_mix_does_not_look_at_is_refused(mix: str) -> None:
+    told = rf"^c.yaml: data.sources.1.weight is 2.5, but data.mix is {mix}, .* Set data.mix=given, or leave weight out"
+    with pytest.raises(UserError, match=told):
+        read_stage(tuned({"weight": 2.5}, data={"mix": mix}), "c.yaml")
+    read_stage(tuned({"weight": 2.5}, data={"mix": "given"}), "c.yaml")
+    read_stage(tuned({"weight": 1.0}, data={"mix": mix}), "c.yaml")

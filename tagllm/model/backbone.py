@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 
 from tagllm.config import BackboneConfig
 from tagllm.errors import UserError
@@ -77,7 +78,7 @@ def load_backbone(config: BackboneConfig, device: torch.device, place: Place | N
     kernel = _kernel(config, device, dtype)
     try:
         model, embedding = load_model(resolve(config.model), dtype, device, config.quantize, place)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:  # the last: a download that was cut off
         raise UserError(_cannot_load(config.model, error)) from None
     if config.gradient_checkpointing:
         checkpoint_layers(model)

@@ -1,7 +1,7 @@
 """The state of a run on disk: a save that is cut off anywhere leaves the state before it, and damage is found.
 
-    checkpoints/step-00000050/state.safetensors   learned rows, heads, moments, RNG states
-                              progress.json       sampler position, counters, best metric
+    checkpoints/step-00000050/state.safetensors   learned rows, heads and their scales, moments; of the best state too
+                              progress.json       counters, the best loss and its step
                               manifest.json       written last: size and sha256 of the two above, and of itself
     checkpoints/.tmp-50-<uuid>/                   a save under way, or a dead one; never read
 
@@ -49,13 +49,14 @@ STATE, PROGRESS, MANIFEST = "state.safetensors", "progress.json", "manifest.json
 
 
 class TrainState(NamedTuple):
-    """All that training needs to go on as if it had never stopped."""
+    """All that training needs to go on as if it had never stopped: which rows a step sees follows from config, data
+    and the number of the step, and nothing in a step is random."""
 
     step: int
     tensors: dict[str, torch.Tensor]
-    """Learned rows, heads, optimizer moments; RNG states as uint8."""
+    """Learned rows, heads, optimizer moments."""
     progress: dict[str, Any]
-    """What JSON can hold, string keys only: sampler position, counters, best metric (which may be inf or NaN)."""
+    """What JSON can hold, string keys only: counters, best loss (which may be inf or NaN)."""
     identity: dict[str, str]
     """Digests of what the run was started with: backbone, tokenizer, data, config."""
 

@@ -77,4 +77,6 @@ _OURS = {
     "zero_optimization.stage": "engine.zero_stage",
     "bf16": "backbone.dtype",
     "fp16": "backbone.dtype",
+    "amp": "backbone.dtype",
+    "torch_autocast": "backbone.dtype",
 }

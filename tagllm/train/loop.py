@@ -6,7 +6,6 @@ import math
 import time
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from torch import Tensor
 
@@ -23,24 +22,12 @@ from tagllm.train.engine import Engine, sharding
 from tagllm.train.gradient_free import FIT_ROWS, GradientFree
 from tagllm.train.monitor import Monitor, peak_memory_gib, row_norms
 from tagllm.train.placement import placed
+from tagllm.train.progress import Progress
 from tagllm.train.ranks import Ranks, SharedError
 from tagllm.train.result import library_of
-from tagllm.train.run_folder import RunFolder
+from tagllm.train.run_folder import RunFolder, writing
 from tagllm.train.signals import EXIT_NOTHING_DONE, EXIT_STOPPED, StopAsked, Stopped, StopRequest
 from tagllm.train.step import Step, Stepper
-
-
-class Progress(NamedTuple):
-    """Where a run stands; goes into every checkpoint."""
-
-    best_loss: float = math.inf
-    best_step: int = -1
-    worse_in_a_row: int = 0
-    done: bool = False
-    skipped: int = 0
-    skipped_in_a_row: int = 0
-    evaluated: int = 0
-    """The last step that was scored on the validation split."""
 
 
 def train(config: RunConfig, where: str, stop: StopRequest) -> Path:
@@ -104,8 +91,7 @@ class Trainer:
         self.at = self.first = self._resume()
         if self.progress.done:
             return
-        self.ranks.on_rank_zero(lambda: self.run.record(self.config, self.built.data))
-        with Monitor(self.run.path, self.total, self.first, self.ranks.rank > 0) as self.monitor:
+        with self._recorded() as self.monitor:
             self.stop.training = True
             if self.first:
                 self.monitor.say(f"going on from step {self.first} of {self.total}")
@@ -114,6 +100,19 @@ class Trainer:
                 self._finish()
             except StopAsked:
                 self._leave()
+
+    def _recorded(self) -> Monitor:
+        """Writes what this run is and opens its log; where rank 0 cannot, all ranks end."""
+        monitor = Monitor(self.run.path, self.total, self.first, silent=True)
+
+        def open_log() -> None:
+            nonlocal monitor
+            with writing(self.run.path):
+                self.run.record(self.config, self.built.data)
+                monitor = Monitor(self.run.path, self.total, self.first, silent=False)
+
+        self.ranks.on_rank_zero(open_log)
+        return monitor
 
     def _train(self) -> None:
         if self.at == 0:
@@ -204,15 +203,11 @@ class Trainer:
         self.monitor.log(self.at, {"memory/peak_gib_all_ranks": peak})
 
         def save() -> None:
-            try:
+            with writing(self.run.library):
                 for split, probe in probes.items():
                     probe.save(self.run.probe(split))
                 library_of(self.built, last, {}, about).save(self.run.last)
                 library_of(self.built, result, heads, about).save(self.run.library)
-            except OSError as error:
-                raise UserError(
-                    f"{self.run.library}: cannot be written: {error}. Make room there and start the same command again."
-                ) from None
 
         self.ranks.on_rank_zero(save)
         self.engine.overwrite(last)

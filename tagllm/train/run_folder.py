@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,17 @@ from tagllm.errors import UserError
 from tagllm.files import json_bytes, read_json, replace_file, write_durably
 from tagllm.origin import origin
 from tagllm.tags import TagLibrary
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """What the operating system refuses in here ends the run, with one line."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot be written: {error}. Make room there and start the same command again."
+        ) from None
 
 
 class RunFolder:

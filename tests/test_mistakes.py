@@ -1,0 +1,70 @@
+"""What is wrong with the machine, or with files of others: one line, and what was there stays."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tagllm.train import run_folder
+from tagllm.train.loop import Trainer
+from tagllm.train.signals import EXIT_STOPPED, StopAsked
+from tests.test_cli import Run, config, fails, folder, run
+
+__all__ = ["folder", "run"]  # fixtures
+
+
+def full(*_: Any, **__: Any) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+@pytest.mark.parametrize("file", ["config.yaml", "metrics.jsonl"])
+def test_a_disk_that_is_full_when_a_run_goes_on_is_told(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, file: str
+) -> None:
+    """And the run goes on once there is room."""
+    made = config(folder, f"full-{file}", checkpoint={"every_steps": 1})
+
+    def stopped(self: Trainer) -> None:
+        raise StopAsked
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_finish", stopped)
+        assert run("train", made).exit_code == EXIT_STOPPED
+    with monkeypatch.context() as patch:
+        patch.setattr(*((run_folder, "write_durably") if file == "config.yaml" else (Path, "write_text")), full)
+        (line,) = fails(run("train", made), f"runs/full-{file}: cannot be written", "No space left", "Make room there")
+        assert "start the same command again" in line
+    assert run("train", made).exit_code == 0
+
+
+def test_weights_that_were_cut_off_are_told(run: Run, folder: Path, tmp_path: Path) -> None:
+    backbone = shutil.copytree(folder / "backbone", tmp_path / "cut")
+    weights = (backbone / "model.safetensors").read_bytes()
+    (backbone / "model.safetensors").write_bytes(weights[: len(weights) // 2])
+    made = config(folder, "cut", backbone__model=str(backbone))
+    (line,) = fails(run("train", made), f"backbone.model is '{backbone}'; this folder cannot be loaded")
+    assert "incomplete metadata" in line
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"zero_optimization": {"no_such_key": 1}}, ["sets zero_optimization.no_such_key to 1", "leave it out"]),
+        ({"zero_optimization": {"reduce_bucket_size": -1}}, ["sets zero_optimization.reduce_bucket_size to -1"]),
+        ({"amp": {"enabled": True}}, ["sets amp to {'enabled': True}; set backbone.dtype in the config instead"]),
+        ({"torch_autocast": {"enabled": True}}, ["sets torch_autocast to", "set backbone.dtype in the config instead"]),
+    ],
+)
+def test_deepspeed_settings_that_cannot_be_are_told(
+    run: Run, folder: Path, settings: dict[str, Any], words: list[str]
+) -> None:
+    file = folder / "deepspeed.json"
+    file.write_text(json.dumps(settings))
+    made = config(folder, "deepspeed", engine={"deepspeed": str(file), "zero_stage": 0})
+    (line,) = fails(run("train", made), *words)
+    assert line.startswith(f"error: engine.deepspeed: {file} sets ")
