@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from tagllm.errors import UserError
 from tagllm.model.linear import FrozenLinear
@@ -127,3 +127,29 @@ def test_floats_of_any_usual_width_are_loaded(dtype: torch.dtype, tmp_path: Path
     save_file({n: t.to(dtype) for n, t in tensors.items()}, tmp_path / "model.safetensors", {"format": "pt"})
     found, _ = load_model(name, torch.float32, CPU)
     assert all(found.get_parameter(n).equal(t.to(dtype).float()) for n, t in tensors.items())
+
+
+def test_experts_in_one_tensor_are_not_called_quantised(tmp_path: Path) -> None:
+    made = Qwen3MoeConfig(
+        vocab_size=96, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, head_dim=8,
+        num_experts=4, num_experts_per_tok=2, moe_intermediate_size=64,
+    )  # fmt: skip
+    AutoModelForCausalLM.from_config(made).save_pretrained(tmp_path)
+    with pytest.raises(
+        UserError, match=r"^backbone\.quantize is nf4, but only 11% of the decoder .*\(qwen3_moe\).* 90%"
+    ):
+        load_model(str(tmp_path), torch.float32, CPU, "nf4")
+    load_model(str(tmp_path), torch.float32, CPU)
+
+
+def test_it_is_told_where_sharding_needs_the_whole_model_first(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tiny.plain_backbone()
+    model.config.save_pretrained(tmp_path)
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    for place, told in ((None, False), (lambda _: None, True)):
+        load_model(str(tmp_path), torch.float32, CPU, place=place)
+        assert ("every rank holds all of it on the host, 0.0 GiB" in capsys.readouterr().out) == told
+    load_model(saved(tmp_path / "safe"), torch.float32, CPU, place=lambda _: None)
+    assert "warning" not in capsys.readouterr().out

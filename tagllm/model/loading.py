@@ -4,6 +4,7 @@ read, so that no rank ever holds more than its own part and the tensor at hand."
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -18,6 +19,9 @@ from tagllm.model.allocator import return_freed_memory
 from tagllm.model.frozen import make_frozen_aware
 from tagllm.model.linear import FrozenLinear
 from tagllm.model.quantize import quantised
+
+QUANTISED_AT_LEAST = 0.9
+"""Of the decoder's weights; of Llama's, maps are .9999."""
 
 Place = Callable[[nn.Module], None]
 """Called with each module as soon as its own weights are there: shards them."""
@@ -75,16 +79,18 @@ def load_model(
 
     Raises:
         OSError, ValueError, ImportError: transformers cannot make it.
-        UserError: its weights are quantised already, or are not those of its config.
+        UserError: its weights are quantised already, are not those of its config, or cannot be quantised here.
     """
     from transformers import GenerationConfig
 
     return_freed_memory()
     model = skeleton(name, dtype)
+    if quantize != "none":
+        _refuse_unquantisable(name, model, quantize)
     with suppress(OSError):
         model.generation_config = GenerationConfig.from_pretrained(name)
     _make_buffers(model, device)
-    weights = _weights(name, model)
+    weights = _weights(name, model, place is not None)
     table = model.get_input_embeddings().weight
     table_name = next(n for n, parameter in model.named_parameters() if parameter is table)
     _fill(model, weights, dtype, device, quantize, place)
@@ -123,15 +129,40 @@ def _refuse_quantised(name: str, config: Any) -> None:
             )
 
 
-def _weights(name: str, model: Any) -> Weights:
+def _refuse_unquantisable(name: str, model: Any, quantize: Quantization) -> None:
+    """Only linear maps are quantised; experts in one tensor of three dimensions, nearly all of a model, are none."""
+    tables = {id(p) for module in model.modules() if isinstance(module, nn.Embedding) for p in module.parameters()}
+    total = sum(p.numel() for p in model.base_model.parameters() if id(p) not in tables)
+    maps = sum(m.weight.numel() for m in model.base_model.modules() if isinstance(m, FrozenLinear))
+    if maps < QUANTISED_AT_LEAST * total:
+        raise UserError(
+            f"backbone.quantize is {quantize}, but only {maps / total:.0%} of the decoder of {name} "
+            f"({model.config.model_type}) are linear maps, which alone are quantised; at least "
+            f"{QUANTISED_AT_LEAST:.0%} must be. Set backbone.quantize=none and shard it (engine.zero_stage=3), or take "
+            "a model without experts."
+        )
+
+
+def _weights(name: str, model: Any, sharded: bool) -> Weights:
     """The files themselves; where they name tensors otherwise, or are no safetensors, what transformers makes of it."""
     from transformers import AutoModelForCausalLM
 
     found = SafeTensors(_local(name), model.base_model_prefix)
     if all(any(alias in found for alias in aliases) for aliases in _aliases(model)):
         return found
+    if sharded and os.environ.get("RANK", "0") == "0":
+        print(
+            f"warning: {name}: its files name tensors otherwise than the model, or are no safetensors, so while it "
+            f"loads every rank holds all of it on the host, {_gib(model):.1f} GiB. Start fewer ranks per node if that "
+            "is too much.",
+            flush=True,
+        )
     whole: dict[str, Tensor] = AutoModelForCausalLM.from_pretrained(name, dtype="auto").state_dict()
     return whole
+
+
+def _gib(model: nn.Module) -> float:
+    return sum(p.numel() * p.itemsize for p in model.parameters()) / 2**30
 
 
 def _local(name: str) -> Path:
