@@ -180,7 +180,8 @@ class SplitConfig(Section):
     """The split of a row is a pure function of (seed, key), so it never moves when rows are added."""
 
     by: Columns = []
-    """The columns that make the key (a molecule, a protein, a pair); empty: all fields of the template."""
+    """The columns that make the key (a molecule, a protein, a pair); empty: a recipe's own key, or all fields of the
+    template, by name."""
     seed: int = 0
     valid: Share = 0.1
     test: Share = 0.1

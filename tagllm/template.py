@@ -178,6 +178,15 @@ def owners_of(template: Template, kinds: Mapping[str, str], pool: Pool) -> tuple
     return () if pool == "together" else tuple(owner_of.values())
 
 
+def behind_one_tag(template: Template, kinds: Mapping[str, str]) -> list[list[str]]:
+    """Columns of fields that stand behind the same domain tag, of each tag with several."""
+    columns: dict[str, list[str]] = {}
+    for field in dict.fromkeys(_pooled(template, kinds)):
+        if field is not None and field.tag is not None:
+            columns.setdefault(field.tag, []).append(field.column)
+    return [some for some in columns.values() if len(some) > 1]
+
+
 def written(value: Any, config: FieldConfig) -> str:
     """The value of a column as text, empty where there is none.
 

@@ -9,12 +9,9 @@ import pytest
 from scipy.sparse import csr_matrix
 from sklearn.ensemble import HistGradientBoostingRegressor
 
-from tagllm.config import HeadConfig
 from tagllm.evaluate.classical import Problem, Table, boosting, classical_baselines, kind_of
-from tagllm.evaluate.held_out import fields_that_trade
 from tagllm.evaluate.metrics import concordance, value_metrics
 from tagllm.evaluate.ridge import Rows
-from tagllm.template import parse_template
 
 MOLECULES = ["CCO", "CCN", "CCCCCC", "c1ccccc1", "c1ccccc1O", "CC(=O)O", "CC(C)C", "C1CCCCC1", "CCCl", "O=C=O"]
 RANDOM = np.random.default_rng(0)
@@ -69,14 +66,6 @@ def test_columns_that_trade_places_tell_the_same() -> None:
     assert r2["field_means"] > 0.95 and r2["ridge_fingerprints"] > 0.9 and r2["nearest_row"] > 0.99
     apart = classical_baselines(Table(fields(seen), targets), nothing, other_way)
     assert value_metrics(apart["field_means"], targets, classes=False)["r2"] < 0.1
-
-
-def test_fields_trade_places_where_the_head_takes_them_for_the_same() -> None:
-    kinds = {"D": "domain", "P": "domain", "T": "function"}
-    template = parse_template("on {line}: <D> {a} <D> {b} <P> {p} <T>", kinds)
-    alike = HeadConfig(reads="both", pool="each", symmetric=True, kernel="anova")
-    assert fields_that_trade(template, kinds, {"T": alike}) == [["a", "b"]]
-    assert fields_that_trade(template, kinds, {"T": HeadConfig(reads="both")}) == []
 
 
 def test_numbers_are_numbers_and_what_never_recurs_is_text() -> None:

@@ -46,6 +46,11 @@ def train(config: RunConfig, ranks: Ranks) -> tuple[Built, Engine, str]:
     return built, engine, before
 
 
+def memories() -> list[PrefixMemory]:
+    """All of this process."""
+    return [one for one in gc.get_objects() if isinstance(one, PrefixMemory)]
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     """Stage 1 learns a domain tag; stage 2 loads it and learns a function tag with a head."""
@@ -66,10 +71,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
     }
     labelled = {**source, "template": f"{source['template']}. Its size is <Size>", "target": "size"}
     second = {"output": str(folder / "2"), "tags": tags, "data": {"sources": [labelled]}, **common}
-    remembered = list[int]()
+    remembered, of_other_tests = list[int](), memories()
 
     def fit(*arguments: Any) -> Head:
-        remembered.append(sum(one.used_host for one in gc.get_objects() if isinstance(one, PrefixMemory)))
+        remembered.append(sum(one.used_host for one in memories() if not any(one is other for other in of_other_tests)))
         return fit_head(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:

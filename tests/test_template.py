@@ -17,6 +17,7 @@ from tagllm.template import (
     TAG,
     TEXT,
     Part,
+    behind_one_tag,
     field_text,
     fit,
     marks_of,
@@ -234,3 +235,10 @@ def test_fit(fields: Sequence[tuple[int, str]], budget: int) -> None:
         assert budget - sum(lengths) < len(cut), "one more token each would not fit"
     else:
         assert fitted == whole
+
+
+def test_fields_behind_one_tag() -> None:
+    kinds = {"D": "domain", "P": "domain", "T": "function"}
+    template = parse_template("on {line}: <D> {a} <D> {b} <D> {a} <P> {p} <T>", kinds)
+    assert behind_one_tag(template, kinds) == [["a", "b"]]
+    assert behind_one_tag(parse_template("<D> {a} {b} <T>", kinds), kinds) == []

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from tagllm.baselines.record import add_trained
-from tagllm.config import HeadConfig, RunConfig, Split
+from tagllm.config import RunConfig, Split
 from tagllm.data.dataset import Data
 from tagllm.errors import UserError
 from tagllm.evaluate.ablate import ablations
@@ -27,7 +27,7 @@ from tagllm.head import fields_alone
 from tagllm.origin import origin
 from tagllm.stage import stage_of_run
 from tagllm.tags import Tag, TagLibrary
-from tagllm.template import Template, pools_of
+from tagllm.template import behind_one_tag
 from tagllm.train.build import Built, build, new_tag
 from tagllm.train.gradient_free import FIT_ROWS
 from tagllm.train.monitor import peak_memory_gib
@@ -155,19 +155,9 @@ def _classical(built: Built, split: Split) -> dict[str, Floats]:
     template = built.stage.templates[labelled[0]]
     names = template.fields
     known = Table(train.fields(names), train.targets()), Table(valid.fields(names), valid.targets())
-    trading = fields_that_trade(template, built.layout.kinds, built.layout.heads)
+    symmetric = any(head.symmetric for head in built.layout.heads.values())
+    trading = behind_one_tag(template, built.layout.kinds) if symmetric else []
     return classical_baselines(*known, held_out.fields(names), trading)
-
-
-def fields_that_trade(template: Template, kinds: Mapping[str, str], heads: Mapping[str, HeadConfig]) -> list[list[str]]:
-    """Names of fields that a `symmetric` head of this prompt takes for the same: those behind one domain tag."""
-    if not any(heads[name].symmetric for name in template.tags if name in heads):
-        return []
-    behind = dict[int, list[str]]()
-    for part, pool in zip(template.parts, pools_of(template, kinds, "apart"), strict=True):
-        if pool and part.value not in behind.setdefault(pool, []):
-            behind[pool].append(part.value)
-    return [names for names in behind.values() if len(names) > 1]
 
 
 def _score_tokens(evaluation: Evaluation, results: dict[str, Any], controls: Sequence[Path]) -> None:

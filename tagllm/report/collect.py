@@ -117,12 +117,12 @@ def _swept(file: Path) -> Swept:
 
 def metrics_of(rows: dict[str, Metrics]) -> list[str]:
     """Those of the tables, in their order; of several heads, one head after the other."""
-    there = sorted({name for metrics in rows.values() for name in metrics if measured(name) in SHOWN})
-    return sorted(there, key=lambda name: (name.rpartition("/")[0], SHOWN.index(measured(name))))
+    there = sorted({name for metrics in rows.values() for name in metrics if without_head(name) in SHOWN})
+    return sorted(there, key=lambda name: (name.rpartition("/")[0], SHOWN.index(without_head(name))))
 
 
-def measured(name: str) -> str:
-    """What a metric is, without the name of its head (`QED/mse`)."""
+def without_head(name: str) -> str:
+    """The name of a metric where that of its head stands in front (`QED/mse`)."""
     return name.rpartition("/")[2]
 
 

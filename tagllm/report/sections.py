@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
-from tagllm.report.collect import HIGHER_IS_BETTER, Composed, Interval, Metrics, Run, Swept, measured, metrics_of
+from tagllm.report.collect import HIGHER_IS_BETTER, Composed, Interval, Metrics, Run, Swept, metrics_of, without_head
 from tagllm.report.figures import changes, dots, learning_curves, predicted_against_true, tag_similarity
 from tagllm.report.paper import published_of
 from tagllm.sweep.summary import digits, over_seeds
@@ -178,7 +178,7 @@ def _table(
 
 
 def _best(metric: str, values: Sequence[float]) -> float:
-    return max(values) if measured(metric) in HIGHER_IS_BETTER else min(values)
+    return max(values) if without_head(metric) in HIGHER_IS_BETTER else min(values)
 
 
 def _headline(rows: Mapping[str, Metrics]) -> str:
@@ -231,7 +231,7 @@ def _origin(document: Mapping[str, Any]) -> str:
 def _of_runs(combinations: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for one in combinations:
-        for folder, held in zip(one["folders"], one.get("origins", []), strict=False):
+        for folder, held in zip(one["folders"], one.get("origins", []), strict=False):  # sweeps of before have none
             trained = held.get("training", {})
             by = f"; trained by `{trained['command']}`, commit {trained['commit']}" if "command" in trained else ""
             lines.append(f"{folder}: {_line(held)[:-1]}{by}")

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pydantic import ValidationError
+
 from tagllm.config import EngineConfig, OptimConfig
 from tagllm.errors import UserError
 from tagllm.train.ranks import Ranks
@@ -15,7 +17,11 @@ PERSIST_ELEMENTS = 100_000  # tags, heads, norms and scales stay resident; "auto
 
 
 def settings(optim: OptimConfig, engine: EngineConfig, ranks: Ranks) -> dict[str, Any]:
-    """Raises UserError where the user's JSON cannot be read or contradicts the config."""
+    """
+    Raises:
+        UserError: the user's JSON cannot be read, contradicts the config, or has a key or value of ZeRO that DeepSpeed
+            does not know.
+    """
     num_micro_batches = optim.rows_per_step // (optim.rows_per_micro_batch * ranks.size)
     own = {
         "train_batch_size": num_micro_batches * ranks.size,
@@ -35,7 +41,24 @@ def settings(optim: OptimConfig, engine: EngineConfig, ranks: Ranks) -> dict[str
     }
     if engine.deepspeed is None:
         return own
-    return _merged(own, _read_deepspeed(engine.deepspeed), engine.deepspeed)
+    found = _merged(own, _read_deepspeed(engine.deepspeed), engine.deepspeed)
+    _require_known(found["zero_optimization"], engine.deepspeed)
+    return found
+
+
+def _require_known(zero: dict[str, Any], where: str) -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    try:
+        DeepSpeedZeroConfig(**zero)
+    except ValidationError as error:
+        raise UserError(
+            *(
+                f"engine.deepspeed: {where} sets zero_optimization.{'.'.join(map(str, one['loc']))} to "
+                f"{one['input']!r}; DeepSpeed says: {one['msg']}. Mend it, or leave it out."
+                for one in error.errors()
+            )
+        ) from None
 
 
 def _read_deepspeed(path: str) -> dict[str, Any]:

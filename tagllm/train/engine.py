@@ -13,12 +13,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import Tensor, nn
 
 from tagllm.config import EngineConfig, OptimConfig
 from tagllm.data.batch import Batch
-from tagllm.errors import UserError
 from tagllm.model.loading import Place
 from tagllm.model.tagged import Output, TaggedModel
 from tagllm.train.contact import limit_all_groups
@@ -34,7 +32,7 @@ def sharding(optim: OptimConfig, config: EngineConfig, ranks: Ranks) -> Place | 
         return None
     deepspeed = _deepspeed()
     deepspeed.init_distributed(dist_init_required=False)
-    how = _settings(optim, config, ranks)
+    how = settings(optim, config, ranks)
     group = ranks.of_my_node() if config.shard_over == "node" else None
 
     def place(module: nn.Module) -> None:
@@ -61,7 +59,7 @@ class Engine:
         groups = [group for group in groups if group["params"]]  # an empty group crashes ZeRO
         optimizer = torch.optim.AdamW(groups, betas=optim.betas, weight_decay=optim.weight_decay, foreach=False)
         self._engine, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=_settings(optim, config, ranks), dist_init_required=False
+            model=model, optimizer=optimizer, config=settings(optim, config, ranks), dist_init_required=False
         )
         limit_all_groups(config.timeout_s)
         self._names = {id(p): name for name, p in model.named_parameters() if p.requires_grad}
@@ -207,27 +205,6 @@ def _deepspeed() -> Any:
     # Compiled at every first start (two minutes, and a crash without a compiler) for a call we never make.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed
-
-
-def _settings(optim: OptimConfig, config: EngineConfig, ranks: Ranks) -> dict[str, Any]:
-    """
-    Raises:
-        UserError: as `settings`, or DeepSpeed does not know a key of ZeRO or its value.
-    """
-    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-
-    found = settings(optim, config, ranks)
-    try:
-        DeepSpeedZeroConfig(**found["zero_optimization"])
-    except ValidationError as error:
-        raise UserError(
-            *(
-                f"engine.deepspeed: {config.deepspeed} sets zero_optimization.{'.'.join(map(str, one['loc']))} to "
-                f"{one['input']!r}; DeepSpeed says: {one['msg']}. Mend it, or leave it out."
-                for one in error.errors()
-            )
-        ) from None
-    return found
 
 
 def _learned(module: nn.Module) -> list[nn.Parameter]:
