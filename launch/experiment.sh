@@ -11,7 +11,7 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 name=${1:?"name an experiment: qed, descriptor, isoelectric_point, molecular_weight, binding_affinity, drug_combination, synergy_loewe, translate"}
 seeds=${SEEDS:-3} jobs=${JOBS:-1} tune=${TUNE:-} out=${OUT:-results/$name}
-methods=()
+cores=$(nproc) methods=()
 if [[ $name != translate ]]; then read -r -a methods <<<"${BASELINES-prompt_tuning lora}"; fi # those have a head
 if [[ -x .venv/bin/python ]]; then python=.venv/bin/python; else python=python3; fi
 tagllm() { "$python" -m tagllm "$@"; }
@@ -38,7 +38,7 @@ esac
 if [[ " ${domains[*]} " == *" 1_protein "* ]]; then prepare mmseqs-proteins "$proteins"; fi
 for domain in "${domains[@]}"; do tagllm train "configs/offline/$domain.yaml"; done
 
-# Stages 2 and 3: every seed; what is trained on the same rows, for the first; prompts without training, for each.
+# Stages 2 and 3: every seed; what is trained on the same rows, in the first one's folder; prompts without training.
 runs=("runs/offline/$config")
 tagllm sweep "configs/offline/$config.yaml" --seeds "$seeds" --jobs "$jobs" ${tune:+--tune "$tune"}
 newest='import json, pathlib, sys; files = pathlib.Path(sys.argv[1]).glob("sweep*.json")
@@ -46,7 +46,11 @@ found = json.loads(max(files, key=lambda file: file.stat().st_mtime).read_text()
 print(*found["combinations"][0]["folders"], sep="\n")'
 folders=$("$python" -c "$newest" "${runs[0]}")
 mapfile -t of_seeds <<<"$folders"
-for method in "${methods[@]}"; do tagllm baseline "${runs[0]}/${of_seeds[0]}" --method "$method"; done
+if ((${#methods[@]})); then (
+    if ((jobs > 1)); then export OMP_NUM_THREADS=$((cores > jobs ? cores / jobs : 1)); fi # as the sweep's runs have
+    printf '%s\0' "${methods[@]}" | xargs -0 -P "$jobs" -I {} \
+        "$python" -m tagllm baseline "${runs[0]}/${of_seeds[0]}" --method {} --seeds "$seeds"
+); fi
 composed=configs/offline/4_$name.yaml
 if [[ -f $composed ]]; then
     libraries=$(printf 'runs/offline/%s/library, ' "${domains[@]}")

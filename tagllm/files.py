@@ -168,13 +168,15 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
 
 class RunLock:
     """One writer per run folder: `with RunLock(run): ...`. The kernel frees it when the process dies, however it does.
+    With `wait` it waits for another one to leave: for what is written in a moment.
 
     Raises:
         UserError: on entering, if another process holds it (named by host and pid), or the folder cannot be locked.
     """
 
-    def __init__(self, run: Path) -> None:
+    def __init__(self, run: Path, wait: bool = False) -> None:
         self.path = run / ".lock"
+        self._operation = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
         self._file = -1
 
     def __enter__(self) -> Self:
@@ -183,7 +185,7 @@ class RunLock:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
             _held.add(self._file)
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._file, self._operation)
             os.ftruncate(self._file, 0)
             os.pwrite(self._file, json_bytes({"host": socket.gethostname(), "pid": os.getpid()}), 0)
         except BlockingIOError:

@@ -18,6 +18,7 @@ from tagllm.baselines.train import Clock, _warming_up, errors, refit, see, step
 from tagllm.config import BackboneConfig, OptimConfig
 from tagllm.evaluate.closed_form import fit_head
 from tagllm.evaluate.ridge import Rows
+from tagllm.files import RunLock
 from tagllm.head import Head
 from tagllm.train.gradient_free import FIT_ROWS
 from tagllm.train.schedule import lr_factor
@@ -57,6 +58,9 @@ def test_every_method_stands_beside_the_tag(finished: Path, run: Run) -> None:
         assert len(finals) == 2 and all(one["test_rows"] == results["rows"] for one in finals)
         mean = sum(one["metrics"]["mse"] for one in finals) / 2
         assert found["metrics"]["mse"] == pytest.approx(mean)
+        if len({one["metrics"]["mse"] for one in finals}) == 2:
+            half = 12.7062 * abs(finals[0]["metrics"]["mse"] - mean)  # Student's t, one degree of freedom
+            assert found["intervals"]["mse"] == pytest.approx([mean - half, mean + half], rel=1e-4)
         assert results["baselines"][method.name] == found["metrics"]
 
 
@@ -69,6 +73,13 @@ def test_what_is_done_is_not_done_again_and_other_settings_are_refused(finished:
     assert now["tuning"] == then["tuning"] and now["final"] == then["final"]
     other = run("baseline", finished, "--lr", "1e-3", "--budget-s", "9", "--method", "lora")
     fails(other, "lora.json", "budget_s 0.5 and not 9")
+
+
+def test_methods_train_side_by_side_and_each_has_one_writer(finished: Path, run: Run) -> None:
+    with RunLock(finished / "baselines" / "lora"):
+        told = run("baseline", finished, *QUICK, "--method", "prompt_tuning")
+        assert told.exit_code == 0, told.output
+        fails(run("baseline", finished, *QUICK, "--method", "lora"), "baselines/lora", "another process is writing")
 
 
 def test_fits_see_no_more_rows_than_asked(finished: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ import os
 import pickle
 import random
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -153,6 +154,22 @@ def test_lock_is_refused_while_held_and_names_the_holder(tmp_path: Path) -> None
         RunLock(tmp_path).__enter__()
     with RunLock(tmp_path):
         pass
+
+
+def test_lock_can_wait_for_its_holder(tmp_path: Path) -> None:
+    left: list[str] = []
+
+    def second() -> None:
+        with RunLock(tmp_path, wait=True):
+            left.append("second")
+
+    waiting = threading.Thread(target=second)
+    with RunLock(tmp_path):
+        waiting.start()
+        waiting.join(0.2)
+        left.append("first")
+    waiting.join(10)
+    assert left == ["first", "second"]
 
 
 def test_lock_is_taken_over_when_its_holder_was_killed_though_its_workers_live(tmp_path: Path) -> None:

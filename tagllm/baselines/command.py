@@ -9,8 +9,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from tagllm.baselines.adapt import ALPHA, RANK, Adapted, require_peft
 from tagllm.baselines.methods import METHODS, Method
 from tagllm.baselines.record import FOLDER, Record, update_results
@@ -22,9 +20,9 @@ from tagllm.evaluate.metrics import intervals, value_metrics
 from tagllm.files import RunLock
 from tagllm.head import Head
 from tagllm.origin import origin
+from tagllm.sweep.summary import bounds, over_seeds
 from tagllm.train.gradient_free import FIT_ROWS
 from tagllm.train.monitor import peak_memory_gib
-from tagllm.train.run_folder import read_config
 
 
 class Request(NamedTuple):
@@ -54,7 +52,8 @@ def read_rates(text: str) -> list[float]:
 
 
 def run_baselines(run: Path, request: Request) -> None:
-    """Trains what is not done yet and writes RUN/baselines/METHOD.json (and RUN/results.json, if it is there).
+    """Trains what is not done yet and writes RUN/baselines/METHOD.json (and RUN/results.json, if it is there). Several
+    processes can train a method each.
 
     Raises:
         UserError: an unknown method, a run that has nothing to compare, other settings than before, several ranks.
@@ -64,12 +63,11 @@ def run_baselines(run: Path, request: Request) -> None:
     if (size := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise UserError(f"baseline: WORLD_SIZE is {size}; baselines train in one process. Start it without a launcher.")
     require_peft()
-    read_config(run)  # before a folder is made
-    with RunLock(run / FOLDER):
-        task = open_task(run)
-        for method in _methods(task, request.methods):
+    task = open_task(run)
+    for method in _methods(task, request.methods):
+        with RunLock(run / FOLDER / method.key):
             _compare(task, method, request)
-            update_results(run)
+        update_results(run)
 
 
 def _methods(task: Task, names: Sequence[str]) -> list[Method]:
@@ -83,7 +81,8 @@ def _methods(task: Task, names: Sequence[str]) -> list[Method]:
 
 
 def _compare(task: Task, method: Method, request: Request) -> None:
-    """One method: every rate on validation, then the best one in full, then (only then) the test rows."""
+    """One method: every rate on validation, then the best one in full, then (only then) the test rows. Of several seeds
+    metrics are the mean and intervals are Student's t; of one, intervals are over the rows."""
     budget_s = task.seconds if request.budget_s is None else request.budget_s
     virtual = request.virtual or task.virtual
     learns = {"virtual": virtual, "init": "SAMPLE_VOCAB"} if method.virtual else {"rank": RANK, "alpha": ALPHA}
@@ -111,11 +110,12 @@ def _compare(task: Task, method: Method, request: Request) -> None:
     if at_edge:
         print(f"{method.name}: {best:g} is the {'lowest' if best == rates[0] else 'highest'} rate tried; see --lr")
     finals = [_final(task, method, request, record, best, task.config.seed + k) for k in range(request.seeds)]
-    metrics = {name: float(np.mean([one["metrics"][name] for one in finals])) for name in finals[0]["metrics"]}
+    of_seeds = over_seeds([one["metrics"] for one in finals])
+    metrics = {name: mean for name, (mean, _) in of_seeds.items()}
     record.finish(
         {
             "lr": best, "lr_at_edge": at_edge, "seeds": request.seeds, "metrics": metrics,
-            "intervals": finals[0]["intervals"], **origin(), "peft": metadata.version("peft"),
+            "intervals": finals[0]["intervals"] | bounds(of_seeds), **origin(), "peft": metadata.version("peft"),
             "dtype": str(task.backbone.model.dtype).removeprefix("torch."),
         }
     )  # fmt: skip
@@ -124,7 +124,7 @@ def _compare(task: Task, method: Method, request: Request) -> None:
 
 
 def _final(task: Task, method: Method, request: Request, record: Record, rate: float, seed: int) -> dict[str, Any]:
-    """Trained in full and scored on the test rows; the first of the run's own seed has the intervals."""
+    """Trained in full and scored on the test rows; intervals are over these."""
     key = f"lr={rate},seed={seed}"
     entry = record.entry("final", key)
     if entry is None:

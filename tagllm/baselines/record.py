@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tagllm.errors import UserError
-from tagllm.files import json_bytes, read_json, replace_file, write_durably
+from tagllm.files import RunLock, json_bytes, read_json, replace_file, write_durably
 
 FOLDER = "baselines"
 
@@ -62,12 +62,13 @@ def add_trained(results: dict[str, Any], run: Path) -> None:
 
 
 def update_results(run: Path) -> None:
-    """RUN/results.json, if `tagllm eval` has written it already."""
+    """RUN/results.json, if `tagllm eval` has written it already. Other methods may end at the same time."""
     file = run / "results.json"
-    if file.is_file():
-        results = read_json(file)
-        add_trained(results, run)
-        _write(file, results)
+    with RunLock(run / FOLDER, wait=True):
+        if file.is_file():
+            results = read_json(file)
+            add_trained(results, run)
+            _write(file, results)
 
 
 def _write(file: Path, value: dict[str, Any]) -> None:

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from tagllm.report.collect import HIGHER_IS_BETTER, Composed, Interval, Metrics, Run, Swept, metrics_of, without_head
 from tagllm.report.figures import changes, dots, learning_curves, predicted_against_true, tag_similarity
 from tagllm.report.paper import published_of
-from tagllm.sweep.summary import digits, over_seeds
+from tagllm.sweep.summary import bounds, digits, over_seeds
 
 TEXTS = 3
 """Generated texts that are shown of a prompt."""
@@ -143,11 +143,7 @@ def _of_sweep(sweep: Swept) -> Section:
 
 def _means_and_spread(rows: Mapping[str, Mapping[str, tuple[float, float | None]]]) -> MeansAndSpread:
     means = {label: {name: mean for name, (mean, _) in metrics.items()} for label, metrics in rows.items()}
-    spread = {
-        label: {name: (mean - half, mean + half) for name, (mean, half) in metrics.items() if half is not None}
-        for label, metrics in rows.items()
-    }
-    return means, spread
+    return means, {label: bounds(metrics) for label, metrics in rows.items()}
 
 
 def _intervals_of_example(sweep: Swept) -> Mapping[str, Mapping[str, Interval]]:

@@ -54,6 +54,11 @@ def over_seeds(metrics: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, f
     return {name: _interval([float(one[name]) for one in metrics]) for name in names}
 
 
+def bounds(spread: Mapping[str, tuple[float, float | None]]) -> dict[str, tuple[float, float]]:
+    """Both ends of each interval that there is, of what `over_seeds` returns."""
+    return {name: (mean - half, mean + half) for name, (mean, half) in spread.items() if half is not None}
+
+
 def write_summary(sweep: Sweep, found: Sequence[Summary]) -> None:
     """OUTPUT/sweep.json, or sweep_KEY.json of one that varies this key."""
     about = {"run": sweep.output.name, "seeds": list(range(sweep.seeds)), "tuned": sweep.tuned and sweep.tuned[0]}
