@@ -56,6 +56,8 @@ def test_weights_that_were_cut_off_are_told(run: Run, folder: Path, tmp_path: Pa
     [
         ({"zero_optimization": {"no_such_key": 1}}, ["sets zero_optimization.no_such_key to 1", "leave it out"]),
         ({"zero_optimization": {"reduce_bucket_size": -1}}, ["sets zero_optimization.reduce_bucket_size to -1"]),
+        ({"zero_optimisation": {}}, ["sets zero_optimisation, which DeepSpeed passes by; it reads zero_optimization."]),
+        ({"bfloat16": {"enabled": True}}, ["sets bfloat16 to", "set backbone.dtype in the config instead"]),
         ({"amp": {"enabled": True}}, ["sets amp to {'enabled': True}; set backbone.dtype in the config instead"]),
         ({"torch_autocast": {"enabled": True}}, ["sets torch_autocast to", "set backbone.dtype in the config instead"]),
     ],

@@ -258,3 +258,23 @@ def test_two_keys_of_the_same_rows_are_refused(one: Any, two: Any, given_splits:
 )
 def test_keys_that_hold_out_the_same_or_were_chosen(one: Any, two: Any, given_splits: tuple[Split, ...]) -> None:
     check_keys(*sources(one, two), [given_splits] * 2)
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "given_splits", "told"),
+    [
+        ({"seed": 1}, {}, (), "has split.seed 0, split.valid 0.1, split.test 0.1, .* has split.seed 1, split.valid"),
+        ({"test": 0.2}, {}, (), "split.test 0.1, .* split.test 0.2; what one holds out the other would train on. Set"),
+        ({"by": "id", "seed": 1}, {"by": "id"}, ("test",), "has split.seed 0, split.valid 0.1, and data.sources.0"),
+    ],
+)
+def test_other_draws_of_the_same_rows_are_refused(
+    one: Any, two: Any, given_splits: tuple[Split, ...], told: str
+) -> None:
+    found, templates = sources({"template": DE, "split": one}, {"template": DE, "split": two})
+    with pytest.raises(UserError, match=f"data.sources.1: .*{told}"):
+        check_keys(found, templates, [given_splits] * 2)
+
+
+def test_shares_of_splits_that_are_given_are_never_drawn() -> None:
+    check_keys(*sources({"template": DE, "split": {"test": 0.3}}, {"template": DE}), [("test",)] * 2)

@@ -22,7 +22,7 @@ from tagllm.errors import UserError
 from tagllm.sweep import run as running
 from tagllm.sweep.points import Point, Sweep
 from tagllm.sweep.run import shares
-from tagllm.sweep.summary import digits, summaries
+from tagllm.sweep.summary import bounds, digits, over_seeds, summaries
 from tests import tiny
 from tests.distributed.launch import wait_until
 
@@ -123,6 +123,19 @@ def test_intervals_are_students(config: Path) -> None:
     low, high = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
     assert found.runs == 3, "the fourth is not finished"
     assert found.metrics["mse"] == pytest.approx((np.mean(values), (high - low) / 2))
+
+
+def test_intervals_stay_within_what_a_metric_can_be() -> None:
+    spread = over_seeds(
+        [{"QED/mse": m, "accuracy": a, "r2": m - 1, "pearson": -a} for m, a in ((0.1, 0.9), (0.3, 1.0))]
+    )
+    half = 12.7062 * 0.1
+    found = bounds(spread | {"of one": (0.5, None)})
+    assert list(found) == ["QED/mse", "accuracy", "r2", "pearson"]
+    assert found["QED/mse"] == pytest.approx((0, 0.2 + half), rel=1e-4)
+    assert found["accuracy"] == pytest.approx((0.95 - half / 2, 1), rel=1e-4)
+    assert found["r2"] == pytest.approx((-0.8 - half, -0.8 + half), rel=1e-4)
+    assert found["pearson"] == pytest.approx((-1, -0.95 + half / 2), rel=1e-4)
 
 
 def test_what_all_seeds_have_alike_has_no_interval_over_them(config: Path) -> None:

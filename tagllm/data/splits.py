@@ -47,8 +47,8 @@ def keys_of(table: datasets.Dataset, by: Sequence[str]) -> list[str]:
 def check_keys(
     sources: Sequence[SourceConfig], templates: Sequence[Template], given: Sequence[Collection[Split]]
 ) -> None:
-    """Two sources that draw held-out rows from the same data must do so by the same key, unless both were told theirs:
-    what one holds out the other would train on.
+    """Two sources that draw held-out rows from the same data must draw the same ones: what one holds out the other
+    would train on. Two keys are taken where both sources were told theirs.
 
     Args:
         given: the splits that the data of each source has itself; the others are drawn.
@@ -57,16 +57,24 @@ def check_keys(
         UserError: a line for each two that do not.
     """
     by = [split_by(source, template) for source, template in zip(sources, templates, strict=True)]
+    drawn = [_drawn(source, splits) for source, splits in zip(sources, given, strict=True)]
     problems = []
     for one, two in itertools.combinations(range(len(sources)), 2):
         first, second = sources[one], sources[two]
-        if by[one] == by[two] or (first.split.by and second.split.by) or _data_of(first) != _data_of(second):
+        if not drawn[one] or not drawn[two] or _data_of(first) != _data_of(second):
             continue
-        if _draws(first, given[one]) and _draws(second, given[two]):
+        if by[one] != by[two]:
+            if not (first.split.by and second.split.by):
+                problems.append(
+                    f"data.sources.{two}: is split by {', '.join(by[two])}, and data.sources.{one}, which has the same "
+                    f"rows, by {', '.join(by[one])}; what one holds out the other would train on. Set split.by in "
+                    "both, to the same columns."
+                )
+        elif drawn[one] != drawn[two]:
+            told = (", ".join(f"split.{key} {value:g}" for key, value in drawn[at].items()) for at in (two, one))
             problems.append(
-                f"data.sources.{two}: is split by {', '.join(by[two])}, and data.sources.{one}, which has the same "
-                f"rows, by {', '.join(by[one])}; what one holds out the other would train on. Set split.by in both, to "
-                "the same columns."
+                f"data.sources.{two}: has {next(told)}, and data.sources.{one}, which has the same rows, has "
+                f"{next(told)}; what one holds out the other would train on. Set the same in both."
             )
     if problems:
         raise UserError(*problems)
@@ -79,8 +87,11 @@ def _data_of(source: SourceConfig) -> Any:
     return {split: Path(path).resolve() for split, path in paths.items()}
 
 
-def _draws(source: SourceConfig, given: Collection[Split]) -> bool:
-    return bool(("valid" not in given and source.split.valid) or ("test" not in given and source.split.test))
+def _drawn(source: SourceConfig, given: Collection[Split]) -> dict[str, float]:
+    """The shares that are drawn and the seed they are drawn with; nothing where none is."""
+    shares = {"valid": source.split.valid, "test": source.split.test}
+    drawn = {split: share for split, share in shares.items() if split not in given}
+    return {"seed": source.split.seed, **drawn} if any(drawn.values()) else {}
 
 
 def split_rows(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import uuid
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -13,6 +14,12 @@ from tagllm.origin import ORIGIN, origin
 from tagllm.sweep.points import Sweep, written
 
 CONFIDENCE = 0.95
+RANGES = {
+    "r2": (-math.inf, 1.0), "pearson": (-1.0, 1.0), "spearman": (-1.0, 1.0), "comet": (-math.inf, math.inf),
+    **dict.fromkeys(("bleu", "chrf++", "spbleu"), (0.0, 100.0)),
+    **dict.fromkeys(("concordance", "accuracy", "f1", "auroc", "exact", "in_language", "unparsable"), (0.0, 1.0)),
+}  # fmt: skip
+"""What a metric can be; of those that are not here, 0 or more. Student's t knows nothing of it."""
 
 
 class Summary(NamedTuple):
@@ -55,8 +62,13 @@ def over_seeds(metrics: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, f
 
 
 def bounds(spread: Mapping[str, tuple[float, float | None]]) -> dict[str, tuple[float, float]]:
-    """Both ends of each interval that there is, of what `over_seeds` returns."""
-    return {name: (mean - half, mean + half) for name, (mean, half) in spread.items() if half is not None}
+    """Both ends of each interval that there is, of what `over_seeds` returns, within what the metric can be."""
+    found = {}
+    for name, (mean, half) in spread.items():
+        if half is not None:
+            least, most = RANGES.get(name.rpartition("/")[2], (0.0, math.inf))
+            found[name] = max(mean - half, least), min(mean + half, most)
+    return found
 
 
 def write_summary(sweep: Sweep, found: Sequence[Summary]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,8 @@ PERSIST_ELEMENTS = 100_000  # tags, heads, norms and scales stay resident; "auto
 def settings(optim: OptimConfig, engine: EngineConfig, ranks: Ranks) -> dict[str, Any]:
     """
     Raises:
-        UserError: the user's JSON cannot be read, contradicts the config, or has a key or value of ZeRO that DeepSpeed
-            does not know.
+        UserError: the user's JSON cannot be read, contradicts the config, has a key or value of ZeRO that DeepSpeed
+            does not know, or a key that is nearly one of ours (DeepSpeed passes by what it does not know).
     """
     num_micro_batches = optim.rows_per_step // (optim.rows_per_micro_batch * ranks.size)
     own = {
@@ -41,9 +42,24 @@ def settings(optim: OptimConfig, engine: EngineConfig, ranks: Ranks) -> dict[str
     }
     if engine.deepspeed is None:
         return own
-    found = _merged(own, _read_deepspeed(engine.deepspeed), engine.deepspeed)
+    theirs = _read_deepspeed(engine.deepspeed)
+    _refuse_misspelt(theirs, {*own, *_OURS}, engine.deepspeed)
+    found = _merged(own, theirs, engine.deepspeed)
     _require_known(found["zero_optimization"], engine.deepspeed)
     return found
+
+
+def _refuse_misspelt(theirs: dict[str, Any], known: set[str], where: str) -> None:
+    meant = {key: difflib.get_close_matches(key, known, n=1, cutoff=0.85) for key in theirs if key not in known}
+    if any(meant.values()):
+        raise UserError(
+            *(
+                f"engine.deepspeed: {where} sets {key}, which DeepSpeed passes by; it reads {close[0]}. Mend it, or "
+                "leave it out."
+                for key, close in meant.items()
+                if close
+            )
+        )
 
 
 def _require_known(zero: dict[str, Any], where: str) -> None:
@@ -99,6 +115,7 @@ _OURS = {
     "scheduler": "optim.schedule",
     "zero_optimization.stage": "engine.zero_stage",
     "bf16": "backbone.dtype",
+    "bfloat16": "backbone.dtype",
     "fp16": "backbone.dtype",
     "amp": "backbone.dtype",
     "torch_autocast": "backbone.dtype",
