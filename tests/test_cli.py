@@ -416,6 +416,8 @@ def test_predict_refuses_what_would_harm(run: Run, folder: Path) -> None:
     fails(run("predict", "runs/harm", rows, folder / "x.xyz"), "xyz")
     (folder / "clash.csv").write_text("smiles,W\nC,1\n")
     fails(run("predict", "runs/harm", folder / "clash.csv", folder / "y.csv"), "already")
+    (folder / "later.jsonl").write_text('{"smiles": "C"}\n{"smiles": "CC", "W": 1}\n')
+    fails(run("predict", "runs/harm", folder / "later.jsonl", folder / "y.csv"), "later.jsonl, line 2", "'W' already")
     (folder / "other.csv").write_text("smile\nC\n")
     fails(run("predict", "runs/harm", folder / "other.csv", folder / "y.csv"), "Did you mean smile?")
     fails(run("predict", "runs/harm", rows, folder / "y.csv", "--tag", "V"), "no function tag")

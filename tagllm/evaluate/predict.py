@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -137,8 +137,7 @@ def predict_file(request: Request, source: Path, output: Path) -> tuple[int, int
                 for n in missing
             )
         )
-    if clash := [name for name in new if name in columns]:
-        raise UserError(f"{source}: has a column {clash[0]!r} already, and inputs are never overwritten. Rename it.")
+    _refuse_clash(str(source), columns, new)
     total = failed = 0
     with open_writer(output, [*columns, *new]) as writer:
         for chunk in _chunks(read_rows(source)):
@@ -147,11 +146,17 @@ def predict_file(request: Request, source: Path, output: Path) -> tuple[int, int
             for row in chunk:
                 answer = f"line {row.line}: {row.reason}" if isinstance(row, BadRow) else next(answers)
                 values = dict.fromkeys(columns) if isinstance(row, BadRow) else row.values
+                _refuse_clash(f"{source}, line {row.line}", values, new)  # objects may have columns of their own
                 good = isinstance(answer, list)
                 predicted = answer if isinstance(answer, list) else [None] * len(predictor.columns)
                 writer.write({**values, **dict(zip(new, [*predicted, "" if good else answer], strict=True))})
                 total, failed = total + 1, failed + (not good)
     return total, failed
+
+
+def _refuse_clash(where: str, columns: Collection[str], new: Sequence[str]) -> None:
+    if clash := [name for name in new if name in columns]:
+        raise UserError(f"{where}: has a column {clash[0]!r} already, and inputs are never overwritten. Rename it.")
 
 
 def _chunks(rows: Iterator[Row | BadRow]) -> Iterator[list[Row | BadRow]]:
