@@ -97,13 +97,38 @@ def test_fits_see_no_more_rows_than_asked(finished: Path, run: Run, monkeypatch:
     fails(run("baseline", finished, *QUICK, "--method", "lora"), "lora.json", "fit_rows 10 and not None")
 
 
+def test_heads_of_classes_stand_beside_trained_baselines_too(run: Run, folder: Path) -> None:
+    head = {"type": "classification", "classes": ["a", "b"], "reads": "both"}
+    tags = {"K": {"kind": "function", "length": 2, "head": head}}
+    file = config(folder, "classes", tags=tags, data__template="{smiles} is <K>", data__target="kind")
+    assert run("train", file).exit_code == 0
+    path = folder / "runs" / "classes"
+    assert run("eval", path).exit_code == 0
+    told = run("baseline", path, *QUICK, "--method", "lora", "--method", "prompt_tuning")
+    assert told.exit_code == 0, told.output
+    results = json.loads((path / "results.json").read_text())
+    for method in (METHODS["lora"], METHODS["prompt_tuning"]):
+        (final,) = document(path, method.key)["final"].values()
+        assert not final["refitted"] and final["test_rows"] == results["rows"]
+        assert set(results["baselines"][method.name]) == set(results["metrics"]) >= {"accuracy", "cross_entropy"}
+
+    task = open_task(path)
+    model = Adapted(task.backbone.model, METHODS["lora"], task.head, 0, seed=0)
+    rows = task.rows("train", METHODS["lora"])[:8]
+    assert errors(model.head.as_head(), see(model, rows, 8)) == pytest.approx(np.full(8, np.log(2)))
+    optimizer = torch.optim.AdamW(model.groups(1e-2, 1e-2))
+    for _ in range(20):
+        assert step(model, optimizer, [rows[:4], rows[4:]], clip=None)
+    assert errors(model.head.as_head(), see(model, rows, 8)).mean() < 0.5 * np.log(2), "it cannot learn eight rows"
+
+
 def test_mistakes(finished: Path, run: Run, folder: Path) -> None:
     fails(run("baseline", finished, "--method", "lorra"), "--method", "lorra", "Did you mean lora?")
     fails(run("baseline", finished, "--lr", "fast"), "--lr", "fast", "1e-3,3e-3")
     fails(run("baseline", folder / "nowhere"), "nowhere")
     domain = config(folder, "domain_only", tags=DOMAIN, data__template="<SMILES> {smiles}", data__target=[])
     assert run("train", domain).exit_code == 0
-    fails(run("baseline", folder / "runs" / "domain_only"), "SMILES", "has a head", "type: regression")
+    fails(run("baseline", folder / "runs" / "domain_only"), "SMILES", "has a head", "with one")
 
 
 @pytest.fixture

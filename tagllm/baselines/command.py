@@ -131,10 +131,10 @@ def _final(task: Task, method: Method, request: Request, record: Record, rate: f
         settings = record.document["settings"]
         model, trained, head = _train(task, method, settings, rate, settings["budget_s"], seed)
         test = see(model, task.rows("test", method), task.config.evaluation.rows_per_batch).rows(head.spec.reads)
-        answer_nK, targets_nK = answers_of(head, test.features_nF), test.targets_nK
+        answer_nK, targets_nK, classes = answers_of(head, test.features_nF), test.targets_nK, bool(head.spec.classes)
         entry = trained._asdict() | {
-            "metrics": value_metrics(answer_nK, targets_nK, classes=False),
-            "intervals": intervals(answer_nK, targets_nK, classes=False),
+            "metrics": value_metrics(answer_nK, targets_nK, classes),
+            "intervals": intervals(answer_nK, targets_nK, classes),
             "test_rows": len(targets_nK), "peak_gib": peak_memory_gib(),
         }  # fmt: skip
         record.add("final", key, entry)

@@ -52,8 +52,8 @@ class Task(NamedTuple):
 def open_task(run: Path) -> Task:
     """
     Raises:
-        UserError: no finished run, one whose rows are not all answered by one learned regression head, or other rows
-            than the run recorded.
+        UserError: no finished run, one whose rows are not all answered by one learned head, or other rows than the run
+            recorded.
     """
     config, folder = read_config(run), RunFolder(run)
     library = TagLibrary.load(folder.library)
@@ -82,19 +82,14 @@ def _head_of(stage: Stage, run: Path) -> str:
     """The one tag whose head answers every row."""
     heads = stage.layout(0).heads
     learned = [name for name in stage.learned if name in heads]
-    rule = "the trained baselines learn one regression head on the same rows"
+    rule = "the trained baselines learn one head on the same rows"
     if not learned:
         raise UserError(
             f"{run}: none of its learned tags ({', '.join(stage.learned)}) has a head; {rule}. Choose a run of a "
-            "function tag with head: {type: regression}."
+            "function tag with one."
         )
     if len(heads) > 1:
         raise UserError(f"{run}: {', '.join(heads)} have a head each; {rule}. Choose a run with one of them.")
-    if classes := heads[learned[0]].classes:
-        raise UserError(
-            f"{run}: the head of <{learned[0]}> tells classes ({', '.join(classes)}); {rule}. Choose a run with head: "
-            "{type: regression}."
-        )
     if without := [at for at, template in enumerate(stage.templates) if learned[0] not in template.tags]:
         raise UserError(
             f"{run}: the template of data.sources.{without[0]} has no <{learned[0]}>, so its rows have no target; "

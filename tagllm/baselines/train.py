@@ -40,7 +40,7 @@ LOOKS = 4
 
 
 class Trained(NamedTuple):
-    """`valid_loss`: squared error of standardised targets, of the best state, its head refitted.
+    """`valid_loss`: squared error of standardised targets, or nats of classes, of the best state, its head refitted.
     `seconds` of all steps; validation and refit come on top."""
 
     valid_loss: float
@@ -130,13 +130,15 @@ def step(
 ) -> bool:
     """Forward, backward and update. False (and no update) where the gradient is not finite.
 
-    The loss is the sum of squared errors over all rows, divided by their number, as in the run.
+    The loss is the sum of squared errors or nats over all rows, divided by their number, as in the run.
     """
     count = sum(len(row.target) for batch in batches for row in batch)
+    num_classes = len(model.head.spec.classes or [])
     for rows in batches:
         batch = _moved(pad(rows), model)
         values_BK = model.head(*model(batch))
-        (value_losses(values_BK, model.head.standardise(batch.target_BK), 0).sum() / count).backward()
+        losses_BK = value_losses(values_BK, model.head.standardise(batch.target_BK), num_classes)
+        (losses_BK.sum() / count).backward()
     learned = [p for group in optimizer.param_groups for p in group["params"]]
     finite = bool(nn.utils.clip_grad_norm_(learned, clip or math.inf).isfinite())
     if finite:
@@ -158,9 +160,15 @@ def see(model: Adapted, rows: Sequence[Row], rows_per_batch: int) -> Features:
 
 
 def errors(head: Head, seen: Features) -> Floats:
-    """Of each row (n), standardised, averaged over outputs."""
+    """Of each row (n): squared, standardised, averaged over outputs; of classes, nats."""
     features_nF, targets_nK = seen.rows(head.spec.reads)
-    errors_n: Floats = squared_errors(head, answers_of(head, features_nF), targets_nK) / np.float32(head.spec.outputs)
+    answers_nK = answers_of(head, features_nF)
+    errors_n: Floats
+    if head.spec.classes:
+        logits_nK, target_n1 = torch.from_numpy(answers_nK), torch.from_numpy(targets_nK)
+        errors_n = value_losses(logits_nK, target_n1, len(head.spec.classes))[:, 0].numpy()
+    else:
+        errors_n = squared_errors(head, answers_nK, targets_nK) / np.float32(head.spec.outputs)
     return errors_n
 
 
@@ -174,11 +182,11 @@ def scale_head(model: Adapted, task: Task, method: Method) -> None:
 
 def refit(model: Adapted, task: Task, method: Method, valid: Features, limit: int) -> tuple[Head, bool, float]:
     """The head as it is to be used: fitted in closed form on `limit` training rows, unless the trained one is clearly
-    better on validation, as the run does. Whether it is the fit, and the loss on validation. The model stays as it is.
-    """
+    better on validation, as the run does (classes have no closed form). Whether it is the fit, and the loss on
+    validation. The model stays as it is."""
     trained = model.head.as_head()
     before = errors(trained, valid)
-    if not trained.spec.refit:
+    if trained.spec.classes or not trained.spec.refit:
         return trained, False, float(before.mean())
     train = see(model, task.rows("train", method, limit), task.config.evaluation.rows_per_batch)
     fit = fit_head(task.head, train.rows(trained.spec.reads), valid.rows(trained.spec.reads))
