@@ -66,15 +66,27 @@ def test_each_head_is_measured_on_its_own_rows(
 
 
 def test_eval_scores_each_head_on_its_own_rows(run: Run, folder: Path) -> None:
-    """And sets no baseline of one beside the answers of the other."""
+    """And beside each the baselines of a run that has it alone."""
     tags, targets = PAIRS[0]
     assert run("train", of_two(folder, "both", tags, targets)).exit_code == 0
+    for tag, (target, _) in targets.items():
+        prompt = f"The molecule {{smiles}} is <{tag}>"
+        alone = config(folder, f"alone-{tag}", tags={tag: tags[tag]}, data__template=prompt, data__target=target)
+        assert run("train", alone).exit_code == 0
+        assert run("eval", f"runs/alone-{tag}").exit_code == 0
     told = run("eval", "runs/both")
     assert told.exit_code == 0, told.output
     results = json.loads((folder / "runs/both/results.json").read_text())
     assert {"W/mse", "K/accuracy"} <= set(results["metrics"]) and "mse" not in results["metrics"]
     assert {"W/mse", "K/accuracy"} <= set(results["intervals"])
-    assert not results["baselines"] and "Baselines are those of runs with one head" in told.output
+    for tag, (_, metric) in targets.items():
+        alone = json.loads((folder / f"runs/alone-{tag}/results.json").read_text())
+        for part in ("baselines", "baseline_intervals"):
+            mine = {name: of for name, of in results[part].items() if f"{tag}/{metric}" in of}
+            assert mine.keys() == alone[part].keys() and len(mine) > 3
+            for name, of in alone[part].items():
+                for key, value in of.items():
+                    assert mine[name][f"{tag}/{key}"] == pytest.approx(value, rel=1e-4), (name, key)
     assert metrics_of({"tag": results["metrics"]})[:2] == ["K/accuracy", "K/f1"]
 
 

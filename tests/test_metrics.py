@@ -61,6 +61,16 @@ def test_r2_has_no_unit(scale: float) -> None:
     assert value_metrics(mean, targets * np.float32(scale), classes=False)["r2"] == pytest.approx(0, abs=1e-3)
 
 
+def test_r2_is_of_targets_that_differ() -> None:
+    """All draws of a few rows with the same target would be divided by nothing."""
+    values_n1, targets_n1 = np.array([[1.0], [2.0], [3.0]], np.float32), np.array([[1.5], [2.0], [2.5]], np.float32)
+    found = intervals(values_n1, targets_n1, classes=False)
+    assert all(np.isfinite(ends).all() for ends in found.values()) and "r2" in found
+    alike_n1 = np.full_like(targets_n1, 2)
+    for told in (value_metrics(values_n1, alike_n1, classes=False), intervals(values_n1, alike_n1, classes=False)):
+        assert "mse" in told and "r2" not in told
+
+
 def test_missing_targets_do_not_count() -> None:
     full = value_metrics(column(1, 2, 4), column(1, 3, 3), classes=False)
     assert value_metrics(column(1, 2, 9, 4), column(1, 3, NAN, 3), classes=False) == full

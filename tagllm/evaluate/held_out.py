@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from tagllm.evaluate.class_probes import class_baselines
 from tagllm.evaluate.classical import Table, classical_baselines
 from tagllm.evaluate.features import Features
 from tagllm.evaluate.metrics import intervals, value_metrics
-from tagllm.evaluate.passes import Floats
+from tagllm.evaluate.passes import Floats, Pass
 from tagllm.evaluate.scoring import Evaluation, by_head, nats, score_pass, with_tags
 from tagllm.files import json_bytes, read_json, replace_file, save_tensors, write_durably
 from tagllm.head import fields_alone
@@ -74,8 +75,6 @@ def evaluate(
             results[part] |= found.pop(part)
         results |= found
     notes = [fields_alone({name: tag.head for name, tag in built.tags.items()}), results.get("note", "")]
-    if len(built.layout.heads) > 1:
-        notes.append("Baselines are those of runs with one head.")
     results |= {"note": " ".join(filter(None, notes))} if any(notes) else {}
     if ablate:
         results["ablations"] = ablations(evaluation)
@@ -103,60 +102,78 @@ def require_same_rows(folder: RunFolder, data: Data, splits: Sequence[Split]) ->
                 )
 
 
-def _probe(evaluation: Evaluation, split: Split, kept: RunFolder | None) -> Features | None:
-    """What training left, or else a pass over these rows; None without any."""
-    built, ranks, _ = evaluation
-    if kept is not None and kept.probe(split).is_file():
-        return Features.load(kept.probe(split))
-    if not any(map(len, built.examples(split))):
-        return None
-    limit = FIT_ROWS if split == "train" else None
-    return probe_of(score_pass(built, ranks, split, limit, probing=True), built.layout)
-
-
 def _score_values(evaluation: Evaluation, folder: RunFolder, overridden: bool, results: dict[str, Any]) -> None:
+    """Each head on its own rows, beside baselines that were fitted to its own."""
     built, ranks, split = evaluation
     held_out = score_pass(built, ranks, split, None, probing=True)
     results["metrics"] |= by_head(built, split, held_out, value_metrics)
     results["intervals"] = ranks.on_rank_zero(lambda: by_head(built, split, held_out, intervals))
     pairs = {"values_nK": torch.from_numpy(held_out.values_nK), "targets_nK": torch.from_numpy(held_out.targets_nK)}
     ranks.on_rank_zero(lambda: save_tensors(folder.path / "held_out.safetensors", pairs))
-    if len(built.layout.heads) > 1:
-        return
-    (head,) = built.layout.heads.values()
-    kept = None if overridden or head.classes else folder
-    test, train = probe_of(held_out, built.layout), _probe(evaluation, "train", kept)
-    assert train is not None
-    results["probe_rows"] = len(train.targets_nK)
-    valid = test if split == "valid" else _probe(evaluation, "valid", kept) or train.none()
-
-    def answers() -> dict[str, Floats]:
-        if head.classes:
-            return class_baselines(train, valid, test, len(head.classes))
-        return value_baselines(train, valid, test, built.layout) | _classical(built, split)
-
-    results |= ranks.on_rank_zero(lambda: _baselines(answers(), test.targets_nK, bool(head.classes)))
+    heads = built.layout.heads
+    probes = _Probes(evaluation, None if overridden or len(heads) > 1 else folder, held_out)
+    for name in heads:
+        test, train = probes.of(split, name), probes.of("train", name)
+        valid = test if split == "valid" else probes.of("valid", name)
+        found = ranks.on_rank_zero(partial(_beside, built, name, split, train, valid, test))
+        at = f"{name}/" if len(heads) > 1 else ""
+        results.setdefault("probe_rows", len(train.targets_nK))
+        for part, of_methods in found.items():
+            for method, values in of_methods.items():
+                told = {f"{at}{metric}": value for metric, value in values.items()}
+                results.setdefault(part, {}).setdefault(method, {}).update(told)
 
 
-def _baselines(answers: dict[str, Floats], targets_nK: Floats, classes: bool) -> dict[str, Any]:
-    """Metrics and intervals of what needs no training but a fit."""
+class _Probes:
+    """What probes of a head see of each split: what training left, or else of a pass over these rows."""
+
+    def __init__(self, evaluation: Evaluation, kept: RunFolder | None, held_out: Pass) -> None:
+        self.evaluation, self.kept = evaluation, kept
+        self.passes: dict[Split, Pass] = {evaluation.split: held_out}
+
+    def of(self, split: Split, name: str) -> Features:
+        """Of no row where the split has none."""
+        built, ranks, scored = self.evaluation
+        kept = self.kept.probe(split) if self.kept else None
+        if split != scored and kept is not None and kept.is_file():
+            return Features.load(kept)
+        if not any(map(len, built.examples(split))):
+            return self.of("train", name).none()
+        limit = FIT_ROWS if split == "train" != scored else None
+        if split not in self.passes:
+            self.passes[split] = score_pass(built, ranks, split, limit, probing=True)
+        return probe_of(self.passes[split], built.rows_with(split, name, limit), built.layout, name)
+
+
+def _beside(
+    built: Built, name: str, split: Split, train: Features, valid: Features, test: Features
+) -> dict[str, dict[str, Any]]:
+    """Metrics and intervals of what needs no training but a fit, on the rows of one head."""
+    head = built.layout.heads[name]
+    if head.classes:
+        answers = class_baselines(train, valid, test, len(head.classes))
+    else:
+        answers = value_baselines(train, valid, test, built.layout, head) | _classical(built, name, split)
+    classes = bool(head.classes)
     return {
-        "baselines": {name: value_metrics(values, targets_nK, classes) for name, values in answers.items()},
-        "baseline_intervals": {name: intervals(values, targets_nK, classes) for name, values in answers.items()},
+        "baselines": {method: value_metrics(values, test.targets_nK, classes) for method, values in answers.items()},
+        "baseline_intervals": {
+            method: intervals(values, test.targets_nK, classes) for method, values in answers.items()
+        },
     }
 
 
-def _classical(built: Built, split: Split) -> dict[str, Floats]:
-    """Of a run whose labelled rows come from one source; others have no fields in common."""
-    labelled = [at for at, examples in enumerate(built.examples("train")) if len(examples.targets())]
+def _classical(built: Built, name: str, split: Split) -> dict[str, Floats]:
+    """Of a head whose labelled rows come from one source; others have no fields in common."""
+    pairs = zip(built.examples("train"), built.stage.templates, strict=True)
+    labelled = [at for at, (rows, prompt) in enumerate(pairs) if name in prompt.tags and len(rows.targets())]
     if len(labelled) != 1:
         return {}
-    train, valid, held_out = (built.examples(name)[labelled[0]] for name in ("train", "valid", split))
+    train, valid, held_out = (built.examples(part)[labelled[0]] for part in ("train", "valid", split))
     template = built.stage.templates[labelled[0]]
     names = template.fields
     known = Table(train.fields(names), train.targets()), Table(valid.fields(names), valid.targets())
-    symmetric = any(head.symmetric for head in built.layout.heads.values())
-    trading = behind_one_tag(template, built.layout.kinds) if symmetric else []
+    trading = behind_one_tag(template, built.layout.kinds) if built.layout.heads[name].symmetric else []
     return classical_baselines(*known, held_out.fields(names), trading)
 
 

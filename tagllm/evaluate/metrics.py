@@ -17,21 +17,21 @@ NUMBERS_AT_ONCE = 10_000_000
 
 
 def value_metrics(values_nK: Floats, targets_nK: Floats, classes: bool) -> dict[str, float]:
-    """Regression: MSE, MAE, R2, Pearson, Spearman, concordance index, averaged over outputs. Classes: accuracy, macro
-    F1, AUROC (macro, one against the rest), cross entropy.
+    """Regression: MSE, MAE, R2 (not where all targets are alike), Pearson, Spearman, concordance index, averaged over
+    outputs. Classes: accuracy, macro F1, AUROC (macro, one against the rest), cross entropy.
 
     Rows whose target is missing (NaN) do not count; nothing is returned where no row has one.
     """
     if classes:
         return _class_metrics(values_nK, targets_nK[:, 0])
     found = _regression(values_nK, targets_nK, np.arange(len(targets_nK))[None])
-    return {name: float(value_R[0]) for name, value_R in found.items()}
+    return {name: float(value_R[0]) for name, value_R in found.items() if name != "r2" or np.isfinite(value_R[0])}
 
 
 def intervals(values_nK: Floats, targets_nK: Floats, classes: bool) -> dict[str, tuple[float, float]]:
     """95 % bootstrap intervals of `value_metrics` over the rows (percentiles of `RESAMPLES` draws): how much another
     draw of held-out rows would change them. Rows that lack the same targets are drawn among each other. AUROC is of the
-    draws that have two classes."""
+    draws that have two classes, R2 of those that have two targets."""
     known_nK = np.isfinite(targets_nK)
     if known_nK.any(axis=1).sum() < 2:
         return {}
@@ -50,7 +50,8 @@ def intervals(values_nK: Floats, targets_nK: Floats, classes: bool) -> dict[str,
             parts.append(_regression(values_nK, targets_nK, draws_Rm))
     names = dict.fromkeys(name for part in parts for name in part)
     found = {name: np.concatenate([part[name] for part in parts if name in part]) for name in names}
-    return {name: (float(np.quantile(v, 0.025)), float(np.quantile(v, 0.975))) for name, v in found.items()}
+    found = {name: of_draws[np.isfinite(of_draws)] for name, of_draws in found.items()}
+    return {name: (float(np.quantile(v, 0.025)), float(np.quantile(v, 0.975))) for name, v in found.items() if len(v)}
 
 
 def _regression(values_nK: Floats, targets_nK: Floats, draws_Rm: NDArray[np.intp]) -> dict[str, Doubles]:
@@ -69,7 +70,8 @@ def _of_columns(values_mR: Doubles, targets_mR: Doubles) -> dict[str, Doubles]:
 
     values, targets = torch.from_numpy(values_mR), torch.from_numpy(targets_mR)
     R = values.shape[1]
-    scale_R = targets.std(dim=0, correction=0).clamp(min=1e-300)  # r2_score takes residuals of 1e-4 in all for none
+    scale_R = targets.std(dim=0, correction=0)  # r2_score takes residuals of 1e-4 in all for none
+    scale_R[scale_R == 0] = torch.nan
     return {
         "mse": mean_squared_error(values, targets, num_outputs=R).reshape(R).numpy(),
         "mae": mean_absolute_error(values, targets, num_outputs=R).reshape(R).numpy(),

@@ -15,6 +15,7 @@ from tagllm.data.collate import Collator
 from tagllm.data.dataset import Data, Examples, Prompts, prepare, tokenizer_digest
 from tagllm.data.encode import Example, TagLayout
 from tagllm.errors import UserError
+from tagllm.evaluate.passes import all_draws
 from tagllm.head import Head
 from tagllm.model.backbone import Backbone, fastest_dtype, load_backbone, resolve
 from tagllm.model.loading import Place
@@ -42,10 +43,10 @@ class Built(NamedTuple):
     def examples(self, split: Split) -> list[Examples]:
         return self.data.splits[split]
 
-    def rows_with(self, split: Split, tag: str) -> NDArray[np.bool_]:
-        """Which rows of a pass over the whole split stand in a prompt with this tag."""
-        pairs = zip(self.examples(split), self.stage.templates, strict=True)
-        return np.concatenate([np.full(len(examples), tag in template.tags) for examples, template in pairs])
+    def rows_with(self, split: Split, tag: str, limit: int | None = None) -> NDArray[np.bool_]:
+        """Which rows of a pass over the split, or `limit` of it, stand in a prompt with this tag."""
+        there = [tag in template.tags for template in self.stage.templates]
+        return np.array([there[draw.source] for draw in all_draws(self.examples(split), limit)], bool)
 
     def collator(self) -> Collator:
         return self.stage.collator(self.layout, self.model.rotation is not None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import partial
 
+import numpy as np
 import torch
 
 from tagllm.config import Split
@@ -99,14 +100,15 @@ class GradientFree:
         return heads, report | ({} if held_out is None else {"valid/loss_refitted": self.loss(held_out)})
 
     def probes(self, seen: Mapping[str, Pass], held_out: Pass | None) -> dict[Split, Features]:
-        """Features for the ridge baselines of eval, of passes that were `probing`; none without such a head."""
-        if not seen:
+        """Features for the baselines of eval, of passes that were `probing`; none unless there is one such head, and no
+        other."""
+        layout = self.built.layout
+        if len(seen) != 1 or len(layout.heads) != 1:
             return {}
-        probes: dict[Split, Features] = {
-            "train": Features.together([probe_of(one, self.built.layout) for one in seen.values()])
-        }
+        ((name, train),) = seen.items()
+        probes: dict[Split, Features] = {"train": probe_of(train, np.ones(len(train.targets_nK), bool), layout, name)}
         if held_out is not None and self._can_probe:
-            probes["valid"] = probe_of(held_out, self.built.layout)
+            probes["valid"] = probe_of(held_out, self.built.rows_with("valid", name), layout, name)
         return probes
 
     @property
