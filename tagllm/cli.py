@@ -205,7 +205,9 @@ def baseline(
     method: Annotated[
         list[str] | None, typer.Option(help="prompt_tuning, lora, lora_text; several of them, or else all that fit.")
     ] = None,
-    lr: Annotated[str, typer.Option(help="Learning rates to choose from on validation: 1e-3,3e-3.")] = "",
+    lr: Annotated[
+        str, typer.Option(help="Learning rates to choose from on validation: 1e-3,3e-3; one is taken as it is.")
+    ] = "",
     budget_s: Annotated[
         float | None, typer.Option(min=0.001, help="Seconds of steps of one training; else what the run took.")
     ] = None,

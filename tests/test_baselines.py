@@ -60,7 +60,7 @@ def test_every_method_stands_beside_the_tag(finished: Path, run: Run) -> None:
         assert found["metrics"]["mse"] == pytest.approx(mean)
         if len({one["metrics"]["mse"] for one in finals}) == 2:
             half = 12.7062 * abs(finals[0]["metrics"]["mse"] - mean)  # Student's t, one degree of freedom
-            assert found["intervals"]["mse"] == pytest.approx([mean - half, mean + half], rel=1e-4)
+            assert found["intervals"]["mse"] == pytest.approx([max(mean - half, 0), mean + half], rel=1e-4)
         assert results["baselines"][method.name] == found["metrics"]
 
 
@@ -73,6 +73,16 @@ def test_what_is_done_is_not_done_again_and_other_settings_are_refused(finished:
     assert now["tuning"] == then["tuning"] and now["final"] == then["final"]
     other = run("baseline", finished, "--lr", "1e-3", "--budget-s", "9", "--method", "lora")
     fails(other, "lora.json", "budget_s 0.5 and not 9")
+
+
+def test_one_rate_is_taken_as_it_is(finished: Path, run: Run) -> None:
+    file = finished / "baselines" / "prompt_tuning.json"
+    file.unlink(missing_ok=True)  # of other tests: they share the folder
+    told = run("baseline", finished, "--lr", "1e-3", "--budget-s", "0.5", "--method", "prompt_tuning")
+    assert told.exit_code == 0, told.output
+    found = document(finished, "prompt_tuning")
+    assert found["lr"] == 1e-3 and not found["tuning"] and list(found["final"]) == ["lr=0.001,seed=0"]
+    file.unlink()
 
 
 def test_methods_train_side_by_side_and_each_has_one_writer(finished: Path, run: Run) -> None:

@@ -81,8 +81,8 @@ def _methods(task: Task, names: Sequence[str]) -> list[Method]:
 
 
 def _compare(task: Task, method: Method, request: Request) -> None:
-    """One method: every rate on validation, then the best one in full, then (only then) the test rows. Of several seeds
-    metrics are the mean and intervals are Student's t; of one, intervals are over the rows."""
+    """One method: every rate on validation, if there is a choice, then the best one in full, then (only then) the test
+    rows. Of several seeds metrics are the mean and intervals are Student's t; of one, intervals are over the rows."""
     budget_s = task.seconds if request.budget_s is None else request.budget_s
     virtual = request.virtual or task.virtual
     learns = {"virtual": virtual, "init": "SAMPLE_VOCAB"} if method.virtual else {"rank": RANK, "alpha": ALPHA}
@@ -96,7 +96,7 @@ def _compare(task: Task, method: Method, request: Request) -> None:
             f"{task.backbone.max_tokens} the backbone takes. Take {task.backbone.max_tokens - longest} at most."
         )
     rates, losses = sorted(request.rates or method.rates), dict[float, float]()
-    for rate in rates:
+    for rate in rates if len(rates) > 1 else ():
         entry = record.entry("tuning", str(rate))
         if entry is None:
             seconds = budget_s * request.tune_share
@@ -105,7 +105,7 @@ def _compare(task: Task, method: Method, request: Request) -> None:
             record.add("tuning", str(rate), entry)
         losses[rate] = entry["valid_loss"]
         print(f"{method.name}: lr {rate:g}  valid loss {entry['valid_loss']:.4f}  {_pace(entry)}", flush=True)
-    best = min(rates, key=losses.__getitem__)
+    best = min(losses, key=losses.__getitem__, default=rates[0])
     at_edge = len(rates) > 1 and best in (rates[0], rates[-1])
     if at_edge:
         print(f"{method.name}: {best:g} is the {'lowest' if best == rates[0] else 'highest'} rate tried; see --lr")
