@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from tagllm.evaluate.scoring import Evaluation, metrics_of, score_pass, with_tags
+from tagllm.evaluate.scoring import Evaluation, pass_metrics, score_pass, with_tags
 from tagllm.tags import Tag
 
 
@@ -16,9 +16,9 @@ def ablations(evaluation: Evaluation) -> dict[str, dict[str, float]]:
     built, ranks, split = evaluation
     used = {name for template in built.stage.templates for name in template.tags}
     tags = {name: tag for name, tag in built.tags.items() if name in used}
-    found = {"as learned": metrics_of(evaluation, score_pass(built, ranks, split, None))}
+    found = {"as learned": pass_metrics(evaluation, score_pass(built, ranks, split, None))}
     for name, others in changes_of(tags).items():
-        found[name] = metrics_of(evaluation, with_tags(evaluation, others))
+        found[name] = pass_metrics(evaluation, with_tags(evaluation, others))
     return found
 
 

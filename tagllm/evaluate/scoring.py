@@ -83,6 +83,6 @@ def by_head(built: Built, split: Split, result: Pass, measure: Measure[T]) -> di
     return found
 
 
-def metrics_of(evaluation: Evaluation, result: Pass) -> dict[str, float]:
+def pass_metrics(evaluation: Evaluation, result: Pass) -> dict[str, float]:
     """Of the tokens and of the values, whichever there are."""
     return nats(result) | by_head(evaluation.built, evaluation.split, result, value_metrics)
