@@ -11,7 +11,7 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 name=${1:?"name an experiment: qed, descriptor, isoelectric_point, molecular_weight, binding_affinity, drug_combination, synergy_loewe, translate"}
 seeds=${SEEDS:-3} jobs=${JOBS:-1} tune=${TUNE:-} out=${OUT:-results/$name}
-cores=$(nproc) methods=()
+methods=()
 if [[ $name != translate ]]; then read -r -a methods <<<"${BASELINES-prompt_tuning lora}"; fi # those have a head
 if [[ -x .venv/bin/python ]]; then python=.venv/bin/python; else python=python3; fi
 tagllm() { "$python" -m tagllm "$@"; }
@@ -47,7 +47,10 @@ print(*found["combinations"][0]["folders"], sep="\n")'
 folders=$("$python" -c "$newest" "${runs[0]}")
 mapfile -t of_seeds <<<"$folders"
 if ((${#methods[@]})); then (
-    if ((jobs > 1)); then export OMP_NUM_THREADS=$((cores > jobs ? cores / jobs : 1)); fi # as the sweep's runs have
+    if ((jobs > 1)); then # as the sweep's runs have
+        cores=$(getconf _NPROCESSORS_ONLN)
+        export OMP_NUM_THREADS=$((cores > jobs ? cores / jobs : 1))
+    fi
     printf '%s\0' "${methods[@]}" | xargs -0 -P "$jobs" -I {} \
         "$python" -m tagllm baseline "${runs[0]}/${of_seeds[0]}" --method {} --seeds "$seeds"
 ); fi

@@ -19,10 +19,11 @@ from typer.testing import CliRunner
 
 from tagllm.cli import app
 from tagllm.errors import UserError
+from tagllm.evaluate.seeds import bounds, over_seeds
 from tagllm.sweep import run as running
 from tagllm.sweep.points import Point, Sweep
 from tagllm.sweep.run import shares
-from tagllm.sweep.summary import bounds, digits, over_seeds, summaries
+from tagllm.sweep.summary import digits, summaries
 from tests import tiny
 from tests.distributed.launch import wait_until
 

@@ -17,10 +17,10 @@ from tagllm.baselines.train import LOOKS, Trained, see, train
 from tagllm.errors import UserError, did_you_mean
 from tagllm.evaluate.closed_form import answers_of
 from tagllm.evaluate.metrics import intervals, value_metrics
+from tagllm.evaluate.seeds import bounds, over_seeds
 from tagllm.files import RunLock
 from tagllm.head import Head
 from tagllm.origin import origin
-from tagllm.sweep.summary import bounds, over_seeds
 from tagllm.train.gradient_free import FIT_ROWS
 from tagllm.train.monitor import peak_memory_gib
 

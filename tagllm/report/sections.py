@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from tagllm.evaluate.seeds import bounds, over_seeds
 from tagllm.report.collect import HIGHER_IS_BETTER, Composed, Interval, Metrics, Run, Swept, metrics_of, without_head
 from tagllm.report.figures import changes, dots, learning_curves, predicted_against_true, tag_similarity
 from tagllm.report.paper import published_of
-from tagllm.sweep.summary import bounds, digits, over_seeds
+from tagllm.sweep.summary import digits
 
 TEXTS = 3
 """Generated texts that are shown of a prompt."""

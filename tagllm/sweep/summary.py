@@ -2,24 +2,14 @@
 
 from __future__ import annotations
 
-import math
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import numpy as np
-
+from tagllm.evaluate.seeds import over_seeds
 from tagllm.files import json_bytes, read_json, replace_file, write_durably
 from tagllm.origin import ORIGIN, origin
 from tagllm.sweep.points import Sweep, written
-
-CONFIDENCE = 0.95
-RANGES = {
-    "r2": (-math.inf, 1.0), "pearson": (-1.0, 1.0), "spearman": (-1.0, 1.0), "comet": (-math.inf, math.inf),
-    **dict.fromkeys(("bleu", "chrf++", "spbleu"), (0.0, 100.0)),
-    **dict.fromkeys(("concordance", "accuracy", "f1", "auroc", "exact", "in_language", "unparsable"), (0.0, 1.0)),
-}  # fmt: skip
-"""What a metric can be; of those that are not here, 0 or more. Student's t knows nothing of it."""
 
 
 class Summary(NamedTuple):
@@ -53,24 +43,6 @@ def summaries(sweep: Sweep) -> list[Summary]:
     return made
 
 
-def over_seeds(metrics: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float | None]]:
-    """Mean of each that all have, and half of its 95 % interval (Student's t; None where seeds tell nothing: of one, or
-    where all have the same)."""
-    first = metrics[0] if metrics else {}
-    names = [name for name in first if all(isinstance(one.get(name), int | float) for one in metrics)]
-    return {name: _interval([float(one[name]) for one in metrics]) for name in names}
-
-
-def bounds(spread: Mapping[str, tuple[float, float | None]]) -> dict[str, tuple[float, float]]:
-    """Both ends of each interval that there is, of what `over_seeds` returns, within what the metric can be."""
-    found = {}
-    for name, (mean, half) in spread.items():
-        if half is not None:
-            least, most = RANGES.get(name.rpartition("/")[2], (0.0, math.inf))
-            found[name] = max(mean - half, least), min(mean + half, most)
-    return found
-
-
 def write_summary(sweep: Sweep, found: Sequence[Summary]) -> None:
     """OUTPUT/sweep.json, or sweep_KEY.json of one that varies this key."""
     about = {"run": sweep.output.name, "seeds": list(range(sweep.seeds)), "tuned": sweep.tuned and sweep.tuned[0]}
@@ -91,15 +63,6 @@ def describe(found: Sequence[Summary]) -> list[str]:
         runs = "1 run " if summary.runs == 1 else f"{summary.runs} runs"
         lines.append(f"  {name:<{width}}  {runs}  {metrics}".rstrip())
     return lines
-
-
-def _interval(values: Sequence[float]) -> tuple[float, float | None]:
-    from scipy.stats import sem, t
-
-    mean = float(np.mean(values))
-    if len(set(values)) < 2:
-        return mean, None
-    return mean, float(sem(values) * t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1))
 
 
 def _shown(mean: float, half: float | None) -> str:

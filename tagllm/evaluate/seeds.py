@@ -1,0 +1,44 @@
+"""Mean and 95 % interval over seeds, of runs and of trained baselines alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+CONFIDENCE = 0.95
+RANGES = {
+    "r2": (-math.inf, 1.0), "pearson": (-1.0, 1.0), "spearman": (-1.0, 1.0), "comet": (-math.inf, math.inf),
+    **dict.fromkeys(("bleu", "chrf++", "spbleu"), (0.0, 100.0)),
+    **dict.fromkeys(("concordance", "accuracy", "f1", "auroc", "exact", "in_language", "unparsable"), (0.0, 1.0)),
+}  # fmt: skip
+"""What a metric can be; of those that are not here, 0 or more. Student's t knows nothing of it."""
+
+
+def over_seeds(metrics: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float | None]]:
+    """Mean of each that all have, and half of its 95 % interval (Student's t; None where seeds tell nothing: of one, or
+    where all have the same)."""
+    first = metrics[0] if metrics else {}
+    names = [name for name in first if all(isinstance(one.get(name), int | float) for one in metrics)]
+    return {name: _interval([float(one[name]) for one in metrics]) for name in names}
+
+
+def bounds(spread: Mapping[str, tuple[float, float | None]]) -> dict[str, tuple[float, float]]:
+    """Both ends of each interval that there is, of what `over_seeds` returns, within what the metric can be."""
+    found = {}
+    for name, (mean, half) in spread.items():
+        if half is not None:
+            least, most = RANGES.get(name.rpartition("/")[2], (0.0, math.inf))
+            found[name] = max(mean - half, least), min(mean + half, most)
+    return found
+
+
+def _interval(values: Sequence[float]) -> tuple[float, float | None]:
+    from scipy.stats import sem, t
+
+    mean = float(np.mean(values))
+    if len(set(values)) < 2:
+        return mean, None
+    return mean, float(sem(values) * t.ppf(0.5 + CONFIDENCE / 2, len(values) - 1))
