@@ -52,7 +52,7 @@ if ((${#methods[@]})); then (
         export OMP_NUM_THREADS=$((cores > jobs ? cores / jobs : 1))
     fi
     printf '%s\0' "${methods[@]}" | xargs -0 -P "$jobs" -I {} \
-        "$python" -m tagllm baseline "${runs[0]}/${of_seeds[0]}" --method {} --seeds "$seeds"
+        "$python" -m tagllm baseline "${runs[0]}/${of_seeds[0]}" --method {} --seeds "$seeds" || exit 2 # as tagllm does; xargs has its own status
 ); fi
 composed=configs/offline/4_$name.yaml
 if [[ -f $composed ]]; then
