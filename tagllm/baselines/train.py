@@ -53,6 +53,14 @@ class Trained(NamedTuple):
     trainable_parameters: int
 
 
+class Look(NamedTuple):
+    """The head as it is to be used after so many steps, whether it is the closed-form fit, its loss on validation."""
+
+    head: Head
+    refitted: bool
+    loss: float
+
+
 class Clock:
     """How many steps there will be: what is done, and what fits into the rest at the pace so far."""
 
@@ -90,10 +98,11 @@ def train(
     clock = Clock(budget_s, MOST_EPOCHS * steps_of_run)
     scale_head(model, task, method)
 
-    def look(limit: int) -> tuple[Head, bool, float]:
+    def look(limit: int) -> Look:
         return refit(model, task, method, see(model, valid, config.evaluation.rows_per_batch), limit)
 
-    best_loss, best_step, best, skipped, evaluated = math.inf, 0, model.learned(), 0, 0
+    some = min(fit_rows, SOME_ROWS)
+    best_look, best_step, best, skipped, evaluated = None, 0, model.learned(), 0, 0
     while (at := len(clock.seconds)) < (total := clock.total()):
         began = time.perf_counter()
         batches = [[untagged(example) for example in batch] for batch in rows.micro_batches(at)]
@@ -105,19 +114,19 @@ def train(
         done, total = at + 1, clock.total()
         if done < total and done * looks >= (evaluated + 1) * total:
             evaluated = done * looks // total
-            _, _, loss = look(min(fit_rows, SOME_ROWS))
-            if loss < best_loss:
-                best_loss, best_step, best = loss, done, model.learned()
-    steps = len(clock.seconds)
-    head, refitted, loss = look(fit_rows)
-    if best_loss < loss:
+            looked = look(some)
+            if best_look is None or looked.loss < best_look.loss:
+                best_look, best_step, best = looked, done, model.learned()
+    steps, last = len(clock.seconds), look(fit_rows)
+    if best_look and best_look.loss < last.loss:
         model.overwrite(best)
-        head, refitted, loss = look(fit_rows)
+        saw_all = some == fit_rows or some >= sum(map(len, task.data.splits["train"]))
+        last = best_look if saw_all else look(fit_rows)
     else:
         best_step = steps
     learns = sum(p.numel() for p in model.parameters() if p.requires_grad)
     rows_seen, seconds = steps * optim.rows_per_step, sum(clock.seconds)
-    return Trained(loss, best_step, refitted, steps, rows_seen, skipped, seconds, learns), head
+    return Trained(last.loss, best_step, last.refitted, steps, rows_seen, skipped, seconds, learns), last.head
 
 
 def _warming_up(optim: OptimConfig, total: int, steps_of_run: int) -> OptimConfig:
@@ -180,20 +189,19 @@ def scale_head(model: Adapted, task: Task, method: Method) -> None:
         model.head.set_scale_of(torch.from_numpy(means_nD))
 
 
-def refit(model: Adapted, task: Task, method: Method, valid: Features, limit: int) -> tuple[Head, bool, float]:
-    """The head as it is to be used: fitted in closed form on `limit` training rows, unless the trained one is clearly
-    better on validation, as the run does (classes have no closed form). Whether it is the fit, and the loss on
-    validation. The model stays as it is."""
+def refit(model: Adapted, task: Task, method: Method, valid: Features, limit: int) -> Look:
+    """The head is fitted in closed form on `limit` training rows, unless the trained one is clearly better on
+    validation, as the run does (classes have no closed form). The model stays as it is."""
     trained = model.head.as_head()
     before = errors(trained, valid)
     if trained.spec.classes or not trained.spec.refit:
-        return trained, False, float(before.mean())
+        return Look(trained, False, float(before.mean()))
     train = see(model, task.rows("train", method, limit), task.config.evaluation.rows_per_batch)
     fit = fit_head(task.head, train.rows(trained.spec.reads), valid.rows(trained.spec.reads))
     after = errors(fit, valid)
     if clearly_better(before, after):
-        return trained, False, float(before.mean())
-    return fit, True, float(after.mean())
+        return Look(trained, False, float(before.mean()))
+    return Look(fit, True, float(after.mean()))
 
 
 def _moved(batch: Any, model: Adapted) -> Any:
