@@ -41,19 +41,13 @@ for domain in "${domains[@]}"; do tagllm train "configs/offline/$domain.yaml"; d
 # Stages 2 and 3: every seed; what is trained on the same rows, in the first one's folder; prompts without training.
 runs=("runs/offline/$config")
 tagllm sweep "configs/offline/$config.yaml" --seeds "$seeds" --jobs "$jobs" ${tune:+--tune "$tune"}
-newest='import json, pathlib, sys; files = pathlib.Path(sys.argv[1]).glob("sweep*.json")
-found = json.loads(max(files, key=lambda file: file.stat().st_mtime).read_text())
-print(*found["combinations"][0]["folders"], sep="\n")'
-folders=$("$python" -c "$newest" "${runs[0]}")
+key=${tune%%=*} # what the sweep varies is in the name of what it writes
+folders=$("$python" -c 'import json, sys; print(*json.load(open(sys.argv[1]))["combinations"][0]["folders"], sep="\n")' \
+    "${runs[0]}/sweep${key:+_$key}.json")
 mapfile -t of_seeds <<<"$folders"
-if ((${#methods[@]})); then (
-    if ((jobs > 1)); then # as the sweep's runs have
-        cores=$(getconf _NPROCESSORS_ONLN)
-        export OMP_NUM_THREADS=$((cores > jobs ? cores / jobs : 1))
-    fi
-    printf '%s\0' "${methods[@]}" | xargs -0 -P "$jobs" -I {} \
-        "$python" -m tagllm baseline "${runs[0]}/${of_seeds[0]}" --method {} --seeds "$seeds" || exit 2 # as tagllm does; xargs has its own status
-); fi
+if ((${#methods[@]})); then
+    tagllm baseline "${runs[0]}/${of_seeds[0]}" "${methods[@]/#/--method=}" --seeds "$seeds" --jobs "$jobs"
+fi
 composed=configs/offline/4_$name.yaml
 if [[ -f $composed ]]; then
     libraries=$(printf 'runs/offline/%s/library, ' "${domains[@]}")

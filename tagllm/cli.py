@@ -217,6 +217,7 @@ def baseline(
     fit_rows: Annotated[
         int | None, typer.Option(min=1, help="Training rows of each closed-form fit, drawn evenly; else as in the run.")
     ] = None,
+    jobs: Annotated[int, typer.Option(min=1, help="Methods side by side, each on a GPU of its own.")] = 1,
     offline: Offline = False,
 ) -> None:
     """Train PEFT prompt tuning and LoRA, each with a head, on a run's own rows; eval and report then show them."""
@@ -224,7 +225,8 @@ def baseline(
     def work() -> None:
         from tagllm.baselines.command import Request, read_rates, run_baselines
 
-        run_baselines(run, Request(method or [], read_rates(lr), budget_s, tune_share, seeds, virtual, fit_rows))
+        request = Request(method or [], read_rates(lr), budget_s, tune_share, seeds, virtual, fit_rows)
+        run_baselines(run, request, jobs)
 
     _run(work, offline)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from threading import Event, Thread
 from typing import Any
 
 import numpy as np
@@ -13,13 +14,15 @@ import torch
 from tagllm.baselines.adapt import Adapted
 from tagllm.baselines.methods import METHODS
 from tagllm.baselines.prompts import Row, pad
-from tagllm.baselines.task import Task, open_task
-from tagllm.baselines.train import Clock, _warming_up, errors, refit, see, step
+from tagllm.baselines.record import write_results
+from tagllm.baselines.task import Task, open_tasks
+from tagllm.baselines.train import Clock, _warming_up, errors, refit, see, step, train
 from tagllm.config import BackboneConfig, OptimConfig
 from tagllm.evaluate.closed_form import fit_head
 from tagllm.evaluate.ridge import Rows
 from tagllm.files import RunLock
 from tagllm.head import Head
+from tagllm.origin import ORIGIN
 from tagllm.train.gradient_free import FIT_ROWS
 from tagllm.train.schedule import lr_factor
 from tests.test_cli import Run, config, fails, folder, run
@@ -62,6 +65,49 @@ def test_every_method_stands_beside_the_tag(finished: Path, run: Run) -> None:
             half = 12.7062 * abs(finals[0]["metrics"]["mse"] - mean)  # Student's t, one degree of freedom
             assert found["intervals"]["mse"] == pytest.approx([max(mean - half, 0), mean + half], rel=1e-4)
         assert results["baselines"][method.name] == found["metrics"]
+        origin = results["trained_baselines"][method.name]
+        assert set(ORIGIN) <= set(origin) and origin["lr"] == found["lr"] and len(origin["steps"]) == 2
+    told = run("report", finished, "--out", finished / "report")
+    assert told.exit_code == 0, told.output
+    lines = (finished / "report" / "report.md").read_text().splitlines()
+    for method in METHODS.values():
+        (line,) = [line for line in lines if line.startswith(f"{method.name}: ")]
+        assert "over 2 seeds of its own" in line and "steps in" in line and "commit" in line
+
+
+def test_results_have_one_writer(finished: Path) -> None:
+    """`eval` waits for a method that is just written, so that neither is lost."""
+    done = Event()
+
+    def write() -> None:
+        write_results(finished, {"split": "valid"})
+        done.set()
+
+    (finished / "baselines").mkdir(exist_ok=True)
+    with RunLock(finished / "baselines"):
+        Thread(target=write, daemon=True).start()
+        assert not done.wait(0.2)
+    assert done.wait(60) and json.loads((finished / "results.json").read_text()) == {"split": "valid"}
+
+
+@pytest.mark.slow
+def test_jobs_train_methods_in_processes_of_their_own(finished: Path, run: Run) -> None:
+    for file in (finished / "baselines").glob("*.json"):  # of other tests: they share the folder
+        file.unlink()
+    assert run("eval", finished).exit_code == 0
+    both = [METHODS["lora"], METHODS["prompt_tuning"]]
+    options = ["--lr", "1e-3", "--budget-s", "0.5", "--seeds", "2", "--fit-rows", "10", "--virtual", "3"]
+    told = run("baseline", finished, *(f"--method={method.key}" for method in both), *options, "--jobs", "2")
+    assert told.exit_code == 0, told.output
+    results = json.loads((finished / "results.json").read_text())
+    for method in both:
+        found = document(finished, method.key)
+        assert list(found["final"]) == ["lr=0.001,seed=0", "lr=0.001,seed=1"] and not found["tuning"]
+        assert found["settings"]["budget_s"] == 0.5 and found["settings"]["fit_rows"] == 10
+        assert results["baselines"][method.name] == found["metrics"]
+    assert document(finished, "prompt_tuning")["settings"]["virtual"] == 3
+    for method in both:
+        (finished / "baselines" / f"{method.key}.json").unlink()
 
 
 def test_what_is_done_is_not_done_again_and_other_settings_are_refused(finished: Path, run: Run) -> None:
@@ -122,7 +168,7 @@ def test_heads_of_classes_stand_beside_trained_baselines_too(run: Run, folder: P
         assert not final["refitted"] and final["test_rows"] == results["rows"]
         assert set(results["baselines"][method.name]) == set(results["metrics"]) >= {"accuracy", "cross_entropy"}
 
-    task = open_task(path)
+    (task,) = open_tasks(path)
     model = Adapted(task.backbone.model, METHODS["lora"], task.head, 0, seed=0)
     rows = task.rows("train", METHODS["lora"])[:8]
     assert errors(model.head.as_head(), see(model, rows, 8)) == pytest.approx(np.full(8, np.log(2)))
@@ -143,7 +189,7 @@ def test_mistakes(finished: Path, run: Run, folder: Path) -> None:
 
 @pytest.fixture
 def task(finished: Path) -> Task:
-    return open_task(finished)
+    return open_tasks(finished)[0]
 
 
 def test_rows_are_those_of_the_run_without_its_tags(task: Task) -> None:
@@ -194,6 +240,16 @@ def test_the_closed_form_head_is_kept_unless_the_trained_one_is_clearly_better(t
     model.overwrite(model.learned() | {"head.weight_KF": weight_KF, "head.bias_K": bias_K})
     _, kept, loss = refit(model, task, method, valid, FIT_ROWS)
     assert not kept and loss < 0.01, "it knew every answer of the validation split"
+
+
+def test_model_head_and_loss_belong_together(task: Task) -> None:
+    """At a rate that harms, the state of an early look is what is left, with the head that was fitted to it."""
+    method = METHODS["lora"]
+    model = Adapted(task.backbone.model, method, task.head, 0, seed=0)
+    trained, head = train(model, task, method, 1.0, 1.0, 0, FIT_ROWS)
+    assert 0 < trained.best_step < trained.steps
+    valid = see(model, task.rows("valid", method), 8)
+    assert trained.valid_loss == pytest.approx(float(errors(head, valid).mean()), rel=1e-3)
 
 
 @pytest.mark.parametrize("total", [8, 40, 400])

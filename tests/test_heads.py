@@ -90,6 +90,36 @@ def test_eval_scores_each_head_on_its_own_rows(run: Run, folder: Path) -> None:
     assert metrics_of({"tag": results["metrics"]})[:2] == ["K/accuracy", "K/f1"]
 
 
+def test_each_head_has_trained_baselines_on_its_own_rows(run: Run, folder: Path) -> None:
+    pytest.importorskip("peft")
+    from tagllm.baselines.methods import METHODS
+    from tagllm.baselines.task import open_tasks
+
+    tags, targets = PAIRS[0]
+    assert run("train", of_two(folder, "trained", tags, targets)).exit_code == 0
+    assert run("eval", "runs/trained").exit_code == 0
+    told = run("baseline", "runs/trained", "--method", "lora", "--lr", "1e-3", "--budget-s", "0.5")
+    assert told.exit_code == 0, told.output
+    results = json.loads((folder / "runs/trained/results.json").read_text())
+    of_lora = results["baselines"]["LoRA + head"]
+    assert set(of_lora) == set(results["metrics"]) and set(results["trained_baselines"]) == {
+        "LoRA + head, W", "LoRA + head, K",
+    }  # fmt: skip
+    tasks = {task.tag: task for task in open_tasks(Path("runs/trained"))}
+    for tag, (target, metric) in targets.items():
+        found = json.loads((folder / f"runs/trained/baselines/lora-{tag}.json").read_text())
+        assert found["metrics"][metric] == of_lora[f"{tag}/{metric}"]
+        assert found["final"]["lr=0.001,seed=0"]["test_rows"] == results["rows"] / 2
+        file = config(folder, f"only-{tag}", tags={tag: tags[tag]}, data__target=target,
+                      data__template=f"The molecule {{smiles}} is <{tag}>")  # fmt: skip
+        assert run("train", file).exit_code == 0
+        (alone,) = open_tasks(Path(f"runs/only-{tag}"))
+        mine, expected = (task.rows("test", METHODS["lora"]) for task in (tasks[tag], alone))
+        assert [row.ids.tolist() for row in mine] == [row.ids.tolist() for row in expected]
+        assert [row.target.tolist() for row in mine] == [row.target.tolist() for row in expected]
+        assert tasks[tag].virtual == alone.virtual == 2
+
+
 def test_a_head_of_classes_stands_beside_frequencies_and_probes(run: Run, folder: Path) -> None:
     file = config(folder, "letters", tags={"K": LETTER}, data__template="{smiles} <K>", data__target=["kind"])
     assert run("train", file).exit_code == 0

@@ -6,9 +6,8 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from threading import Barrier
 
 import numpy as np
 import psutil
@@ -20,9 +19,7 @@ from typer.testing import CliRunner
 from tagllm.cli import app
 from tagllm.errors import UserError
 from tagllm.evaluate.seeds import bounds, over_seeds
-from tagllm.sweep import run as running
 from tagllm.sweep.points import Point, Sweep
-from tagllm.sweep.run import shares
 from tagllm.sweep.summary import digits, summaries
 from tests import tiny
 from tests.distributed.launch import wait_until
@@ -185,47 +182,6 @@ def test_every_combination_takes_the_value_that_is_best_on_validation(config: Pa
     assert first.tried == {"1e-3": 2.0, "1e-2": 1.0, "1e-1": 1.5}
     assert second.tried == {"1e-3": 1.0, "1e-2": 3.0}, "what failed or is not there yet is no candidate"
     assert first.shown == {"tags.Size.length": 1, "optim.tag_lr": "1e-2"}
-
-
-@pytest.mark.parametrize(
-    ("jobs", "visible", "num_gpus", "devices"),
-    [
-        (1, None, 8, [None]),
-        (2, None, 0, [None, None]),
-        (2, None, 8, ["0", "1"]),
-        (5, None, 2, ["0", "1", "0", "1", "0"]),
-        (2, "3, GPU-1f", 2, ["3", "GPU-1f"]),
-        (3, "5", 1, ["5", "5", "5"]),
-        (2, "4,-1,5", 1, ["4", "4"]),
-        (2, "", 0, [None, None]),
-        (2, "-1", 0, [None, None]),
-    ],
-)
-def test_runs_side_by_side_have_cores_and_a_gpu_each(
-    jobs: int, visible: str | None, num_gpus: int, devices: list[str | None]
-) -> None:
-    environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    found = shares(jobs, environment, num_gpus, 9)
-    assert [share.get("CUDA_VISIBLE_DEVICES") for share in found] == devices
-    assert [share.get("OMP_NUM_THREADS") for share in found] == ([None] if jobs == 1 else [str(9 // jobs)] * jobs)
-
-
-def test_no_two_runs_at_a_time_have_one_gpu(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run takes the GPU of the one that has ended, not that of one that goes on."""
-    both, taken = Barrier(2, timeout=60), list[str]()
-
-    def run(_: Sweep, point: Point, environment: Mapping[str, str], __: object) -> None:
-        taken.append(environment["CUDA_VISIBLE_DEVICES"])
-        both.wait()
-        if point.seed == 1:
-            raise UserError("failed, and gives its GPU back too")
-
-    monkeypatch.setattr(running, "run_point", run)
-    monkeypatch.setattr(running.torch.cuda, "device_count", lambda: 2)
-    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    sweep = Sweep.of(config, [], [], 6)
-    assert running.run_all(sweep, sweep.finals(), 2) == ["failed, and gives its GPU back too"]
-    assert len(taken) == 6 and all(set(taken[at : at + 2]) == {"0", "1"} for at in (0, 2, 4))
 
 
 @pytest.mark.slow

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from tagllm.baselines.adapt import ALPHA, RANK, Adapted, require_peft
 from tagllm.baselines.methods import METHODS, Method
 from tagllm.baselines.record import FOLDER, Record, update_results
-from tagllm.baselines.task import Task, open_task
+from tagllm.baselines.task import Task, open_tasks, read_asked
 from tagllm.baselines.train import LOOKS, Trained, see, train
 from tagllm.errors import UserError, did_you_mean
 from tagllm.evaluate.closed_form import answers_of
@@ -21,6 +21,7 @@ from tagllm.evaluate.seeds import bounds, over_seeds
 from tagllm.files import RunLock
 from tagllm.head import Head
 from tagllm.origin import origin
+from tagllm.side_by_side import Work, run_side_by_side
 from tagllm.train.gradient_free import FIT_ROWS
 from tagllm.train.monitor import peak_memory_gib
 
@@ -51,9 +52,9 @@ def read_rates(text: str) -> list[float]:
     return rates
 
 
-def run_baselines(run: Path, request: Request) -> None:
-    """Trains what is not done yet and writes RUN/baselines/METHOD.json (and RUN/results.json, if it is there). Several
-    processes can train a method each.
+def run_baselines(run: Path, request: Request, jobs: int = 1) -> None:
+    """Trains what is not done yet and writes RUN/baselines/METHOD.json (and RUN/results.json, if it is there). With
+    `jobs`, so many methods at a time, each in a process of its own.
 
     Raises:
         UserError: an unknown method, a run that has nothing to compare, other settings than before, several ranks.
@@ -63,32 +64,50 @@ def run_baselines(run: Path, request: Request) -> None:
     if (size := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
         raise UserError(f"baseline: WORLD_SIZE is {size}; baselines train in one process. Start it without a launcher.")
     require_peft()
-    task = open_task(run)
-    for method in _methods(task, request.methods):
+    methods = _methods(run, request.methods)
+    if jobs > 1 and len(methods) > 1:
+        if failed := run_side_by_side([_alone(run, method, request) for method in methods], jobs):
+            raise UserError(*failed)
+        return
+    tasks = open_tasks(run)
+    for method in methods:
         with RunLock(run / FOLDER / method.key):
-            _compare(task, method, request)
+            for task in tasks:
+                _compare(task, method, request)
         update_results(run)
 
 
-def _methods(task: Task, names: Sequence[str]) -> list[Method]:
-    has_domain = "domain" in task.layout.kinds.values()
+def _methods(run: Path, names: Sequence[str]) -> list[Method]:
+    has_domain = read_asked(run).has_domain
     if "lora_text" in names and not has_domain:
         raise UserError(
-            f"--method lora_text: {task.run} has no domain tag whose name could stand as text; it would be lora "
-            "again. Leave it out."
+            f"--method lora_text: {run} has no domain tag whose name could stand as text; it would be lora again. "
+            "Leave it out."
         )
     return [m for m in METHODS.values() if m.key in names or (not names and (has_domain or not m.names_domains))]
 
 
+def _alone(run: Path, method: Method, request: Request) -> Work:
+    """The command that trains one of the methods."""
+    given = {
+        "--lr": ",".join(map(str, request.rates)) or None, "--budget-s": request.budget_s,
+        "--tune-share": request.tune_share, "--seeds": request.seeds, "--virtual": request.virtual,
+        "--fit-rows": request.fit_rows,
+    }  # fmt: skip
+    options = [f"{option}={value}" for option, value in given.items() if value is not None]
+    return Work(f"{run}, {method.name}", [["baseline", str(run), f"--method={method.key}", *options]])
+
+
 def _compare(task: Task, method: Method, request: Request) -> None:
-    """One method: every rate on validation, if there is a choice, then the best one in full, then (only then) the test
-    rows. Of several seeds metrics are the mean and intervals are Student's t; of one, intervals are over the rows."""
+    """One method on the rows of one head: every rate on validation, if there is a choice, then the best one in full,
+    then (only then) the test rows. Of several seeds metrics are the mean and intervals are Student's t; of one,
+    intervals are over the rows."""
     budget_s = task.seconds if request.budget_s is None else request.budget_s
     virtual = request.virtual or task.virtual
     learns = {"virtual": virtual, "init": "SAMPLE_VOCAB"} if method.virtual else {"rank": RANK, "alpha": ALPHA}
-    settings = {"config_digest": task.config.digest(), "budget_s": budget_s, "tune_share": request.tune_share}
+    settings = {"config_digest": task.digest, "budget_s": budget_s, "tune_share": request.tune_share}
     settings |= {"fit_rows": request.fit_rows, **learns}
-    record = Record(task.run, method.key, method.name, settings)
+    record = Record(task.run, method, task.tag, settings)
     longest = max(len(row.ids) for row in task.rows("train", method)) if method.virtual else 0
     if longest + virtual > task.backbone.max_tokens:
         raise UserError(
@@ -104,23 +123,24 @@ def _compare(task: Task, method: Method, request: Request) -> None:
             entry = trained._asdict()
             record.add("tuning", str(rate), entry)
         losses[rate] = entry["valid_loss"]
-        print(f"{method.name}: lr {rate:g}  valid loss {entry['valid_loss']:.4f}  {_pace(entry)}", flush=True)
+        print(f"{record.title}: lr {rate:g}  valid loss {entry['valid_loss']:.4f}  {_pace(entry)}", flush=True)
     best = min(losses, key=losses.__getitem__, default=rates[0])
     at_edge = len(rates) > 1 and best in (rates[0], rates[-1])
     if at_edge:
-        print(f"{method.name}: {best:g} is the {'lowest' if best == rates[0] else 'highest'} rate tried; see --lr")
+        print(f"{record.title}: {best:g} is the {'lowest' if best == rates[0] else 'highest'} rate tried; see --lr")
     finals = [_final(task, method, request, record, best, task.config.seed + k) for k in range(request.seeds)]
     of_seeds = over_seeds([one["metrics"] for one in finals])
     metrics = {name: mean for name, (mean, _) in of_seeds.items()}
     record.finish(
         {
             "lr": best, "lr_at_edge": at_edge, "seeds": request.seeds, "metrics": metrics,
+            "steps": [one["steps"] for one in finals], "seconds": [one["seconds"] for one in finals],
             "intervals": finals[0]["intervals"] | bounds(of_seeds), **origin(), "peft": metadata.version("peft"),
             "dtype": str(task.backbone.model.dtype).removeprefix("torch."),
         }
     )  # fmt: skip
     shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
-    print(f"{method.name}: lr {best:g}  test: {shown}  {_pace(finals[0])}", flush=True)
+    print(f"{record.title}: lr {best:g}  test: {shown}  {_pace(finals[0])}", flush=True)
 
 
 def _final(task: Task, method: Method, request: Request, record: Record, rate: float, seed: int) -> dict[str, Any]:

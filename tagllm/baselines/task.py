@@ -26,11 +26,15 @@ from tagllm.train.run_folder import RunFolder, read_config, training_seconds
 
 
 class Task(NamedTuple):
-    """`head`: zeros, with the mean and spread of the training targets. `virtual`: rows that the run's function tags
-    learn. `seconds`: what its training took."""
+    """The rows of one head. `config`: its sources are those of these rows; `digest`: that of the run's own. `tag`: the
+    one with the head, if there are several, else empty. `head`: zeros, with the mean and spread of the training
+    targets. `virtual`: rows that the function tags of these rows learn. `seconds`: what the run's training took, its
+    share by the number of rows."""
 
     run: Path
     config: RunConfig
+    digest: str
+    tag: str
     backbone: Backbone
     layout: TagLayout
     data: Data
@@ -49,16 +53,37 @@ class Task(NamedTuple):
         return [untagged(sources[draw.source][draw.row]) for draw in all_draws(sources, limit)]
 
 
-def open_task(run: Path) -> Task:
+class Asked(NamedTuple):
+    """What is known of a run before its backbone is loaded. `heads`: the sources that each of them answers, by tag."""
+
+    config: RunConfig
+    library: TagLibrary
+    stage: Stage
+    heads: dict[str, list[int]]
+
+    @property
+    def has_domain(self) -> bool:
+        return "domain" in self.stage.kinds.values()
+
+
+def read_asked(run: Path) -> Asked:
     """
     Raises:
-        UserError: no finished run, one whose rows are not all answered by one learned head, or other rows than the run
-            recorded.
+        UserError: no finished run, or one whose rows are not all answered by a learned head.
     """
-    config, folder = read_config(run), RunFolder(run)
-    library = TagLibrary.load(folder.library)
-    stage = stage_of_run(config, library, str(folder.library))
-    name = _head_of(stage, run)
+    config, folder = read_config(run), RunFolder(run).library
+    library = TagLibrary.load(folder)
+    stage = stage_of_run(config, library, str(folder))
+    return Asked(config, library, stage, _heads_of(stage, run))
+
+
+def open_tasks(run: Path) -> list[Task]:
+    """One for each head, over one backbone.
+
+    Raises:
+        UserError: as `read_asked`, or other rows than the run recorded.
+    """
+    folder, (config, library, stage, heads) = RunFolder(run), read_asked(run)
     ranks = Ranks.start(config.engine.timeout_s)
     backbone = load_plain(config.backbone, ranks.device)
     library.backbone.require_same(backbone.identity, str(folder.library))
@@ -66,33 +91,46 @@ def open_task(run: Path) -> Task:
     limit = config.data.max_tokens or backbone.max_tokens
     data = prepare_on_all(config.data, stage.templates, Prompts(layout, backbone.tokenizer, limit), ranks)
     require_same_rows(folder, data, SPLITS)
-    for split in SPLITS:
-        if not any(map(len, data.splits[split])):
-            raise UserError(
-                f"{run}: its {split} split has no rows; learning rates are chosen on valid and results are of test. "
-                "Train a run whose data.sources have all three splits."
+    seconds, num_rows = training_seconds(run), sum(map(len, data.splits["train"]))
+    tasks = []
+    for tag, sources in heads.items():
+        mine = data._replace(splits={split: [every[at] for at in sources] for split, every in data.splits.items()})
+        for split in SPLITS:
+            if not any(map(len, mine.splits[split])):
+                raise UserError(
+                    f"{run}: its {split} split has no rows for <{tag}>; learning rates are chosen on valid and results "
+                    "are of test. Train a run whose data.sources have all three splits."
+                )
+        learned = library.tags[tag].head
+        assert learned is not None
+        behind = {name for at in sources for name in stage.templates[at].tags if name in layout.learned}
+        virtual = sum(layout.lengths[name] for name in behind if layout.kinds[name] == "function")
+        share = sum(map(len, mine.splits["train"])) / num_rows
+        own = config.data.model_copy(update={"sources": [config.data.sources[at] for at in sources]})
+        tasks.append(
+            Task(
+                run, config.model_copy(update={"data": own}), config.digest(), tag if len(heads) > 1 else "", backbone,
+                layout, mine, learned.blank(), virtual, seconds * share, ranks.device,
             )
-    learned = library.tags[name].head
-    assert learned is not None
-    virtual = sum(layout.lengths[tag] for tag in layout.learned if layout.kinds[tag] == "function")
-    return Task(run, config, backbone, layout, data, learned.blank(), virtual, training_seconds(run), ranks.device)
+        )  # fmt: skip
+    return tasks
 
 
-def _head_of(stage: Stage, run: Path) -> str:
-    """The one tag whose head answers every row."""
+def _heads_of(stage: Stage, run: Path) -> dict[str, list[int]]:
     heads = stage.layout(0).heads
-    learned = [name for name in stage.learned if name in heads]
-    rule = "the trained baselines learn one head on the same rows"
-    if not learned:
+    found: dict[str, list[int]] = {name: [] for name in stage.learned if name in heads}
+    if not found:
         raise UserError(
-            f"{run}: none of its learned tags ({', '.join(stage.learned)}) has a head; {rule}. Choose a run of a "
-            "function tag with one."
+            f"{run}: none of its learned tags ({', '.join(stage.learned)}) has a head; the trained baselines learn a "
+            "head on the same rows. Choose a run of a function tag with one."
         )
-    if len(heads) > 1:
-        raise UserError(f"{run}: {', '.join(heads)} have a head each; {rule}. Choose a run with one of them.")
-    if without := [at for at, template in enumerate(stage.templates) if learned[0] not in template.tags]:
-        raise UserError(
-            f"{run}: the template of data.sources.{without[0]} has no <{learned[0]}>, so its rows have no target; "
-            f"{rule}. Choose a run whose sources all have it."
-        )
-    return learned[0]
+    for at, template in enumerate(stage.templates):
+        mine = [name for name in template.tags if name in found]
+        if not mine:
+            raise UserError(
+                f"{run}: the template of data.sources.{at} has no {' or '.join(f'<{name}>' for name in found)}, so its "
+                "rows have no target; the trained baselines learn a head on the same rows. Choose a run whose sources "
+                "all have one."
+            )
+        found[mine[0]].append(at)
+    return {name: sources for name, sources in found.items() if sources}

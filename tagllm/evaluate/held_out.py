@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from tagllm.baselines.record import add_trained
+from tagllm.baselines.record import write_results
 from tagllm.config import RunConfig, Split
 from tagllm.data.dataset import Data
 from tagllm.errors import UserError
@@ -23,7 +23,7 @@ from tagllm.evaluate.features import Features
 from tagllm.evaluate.metrics import intervals, value_metrics
 from tagllm.evaluate.passes import Floats, Pass
 from tagllm.evaluate.scoring import Evaluation, by_head, nats, score_pass, with_tags
-from tagllm.files import json_bytes, read_json, replace_file, save_tensors, write_durably
+from tagllm.files import read_json, save_tensors
 from tagllm.head import fields_alone
 from tagllm.origin import origin
 from tagllm.stage import stage_of_run
@@ -78,14 +78,8 @@ def evaluate(
     results |= {"note": " ".join(filter(None, notes))} if any(notes) else {}
     if ablate:
         results["ablations"] = ablations(evaluation)
-    add_trained(results, run)
     results |= {"seconds": time.monotonic() - began, "peak_gib": ranks.sum([peak_memory_gib()])[0]}
-
-    def write() -> None:
-        write_durably(run / ".tmp-results.json", json_bytes(results))
-        replace_file(run / ".tmp-results.json", run / "results.json")
-
-    ranks.on_rank_zero(write)
+    ranks.on_rank_zero(lambda: write_results(run, results))
     return results
 
 

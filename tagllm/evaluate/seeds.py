@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
+from tagllm.evaluate.metric_kinds import kind_of
+
 CONFIDENCE = 0.95
-RANGES = {
-    "r2": (-math.inf, 1.0), "pearson": (-1.0, 1.0), "spearman": (-1.0, 1.0), "comet": (-math.inf, math.inf),
-    **dict.fromkeys(("bleu", "chrf++", "spbleu"), (0.0, 100.0)),
-    **dict.fromkeys(("concordance", "accuracy", "f1", "auroc", "exact", "in_language", "unparsable"), (0.0, 1.0)),
-}  # fmt: skip
-"""What a metric can be; of those that are not here, 0 or more. Student's t knows nothing of it."""
 
 
 def over_seeds(metrics: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float | None]]:
@@ -30,8 +25,8 @@ def bounds(spread: Mapping[str, tuple[float, float | None]]) -> dict[str, tuple[
     found = {}
     for name, (mean, half) in spread.items():
         if half is not None:
-            least, most = RANGES.get(name.rpartition("/")[2], (0.0, math.inf))
-            found[name] = max(mean - half, least), min(mean + half, most)
+            kind = kind_of(name)
+            found[name] = max(mean - half, kind.least), min(mean + half, kind.most)
     return found
 
 

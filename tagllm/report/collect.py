@@ -10,15 +10,9 @@ import yaml
 from torch import Tensor
 
 from tagllm.errors import UserError
+from tagllm.evaluate.metric_kinds import KINDS, without_head
 from tagllm.files import load_tensors, read_json
 from tagllm.tags import TagLibrary
-
-HIGHER_IS_BETTER = (
-    "r2", "pearson", "spearman", "concordance", "accuracy", "f1", "auroc", "bleu", "chrf++", "spbleu", "comet", "exact",
-    "in_language",
-)  # fmt: skip
-SHOWN = ("mse", "mae", *HIGHER_IS_BETTER, "unparsable", "cross_entropy", "span_nats", "output_nats")
-"""Metrics of the tables, in this order."""
 
 Metrics = dict[str, float]
 Interval = tuple[float, float]
@@ -117,13 +111,8 @@ def _swept(file: Path) -> Swept:
 
 def metrics_of(rows: dict[str, Metrics]) -> list[str]:
     """Those of the tables, in their order; of several heads, one head after the other."""
-    there = sorted({name for metrics in rows.values() for name in metrics if without_head(name) in SHOWN})
-    return sorted(there, key=lambda name: (name.rpartition("/")[0], SHOWN.index(without_head(name))))
-
-
-def without_head(name: str) -> str:
-    """The name of a metric where that of its head stands in front (`QED/mse`)."""
-    return name.rpartition("/")[2]
+    there = sorted({name for metrics in rows.values() for name in metrics if without_head(name) in KINDS})
+    return sorted(there, key=lambda name: (name.rpartition("/")[0], list(KINDS).index(without_head(name))))
 
 
 def _run(path: Path) -> Run:

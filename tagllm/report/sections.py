@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from tagllm.evaluate.metric_kinds import kind_of
 from tagllm.evaluate.seeds import bounds, over_seeds
-from tagllm.report.collect import HIGHER_IS_BETTER, Composed, Interval, Metrics, Run, Swept, metrics_of, without_head
+from tagllm.report.collect import Composed, Interval, Metrics, Run, Swept, metrics_of
 from tagllm.report.figures import changes, dots, learning_curves, predicted_against_true, tag_similarity
 from tagllm.report.paper import published_of
 from tagllm.sweep.summary import digits
@@ -123,6 +124,8 @@ def _of_sweep(sweep: Swept) -> Section:
     if others:
         first = next(_label(one["shown"]) for one in combinations if one["folders"])
         notes.append(f"Baselines and controls are those of {first}, over the seeds that have them.")
+    trained = sweep.example.results.get("trained_baselines", {}) if sweep.example else {}
+    notes += [f"{name}: {_own_seeds(found)}, beside the first run." for name, found in trained.items()]
     for one in combinations:
         if one["tried"]:
             tried = ", ".join(f"{value}: {digits(loss, 4)}" for value, loss in one["tried"].items())
@@ -175,7 +178,7 @@ def _table(
 
 
 def _best(metric: str, values: Sequence[float]) -> float:
-    return max(values) if without_head(metric) in HIGHER_IS_BETTER else min(values)
+    return max(values) if kind_of(metric).higher_is_better else min(values)
 
 
 def _headline(rows: Mapping[str, Metrics]) -> str:
@@ -209,7 +212,16 @@ def _notes(run: Run) -> list[str]:
         notes.append(
             f"Trained in {training['seconds']:.0f} s by `{training['command']}` at commit {training['commit']}."
         )
+    for name, found in results.get("trained_baselines", {}).items():
+        steps = zip(found.get("steps", ()), found.get("seconds", ()), strict=True)  # records of before have none
+        each = "".join(f", {count} steps in {seconds:.0f} s" for count, seconds in steps)
+        notes.append(f"{name}: {_own_seeds(found)}, lr {found['lr']:g}{each}. {_line(found)}")
     return notes
+
+
+def _own_seeds(trained: Mapping[str, Any]) -> str:
+    seeds = trained["seeds"]
+    return "one seed, interval over the rows" if seeds == 1 else f"mean and interval over {seeds} seeds of its own"
 
 
 def _line(document: Mapping[str, Any]) -> str:

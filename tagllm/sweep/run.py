@@ -1,19 +1,12 @@
-"""Trains and scores the runs of a sweep, side by side, in processes of their own."""
+"""Trains and scores the runs of a sweep."""
 
 from __future__ import annotations
 
-import itertools
-import os
-import signal
-import subprocess
 import sys
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from queue import Queue
-
-import torch
+from collections.abc import Sequence
 
 from tagllm.errors import UserError
+from tagllm.side_by_side import Work, run_side_by_side
 from tagllm.sweep.points import Point, Sweep
 
 
@@ -34,72 +27,10 @@ def run_sweep(sweep: Sweep, jobs: int) -> None:
 
 
 def run_all(sweep: Sweep, points: Sequence[Point], jobs: int) -> list[str]:
-    """Trains and scores what is not finished, `jobs` runs at a time, each with its share of the cores and GPUs. A run
-    that fails stops no other; returned is a line for each of those. When this process is told to stop, so are they:
-    each saves where it stands."""
-    free: Queue[dict[str, str]] = Queue()
-    for share in shares(jobs, os.environ, torch.cuda.device_count(), os.cpu_count() or 1):
-        free.put(share)
-    running: set[subprocess.Popen[str]] = set()
-
-    def work(at: int) -> list[str]:
-        if sweep.done(points[at]):
-            return []
-        print(f"run {at + 1} of {len(points)}: {points[at].folder}", flush=True)
-        share = free.get()
-        try:
-            run_point(sweep, points[at], os.environ | share, running)
-        except UserError as error:
-            return list(error.problems)
-        finally:
-            free.put(share)
-        return []
-
-    with ThreadPoolExecutor(jobs) as pool:
-        try:
-            return [problem for found in pool.map(work, range(len(points))) for problem in found]
-        except (SystemExit, KeyboardInterrupt):
-            for process in list(running):
-                process.terminate()
-            raise
+    """Trains and scores what is not finished, `jobs` runs at a time; returned is a line for each run that failed."""
+    return run_side_by_side([_work(sweep, point) for point in points if not sweep.done(point)], jobs)
 
 
-def shares(jobs: int, environment: Mapping[str, str], num_gpus: int, num_cores: int) -> list[dict[str, str]]:
-    """What each of the runs side by side has set: its cores and a GPU of its own, of those that CUDA_VISIBLE_DEVICES
-    names or else of all. With fewer GPUs than jobs they take turns. One run alone is left everything."""
-    if jobs == 1:
-        return [{}]
-    visible = environment.get("CUDA_VISIBLE_DEVICES")
-    named = map(str, range(num_gpus)) if visible is None else (name.strip() for name in visible.split(","))
-    devices = list(itertools.takewhile(lambda name: name not in ("", "-1"), named))  # CUDA stops there too
-    share = {"OMP_NUM_THREADS": str(max(1, num_cores // jobs))}
-    if not devices:
-        return [share] * jobs
-    return [share | {"CUDA_VISIBLE_DEVICES": devices[at % len(devices)]} for at in range(jobs)]
-
-
-def run_point(sweep: Sweep, point: Point, environment: Mapping[str, str], running: set[subprocess.Popen[str]]) -> None:
-    """Trains and scores one run, in processes of its own, each in `running` while it lives.
-
-    Raises:
-        UserError: one of them failed; its last line is in the message.
-    """
+def _work(sweep: Sweep, point: Point) -> Work:
     train = ["train", str(sweep.path), *sweep.overrides, *point.overrides()]
-    for command in (train, ["eval", str(point.folder)]):
-        process = subprocess.Popen(
-            [sys.executable, "-m", "tagllm", *command], stderr=subprocess.PIPE, text=True, env=environment
-        )
-        running.add(process)
-        told = process.communicate()[1]
-        running.remove(process)
-        if process.returncode:
-            raise UserError(f"{point.folder}: tagllm {command[0]} {_ended(process.returncode, told)}")
-
-
-def _ended(status: int, told: str) -> str:
-    if status == -signal.SIGKILL:
-        return (
-            "was killed, as Linux does where memory runs out. The same command goes on; fewer --jobs need less of it."
-        )
-    last = (told.strip().splitlines() or ["no message"])[-1]
-    return f"left with {status}: {last}"
+    return Work(str(point.folder), [train, ["eval", str(point.folder)]])

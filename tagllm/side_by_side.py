@@ -1,0 +1,92 @@
+"""`tagllm` in processes of its own, several side by side, each with its share of the cores and GPUs."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from queue import Queue
+from typing import NamedTuple
+
+import torch
+
+from tagllm.errors import UserError
+
+
+class Work(NamedTuple):
+    """What one process does after another: the arguments of each `tagllm`. `name`: for people."""
+
+    name: str
+    commands: list[list[str]]
+
+
+def run_side_by_side(works: Sequence[Work], jobs: int) -> list[str]:
+    """`jobs` at a time. One that fails stops no other; returned is a line for each of those. When this process is told
+    to stop, so are they: each saves where it stands."""
+    free: Queue[dict[str, str]] = Queue()
+    for share in shares(jobs, os.environ, torch.cuda.device_count(), os.cpu_count() or 1):
+        free.put(share)
+    running: set[subprocess.Popen[str]] = set()
+
+    def begin(at: int) -> list[str]:
+        print(f"{at + 1} of {len(works)}: {works[at].name}", flush=True)
+        share = free.get()
+        try:
+            run_work(works[at], os.environ | share, running)
+        except UserError as error:
+            return list(error.problems)
+        finally:
+            free.put(share)
+        return []
+
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            return [problem for found in pool.map(begin, range(len(works))) for problem in found]
+        except (SystemExit, KeyboardInterrupt):
+            for process in list(running):
+                process.terminate()
+            raise
+
+
+def shares(jobs: int, environment: Mapping[str, str], num_gpus: int, num_cores: int) -> list[dict[str, str]]:
+    """What each of the works side by side has set: its cores and a GPU of its own, of those that CUDA_VISIBLE_DEVICES
+    names or else of all. With fewer GPUs than jobs they take turns. One alone is left everything."""
+    if jobs == 1:
+        return [{}]
+    visible = environment.get("CUDA_VISIBLE_DEVICES")
+    named = map(str, range(num_gpus)) if visible is None else (name.strip() for name in visible.split(","))
+    devices = list(itertools.takewhile(lambda name: name not in ("", "-1"), named))  # CUDA stops there too
+    share = {"OMP_NUM_THREADS": str(max(1, num_cores // jobs))}
+    if not devices:
+        return [share] * jobs
+    return [share | {"CUDA_VISIBLE_DEVICES": devices[at % len(devices)]} for at in range(jobs)]
+
+
+def run_work(work: Work, environment: Mapping[str, str], running: set[subprocess.Popen[str]]) -> None:
+    """Each process is in `running` while it lives.
+
+    Raises:
+        UserError: one of them failed; its last line is in the message.
+    """
+    for command in work.commands:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tagllm", *command], stderr=subprocess.PIPE, text=True, env=environment
+        )
+        running.add(process)
+        told = process.communicate()[1]
+        running.remove(process)
+        if process.returncode:
+            raise UserError(f"{work.name}: tagllm {command[0]} {_ended(process.returncode, told)}")
+
+
+def _ended(status: int, told: str) -> str:
+    if status == -signal.SIGKILL:
+        return (
+            "was killed, as Linux does where memory runs out. The same command goes on; fewer --jobs need less of it."
+        )
+    last = (told.strip().splitlines() or ["no message"])[-1]
+    return f"left with {status}: {last}"
