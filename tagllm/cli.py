@@ -217,7 +217,7 @@ def baseline(
     fit_rows: Annotated[
         int | None, typer.Option(min=1, help="Training rows of each closed-form fit, drawn evenly; else as in the run.")
     ] = None,
-    jobs: Annotated[int, typer.Option(min=1, help="Methods side by side, each on a GPU of its own.")] = 1,
+    jobs: Annotated[int, typer.Option(min=1, help="Methods side by side; as the run had it, since seconds count.")] = 1,
     offline: Offline = False,
 ) -> None:
     """Train PEFT prompt tuning and LoRA, each with a head, on a run's own rows; eval and report then show them."""
