@@ -30,6 +30,7 @@ from tagllm.config import (
     digest_of,
 )
 from tagllm.data.dataset import Prompts
+from tagllm.data.sources import load_rows
 from tagllm.errors import UserError, did_you_mean
 from tagllm.evaluate.answers import Answer, answers_of, chosen, copied_answers, scores_of, write_answers
 from tagllm.evaluate.metrics import intervals, value_metrics
@@ -37,10 +38,11 @@ from tagllm.evaluate.scoring import score_pass
 from tagllm.evaluate.text import Scores, known_languages, problems_of
 from tagllm.files import json_bytes, read_json, replace_file, sha256_file, write_durably
 from tagllm.model.backbone import Backbone
+from tagllm.model.smollm2 import cache_folder
 from tagllm.origin import origin
 from tagllm.stage import stage_of_run
 from tagllm.tags import TagLibrary
-from tagllm.template import escaped, parse_template, written
+from tagllm.template import escaped, field_text, parse_template, written
 from tagllm.train.build import Built, assemble, open_backbone, prepare_on_all
 from tagllm.train.ranks import Ranks
 
@@ -122,7 +124,8 @@ class Composer(NamedTuple):
         settings = self.config.model_dump(mode="json", include={"backbone", "libraries", "evaluation"})
         settings["cases"] = {name: case.model_dump(mode="json")}
         libraries = [sha256_file(Path(path) / "library.json") for path in self.config.libraries]
-        file, digest = folder / "results.json", digest_of([settings, libraries])
+        rows = load_rows(case.source, cache_folder()).file
+        file, digest = folder / "results.json", digest_of([settings, libraries, rows])
         if file.is_file() and (found := read_json(file)).get("config_digest") == digest:
             return found
         folder.mkdir(parents=True, exist_ok=True)
@@ -184,8 +187,8 @@ class Composer(NamedTuple):
                     pieces.append(escaped(part.value))
                 else:
                     column = source.output if part.value == "output" else part.value
-                    value = written(rows[column][at], source.fields.get(part.value, FieldConfig()))
-                    pieces.append(part.space + escaped(value))
+                    about = source.fields.get(part.value, FieldConfig())
+                    pieces.append(escaped(field_text(written(rows[column][at], about), part, about)))
             pieces.append("\n\n")
         return "".join(pieces)
 

@@ -317,7 +317,7 @@ class EngineConfig(Section):
 
 class RunConfig(Section):
     output: Annotated[str, Field(min_length=1)]
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     backbone: BackboneConfig
     tags: Annotated[dict[str, TagConfig], Field(min_length=1)]
     data: DataConfig

@@ -66,6 +66,8 @@ def _spread(raw: Any, override: str) -> list[str]:
     if first != "tags" or name not in TagConfig.model_fields or not OmegaConf.is_dict(tags) or name in tags:
         return [override]
     new = [tag for tag, config in tags.items() if not (OmegaConf.is_dict(config) and config.get("load"))]
+    if not new:
+        raise UserError(f"override {override!r}: all tags of the config are loaded, and none is new. Leave it out.")
     return [f"tags.{tag}.{name}={text}" for tag in new]
 
 
@@ -76,7 +78,7 @@ def _apply(raw: Any, override: str) -> None:
     try:
         value = OmegaConf.to_container(OmegaConf.create(f"value: {text}" if text else "value: ''"))
         assert isinstance(value, dict)
-        OmegaConf.update(raw, key, value["value"])
+        OmegaConf.update(raw, key, value["value"], merge=value["value"] != {})  # which would change nothing
     except (YAMLError, OmegaConfBaseException, KeyError, IndexError, TypeError, ValueError) as error:
         raise UserError(f"override {override!r}: cannot be applied: {error}") from None
 

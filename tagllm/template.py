@@ -187,14 +187,22 @@ def behind_one_tag(template: Template, kinds: Mapping[str, str]) -> list[list[st
     return [some for some in columns.values() if len(some) > 1]
 
 
+def is_missing(value: Any) -> bool:
+    """JSON's null and NaN, and what tables have in their place."""
+    return value is None or (isinstance(value, float) and math.isnan(value))
+
+
 def written(value: Any, config: FieldConfig) -> str:
-    """The value of a column as text, empty where there is none.
+    """The value of a column as text, empty where there is none. Whole numbers are written alike whatever type their
+    column has: one with a gap holds floats.
 
     Raises:
         ValueError: `decimals` is given and the value is no finite number.
     """
-    if value is None or config.decimals is None:
-        return "" if value is None else str(value)
+    if is_missing(value):
+        return ""
+    if config.decimals is None:
+        return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
     number = float(value)
     if not math.isfinite(number):
         raise ValueError(f"{value} is not finite")

@@ -168,6 +168,18 @@ def test_an_override_of_one_key_leaves_its_neighbours_and_the_last_one_counts(fi
     assert config.seed == 2
 
 
+def test_an_empty_mapping_clears_one(file: Path) -> None:
+    full = ["data.sources.0.rows={train: 9, test: 200}", "data.sources.0.rows={test: 3}"]
+    assert load_config(file, full).data.sources[0].rows == {"train": 9, "test": 3}
+    assert load_config(file, [*full, "data.sources.0.rows={}"]).data.sources[0].rows == {}
+
+
+def test_a_key_of_all_new_tags_needs_one(file: Path) -> None:
+    loaded = ["tags={}", "tags.A.load=runs/a/library"]
+    told = refused(file, *loaded, "tags.length=4")
+    assert told == "override 'tags.length=4': all tags of the config are loaded, and none is new. Leave it out."
+
+
 @pytest.mark.parametrize("override", ["seed", "=3", ""])
 def test_an_override_that_is_none(file: Path, override: str) -> None:
     assert refused(file, override) == f"override {override!r}: it must read key=value, as in optim.tag_lr=0.01"

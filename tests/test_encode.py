@@ -172,8 +172,8 @@ def test_truncation_cuts_fields_only_and_counts_what_it_cut(
     assert found.ids[found.function_at] == LAYOUT.ids("Name")[0]
 
 
-@pytest.mark.parametrize("empty", [None, "", "  "])
-def test_an_empty_value_is_the_mistake_of_the_row(tokenizer: Any, empty: str | None) -> None:
+@pytest.mark.parametrize("empty", [None, "", "  ", float("nan")])
+def test_an_empty_value_is_the_mistake_of_the_row(tokenizer: Any, empty: Any) -> None:
     built = encoder(tokenizer, "{x} <Name> {output}", output="answer")
     assert refused(built, x=empty, answer="a") == Unusable("x is empty; the template needs it")
     assert refused(built, x="a", answer=empty) == Unusable("answer is empty; the template needs it")
@@ -199,6 +199,17 @@ def test_classes(tokenizer: Any) -> None:
     assert [one(built, x="a", y=y).target.tolist() for y in ("no", "yes", 1)] == [[0], [1], [2]]
     assert one(built, x="a", y="no").head == 1
     assert refused(built, x="a", y="maybe") == Unusable("y is 'maybe'; it must be one of no, yes, 1")
+
+
+@pytest.mark.parametrize("missing", [None, float("nan")])
+def test_what_is_missing_is_of_no_class(tokenizer: Any, missing: Any) -> None:
+    """Not even of one that is called as it would be written."""
+    head = HeadConfig(type="classification", classes=["None", "nan"])
+    layout = LAYOUT._replace(heads={"Class": head})
+    source = SourceConfig(path="a.csv", template="{x} <Class>", target="y")
+    built = Encoder(parse_template("{x} <Class>", KINDS), source, layout, tokenizer, 200)
+    assert "must be one of" in refused(built, x="a", y=missing).reason
+    assert one(built, x="a", y="None").target.tolist() == [0]
 
 
 def test_one_bad_row_does_not_move_the_others(tokenizer: Any) -> None:
@@ -257,6 +268,9 @@ def test_numbers_are_written_with_so_many_decimals() -> None:
     config = FieldConfig(decimals=2)
     assert [written(value, config) for value in (0.123456, "7", -0.001, None)] == ["0.12", "7.00", "0.00", ""]
     assert written(0.123456, FieldConfig()) == "0.123456"
+    assert [written(value, FieldConfig()) for value in (25, 25.0, "25.0", -0.5, 1e20)] == [
+        "25", "25", "25.0", "-0.5", "1e+20",
+    ], "a column with a gap holds floats, and text stays as it is"  # fmt: skip
     for value in ("seven", math.inf, "nan"):
         with pytest.raises(ValueError, match="could not convert|not finite"):
             written(value, config)

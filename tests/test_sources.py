@@ -152,6 +152,22 @@ def test_parquet(name: str, write: Write) -> None:
     assert column_names(path) == ["n", "f", "t", "l"]
 
 
+def test_text_of_parquet_that_is_not_marked_as_such(write: Write) -> None:
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"smiles": pa.array([b"CCO", b"C\xff"], pa.binary())}), buffer)
+    good, bad = read_rows(write("x.parquet", buffer.getvalue()))
+    assert good == Row(1, {"smiles": "CCO"})
+    assert isinstance(bad, BadRow) and "not valid UTF-8" in bad.reason
+
+
+def test_text_of_parquet_that_is_wrongly_marked(write: Write) -> None:
+    array = pa.Array.from_buffers(pa.string(), 1, pa.array([b"C\xff"], pa.binary()).buffers())
+    buffer = io.BytesIO()
+    pq.write_table(pa.table({"smiles": array}), buffer)
+    with pytest.raises(UserError, match="x.parquet: holds text that is not UTF-8"):
+        list(read_rows(write("x.parquet", buffer.getvalue())))
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [

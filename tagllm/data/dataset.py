@@ -17,12 +17,12 @@ import numpy as np
 from tagllm.config import SPLITS, DataConfig, SourceConfig, Split, digest_of
 from tagllm.data.encode import Encoder, Example, TagLayout, Unusable
 from tagllm.data.sources import load_rows
-from tagllm.data.splits import check_keys, keys_of, split_by, split_record, split_rows
+from tagllm.data.splits import answers_in, check_keys, keys_of, split_by, split_record, split_rows
 from tagllm.errors import UserError
 from tagllm.files import write_durably
 from tagllm.template import Template
 
-FORMAT = 5
+FORMAT = 6
 CHUNK_ROWS = 1000
 _LISTED_ERRORS = 5
 
@@ -101,8 +101,9 @@ class Prompts(NamedTuple):
 
     def digest(self) -> str:
         layout = self.layout._asdict() | {"heads": {n: h.model_dump(mode="json") for n, h in self.layout.heads.items()}}
+        ordered = [[*value.items()] if isinstance(value, dict) else value for value in layout.values()]  # ids follow it
         ends = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id  # tokenizer.json does not say which these are
-        return digest_of([FORMAT, layout, tokenizer_digest(self.tokenizer), ends, self.max_tokens])
+        return digest_of([FORMAT, ordered, tokenizer_digest(self.tokenizer), ends, self.max_tokens])
 
 
 @lru_cache(maxsize=8)
@@ -143,16 +144,14 @@ def prepare(
         encoder = Encoder(template, source, prompts.layout, prompts.tokenizer, prompts.max_tokens)
         stem = [
             digest_of([source.model_dump(exclude={"weight", "rows_per_group"}), prompts.digest()]),
-            split_record(found, keys),
+            split_record(found, keys, answers_in(table, source, template)),
         ]
         record[str(at)] = {
             "name": rows.name, "rows": len(rows.table), "left_out_by_max_characters": len(rows.table) - len(table),
             "splits": stem[1],
         }  # fmt: skip
         for split in wanted:
-            file = (
-                cache / f"examples-{digest_of([*stem, split, Path(rows.table.cache_files[0]['filename']).name])}.arrow"
-            )
+            file = cache / f"examples-{digest_of([*stem, split, rows.file])}.arrow"
             if not file.exists():
                 _write_examples(file, table, found[split], encoder)
             examples, report = _read_examples(file, table, at)
@@ -203,12 +202,22 @@ def _write_examples(file: Path, table: Any, indices: np.ndarray, encoder: Encode
     schema = pa.schema([*columns, ("origin", pa.string())])
     report: dict[str, Any] = {"bad_rows": [], "unlabelled": 0, "rows_cut": 0, "tokens_cut": 0}
     unfinished = file.with_name(f"{file.stem}.tmp-{uuid.uuid4().hex}")
-    with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-        for chunk in _encoded(table, indices, encoder, report):
-            writer.write_batch(pa.RecordBatch.from_pylist(chunk, schema=schema))
-    write_durably(unfinished.with_suffix(".json.tmp"), json.dumps(report).encode())
-    unfinished.with_suffix(".json.tmp").replace(file.with_suffix(".json"))
-    unfinished.replace(file)
+    beside = unfinished.with_name(f"{unfinished.name}.json")  # other processes may write the same
+    try:
+        with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+            for chunk in _encoded(table, indices, encoder, report):
+                writer.write_batch(pa.RecordBatch.from_pylist(chunk, schema=schema))
+        write_durably(beside, json.dumps(report).encode())
+        beside.replace(file.with_suffix(".json"))
+        unfinished.replace(file)
+    except OSError as error:
+        raise UserError(
+            f"{file.parent}: cannot be written: {error}; tokenised rows are cached there. Make room or name another "
+            "folder."
+        ) from None
+    finally:
+        for left in (unfinished, beside):
+            left.unlink(missing_ok=True)
 
 
 def _encoded(
@@ -247,7 +256,7 @@ def _refuse_unlabelled(config: DataConfig, report: dict[str, Any], num_examples:
             f"data.max_tokens; at most {config.max_unlabelled_share:.1%} may (data.max_unlabelled_share). "
             "Raise data.max_tokens, shorten the template, or leave long rows out with max_characters."
         )
-    if not num_examples and total:
+    if not num_examples and (total or report["bad_rows"]):
         raise UserError(f"{where}: no row gives an example; see the bad rows of this split.")
 
 

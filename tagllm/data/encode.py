@@ -25,6 +25,7 @@ from tagllm.template import (
     Template,
     field_text,
     fit,
+    is_missing,
     marks_of,
     pool_of,
     pools_of,
@@ -209,7 +210,7 @@ class Encoder:
             return target
         values = [row.get(column) for column in self.source.target]
         if self.spec.classes:
-            if str(values[0]) not in self.spec.classes:
+            if is_missing(values[0]) or str(values[0]) not in self.spec.classes:
                 reasons[i] = reasons[i] or (
                     f"{self.source.target[0]} is {values[0]!r}; it must be one of {', '.join(self.spec.classes)}"
                 )

@@ -121,13 +121,15 @@ def checked_names(names: Iterable[str], where: str) -> list[str]:
 
 
 def plain_values(values: dict[str, Any]) -> dict[str, Any]:
-    """Scalars as they are, lists and mappings as JSON, dates and decimals as their text."""
+    """Scalars as they are, bytes as UTF-8, lists and mappings as JSON, dates and decimals as their text."""
     return {column: _plain(value) for column, value in values.items()}
 
 
 def _plain(value: Any) -> Any:
     if value is None or isinstance(value, (str, int, float)):
         return value
+    if isinstance(value, bytes):  # text of writers that do not mark it as such
+        return value.decode("utf-8", "surrogateescape")
     return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, (list, dict)) else str(value)
 
 
@@ -281,6 +283,8 @@ def _parquet(path: Path) -> Iterator[ParquetFile]:
                 yield parquet
         except pyarrow.ArrowException as error:
             raise UserError(f"{path}: is no whole parquet file: {error}; cut off or damaged. Copy it again.") from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: holds text that is not UTF-8: {error}; write it anew as UTF-8.") from None
 
 
 def _parquet_rows(path: Path) -> Iterator[Row | BadRow]:

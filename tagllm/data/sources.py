@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tagllm.config import SPLITS, SourceConfig, Split, digest_of
+from tagllm.config import SPLITS, RowsConfig, Split, digest_of
 from tagllm.data.prepare import prepare
 from tagllm.data.readers import (
     OWN_COLUMNS,
@@ -50,6 +50,11 @@ class SourceRows(NamedTuple):
     given_splits: list[Split]
     num_bad: int
 
+    @property
+    def file(self) -> str:
+        """Of the cache; its name is a digest of the contents."""
+        return Path(self.table.cache_files[0]["filename"]).name
+
 
 class _Part(NamedTuple):
     """A file, a split of a hub data set, or a recipe."""
@@ -60,7 +65,7 @@ class _Part(NamedTuple):
     file: str
 
 
-def load_rows(source: SourceConfig, cache: Path) -> SourceRows:
+def load_rows(source: RowsConfig, cache: Path) -> SourceRows:
     """All rows of a source as a memory-mapped table, written once to `cache/rows-<sha256>.arrow`.
 
     The digest is over the contents and names of the files, the prepared files of the recipe, or the name of
@@ -88,7 +93,7 @@ def load_rows(source: SourceConfig, cache: Path) -> SourceRows:
     )
 
 
-def _origin(source: SourceConfig, cache: Path) -> tuple[str, list[Any], Callable[[], list[_Part]]]:
+def _origin(source: RowsConfig, cache: Path) -> tuple[str, list[Any], Callable[[], list[_Part]]]:
     """Name, what identifies the rows, and the parts (made only when they are to be read)."""
     if source.recipe is not None:
         recipe = recipe_of(source.recipe)
@@ -220,5 +225,8 @@ def _as(kind: type, value: Any) -> Any:
 
 
 def _sha256(path: Path) -> str:
-    with open(path, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+    try:
+        with open(path, "rb") as stream:
+            return hashlib.file_digest(stream, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error}; it must be a readable file. Check it.") from None

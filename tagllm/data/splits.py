@@ -142,30 +142,25 @@ def split_rows(
     return found
 
 
-def split_record(splits: Mapping[Split, Indices], keys: Sequence[str]) -> dict[str, dict[str, Any]]:
-    """`{"train": {"n": 90, "sha256": "..."}, ...}` for JSON; the digest does not depend on the order of the rows."""
+def answers_in(table: datasets.Dataset, source: SourceConfig, template: Template) -> list[str]:
+    """What each row is to teach: its targets and its output, as they stand in the data."""
+    columns = [*source.target, *([source.output] if template.has_output else [])]
+    return keys_of(table, columns) if columns else [""] * len(table)
+
+
+def split_record(
+    splits: Mapping[Split, Indices], keys: Sequence[str], answers: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """`{"train": {"n": 90, "sha256": "...", "answers": "..."}, ...}` for JSON: digests of the keys, and of what stands
+    behind each. Neither depends on the order of the rows."""
     return {
-        split: {"n": len(rows), "sha256": _digest(keys[row] for row in rows.tolist())} for split, rows in splits.items()
+        split: {
+            "n": len(rows),
+            "sha256": _digest(keys[row] for row in rows.tolist()),
+            "answers": _digest(f"{keys[row]}\0{answers[row]}" for row in rows.tolist()),
+        }
+        for split, rows in splits.items()
     }
-
-
-def check_recorded(
-    record: Mapping[str, Mapping[str, Any]], splits: Mapping[Split, Indices], keys: Sequence[str], where: str
-) -> None:
-    """Raises `UserError`, one line per split, if the keys of the splits are not those of a `split_record`."""
-    now = split_record(splits, keys)
-    nothing = {"n": 0, "sha256": _digest([])}
-    problems = []
-    for split in SPLITS:
-        then, here = record.get(split, nothing), now.get(split, nothing)
-        if then["sha256"] != here["sha256"]:
-            problems.append(
-                f"{where}: the {split} split has {here['n']} rows, sha256 {here['sha256'][:16]}; recorded are "
-                f"{then['n']} rows, sha256 {then['sha256'][:16]}; the data or its split changed since. Restore "
-                "them, or start a new output folder."
-            )
-    if problems:
-        raise UserError(*problems)
 
 
 def _hashes(keys: Iterable[str], seed: int) -> tuple[Hashes, Hashes]:

@@ -89,10 +89,11 @@ def require_same_rows(folder: RunFolder, data: Data, splits: Sequence[Split]) ->
     for source, now in data.record.items():
         for name in splits:
             then = recorded.get(source, {}).get("splits", {}).get(name)
-            if then != now["splits"][name]:
+            here = now["splits"][name]
+            if then is None or then != {key: here[key] for key in then}:  # records of before have no `answers`
                 raise UserError(
                     f"{folder.path}/splits.json: the {name} rows of source {source} were {then}, now they are "
-                    f"{now['splits'][name]}; the data changed since training. Restore it, or train anew."
+                    f"{here}; the data changed since training. Restore it, or train anew."
                 )
 
 

@@ -71,7 +71,8 @@ class Predictor:
                 raise UserError(*problems)
         self.tokenizer, self.device, self.request = backbone.tokenizer, device, request
         source = SourceConfig(path="-", template=str(text), fields=about.get("fields", {}))
-        self.encoder = Encoder(self.template, source, layout, backbone.tokenizer, backbone.max_tokens, labelled=False)
+        limit = min(about.get("max_tokens") or backbone.max_tokens, backbone.max_tokens)
+        self.encoder = Encoder(self.template, source, layout, backbone.tokenizer, limit, labelled=False)
         width = max([spec.outputs for spec in heads.values()], default=0)
         block = about.get("mask") == "block"
         num_pools = layout.num_pools

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import NamedTuple
@@ -9,8 +10,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
-from tagllm.config import SPLITS, BackboneConfig, DataConfig, RunConfig, Split
+from tagllm.config import SPLITS, BackboneConfig, DataConfig, RunConfig, Split, digest_of
 from tagllm.data.collate import Collator
 from tagllm.data.dataset import Data, Examples, Prompts, prepare, tokenizer_digest
 from tagllm.data.encode import Example, TagLayout
@@ -65,7 +67,12 @@ class Built(NamedTuple):
             "data": self.data.digest,
             "dtype": str(self.backbone.model.dtype).removeprefix("torch."),
             "config": self.config.digest(),
+            "loaded tags": digest_of({name: _sha256(tag.rows_PD) for name, tag in self.stage.loaded.items()}),
         }
+
+
+def _sha256(rows_PD: Tensor) -> str:
+    return hashlib.sha256(rows_PD.numpy().tobytes()).hexdigest()
 
 
 def build(stage: Stage, ranks: Ranks, place: Place | None = None) -> Built:

@@ -44,12 +44,15 @@ def _trained_head(built: Built, tag: Tag, learned: dict[str, Tensor]) -> Head | 
 def _history(built: Built, name: str) -> dict[str, Any]:
     """What predict needs to ask again as in training, and people to know where a tag comes from."""
     sources, templates = built.config.data.sources, built.stage.templates
-    source = next(source for source, template in zip(sources, templates, strict=True) if name in template.tags)
+    mine = [source for source, template in zip(sources, templates, strict=True) if name in template.tags]
+    source = mine[0]
+    fields = {field: config.model_dump() for other in reversed(mine) for field, config in other.fields.items()}
     return {
         "template": source.template,
         "target": source.target,
         "output": source.output,
-        "fields": {field: config.model_dump() for field, config in source.fields.items()},
+        "fields": fields,
+        "max_tokens": built.config.data.max_tokens,
         "mask": built.config.mask,
         "dtype": next(name for name, dtype in DTYPES.items() if dtype == built.backbone.model.dtype),
         "trained_with": list(built.tags),

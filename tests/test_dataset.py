@@ -1,0 +1,127 @@
+"""Tokenised rows as they are kept: under what they depend on, whole, and by several processes at once."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from transformers import AutoTokenizer
+
+from tagllm.config import DataConfig
+from tagllm.data import dataset
+from tagllm.data.dataset import Data, Prompts, prepare
+from tagllm.data.encode import TagLayout
+from tagllm.errors import UserError
+from tagllm.template import parse_template
+from tagllm.train.gradient_free import GradientFree
+from tagllm.train.signals import EXIT_STOPPED, StopAsked
+from tests import tiny
+from tests.test_cli import Run, config, fails, folder, run
+
+__all__ = ["folder", "run"]  # fixtures
+KINDS = {"A": "domain", "B": "domain", "F": "function"}
+TEMPLATE = "<A> {a} <B> {b} <F> {output}"
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    return AutoTokenizer.from_pretrained(tiny.save_backbone(tmp_path_factory.mktemp("backbone")))
+
+
+def layout(*order: str) -> TagLayout:
+    return TagLayout.of(tiny.VOCABULARY, {name: KINDS[name] for name in order}, dict.fromkeys(order, 3), ["F"], {})
+
+
+def prepared(tmp_path: Path, tokenizer: Any, of: TagLayout, **changes: Any) -> Data:
+    file = tmp_path / "rows.csv"
+    if not file.exists():
+        file.write_text("a,b,output\n" + "".join(f"x{i},y{i},z{i}\n" for i in range(40)))
+    source = {"path": str(file), "template": TEMPLATE, "split": {"valid": 0.2, "test": 0.2}}
+    given = DataConfig.model_validate({"sources": [source], **changes})
+    return prepare(given, [parse_template(TEMPLATE, KINDS)], Prompts(of, tokenizer, 100), tmp_path / "cache")
+
+
+def test_tags_in_another_order_are_other_rows(tmp_path: Path, tokenizer: Any) -> None:
+    """Ids follow the order of the config; frozen tags used to trade places where rows were kept already."""
+    for order in (("A", "B", "F"), ("B", "A", "F")):
+        of = layout(*order)
+        ids = prepared(tmp_path, tokenizer, of).splits["train"][0][0].ids
+        assert set(of.ids("A")) | set(of.ids("B")) <= set(ids.tolist())
+        first = next(i for i in ids.tolist() if i >= tiny.VOCABULARY)
+        assert first == of.ids("A")[0], "the prompt begins with <A>"
+
+
+def test_two_that_write_the_same_rows_at_once_leave_them_whole(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, nested = dataset.write_durably, list[int]()
+
+    def beside_another(path: Path, content: bytes) -> None:
+        written(path, content)
+        if not nested:
+            nested.append(1)
+            prepared(tmp_path, tokenizer, layout("A", "B", "F"))
+
+    monkeypatch.setattr(dataset, "write_durably", beside_another)
+    (tmp_path / "cache").mkdir()
+    data = prepared(tmp_path, tokenizer, layout("A", "B", "F"))
+    assert nested and sum(len(data.splits[split][0]) for split in data.splits) == 40
+    assert not list((tmp_path / "cache").glob("*tmp*"))
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path, content: bytes) -> None:
+        path.write_bytes(content[:1])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(dataset, "write_durably", full)
+    with pytest.raises(UserError, match="cannot be written.*No space left.*Make room"):
+        prepared(tmp_path, tokenizer, layout("A", "B", "F"))
+    assert not list((tmp_path / "cache").glob("examples-*"))
+
+
+def test_a_split_of_bad_rows_alone_is_refused(run: Run, folder: Path) -> None:
+    lines = [f"m{i},{'>5' if i % 2 else '>7'}\n" for i in range(40)]
+    (folder / "bad.csv").write_text("smiles,weight\n" + "".join(lines))
+    file = config(folder, "bad", data__path=str(folder / "bad.csv"), data__on_bad_row="skip")
+    fails(run("train", file), "data.sources.0", "no row gives an example")
+
+
+def test_other_targets_behind_the_same_keys_are_other_data(run: Run, folder: Path) -> None:
+    table = folder / "targets.csv"
+    rows = [f"m{i},{i / 7}" for i in range(60)]
+    table.write_text("\n".join(["smiles,weight", *rows]) + "\n")
+    assert run("train", config(folder, "targets", data__path=str(table))).exit_code == 0
+    recorded = folder / "runs/targets/splits.json"
+    table.write_text("\n".join(["smiles,weight", *(f"m{i},{i / 3}" for i in range(60))]) + "\n")
+    fails(run("eval", "runs/targets"), "splits.json", "the data changed since training")
+    held = json.loads(recorded.read_text())
+    for split in held["0"]["splits"].values():  # as runs of before have it
+        del split["answers"]
+    recorded.write_text(json.dumps(held))
+    assert run("eval", "runs/targets").exit_code == 0
+
+
+def test_a_run_does_not_go_on_with_other_frozen_tags(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: Any) -> None:
+        raise StopAsked
+
+    domain = {"SMILES": {"kind": "domain", "length": 2}}
+    stage = {"tags": domain, "data__template": "<SMILES> {smiles}", "data__target": []}
+    assert run("train", config(folder, "one", **stage)).exit_code == 0
+    tags = {"SMILES": {"load": "runs/one/library"}, "W": {"kind": "function", "length": 2, "head": {}}}
+    two = config(folder, "two", tags=tags, data__template="<SMILES> {smiles} <W>")
+    with monkeypatch.context() as patch:
+        patch.setattr(GradientFree, "probes", stopped)
+        assert run("train", two).exit_code == EXIT_STOPPED
+    assert run("train", config(folder, "one", **stage), "output=runs/other", "seed=1").exit_code == 0
+    (folder / "runs/one").rename(folder / "runs/first")
+    (folder / "runs/other").rename(folder / "runs/one")
+    fails(run("train", two), "loaded tags", "goes on only with the same")
+    (folder / "runs/one").rename(folder / "runs/other")
+    (folder / "runs/first").rename(folder / "runs/one")
+    assert run("train", two).exit_code == 0
