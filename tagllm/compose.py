@@ -32,11 +32,11 @@ from tagllm.config import (
 from tagllm.data.dataset import Prompts
 from tagllm.data.sources import load_rows
 from tagllm.errors import UserError, did_you_mean
-from tagllm.evaluate.answers import Answer, answers_of, chosen, copied_answers, scores_of, write_answers
+from tagllm.evaluate.answers import Answer, answers_of, chosen, copied_answers, scores_of, training_mean, write_answers
 from tagllm.evaluate.metrics import intervals, value_metrics
 from tagllm.evaluate.scoring import score_pass
 from tagllm.evaluate.text import Scores, known_languages, problems_of
-from tagllm.files import json_bytes, read_json, replace_file, sha256_file, write_durably
+from tagllm.files import json_bytes, read_json, sha256_file, write_durably, write_whole
 from tagllm.model.backbone import Backbone
 from tagllm.model.smollm2 import cache_folder
 from tagllm.origin import origin
@@ -113,6 +113,9 @@ class Composer(NamedTuple):
             )
         library = TagLibrary.load_all([Path(path) for path in config.libraries])
         check(config, library)
+        dtypes = {tag.about.get("dtype", "auto") for tag in library.tags.values()}
+        if config.backbone.dtype == "auto" and len(dtypes) == 1:  # measured anew it may be another one
+            config = config.model_copy(update={"backbone": config.backbone.model_copy(update={"dtype": dtypes.pop()})})
         ranks = Ranks.start(1800)
         backbone = open_backbone(config.backbone, ranks)
         library.backbone.require_same(backbone.identity, config.libraries[0])
@@ -143,8 +146,7 @@ class Composer(NamedTuple):
         }  # fmt: skip
         write_answers([answer for one in asked.values() for answer in one.answers], folder)
         write_durably(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode())
-        write_durably(folder / ".tmp-results.json", json_bytes(results))
-        replace_file(folder / ".tmp-results.json", file)
+        write_whole(file, json_bytes(results))
         return results
 
     def _prompt(self, name: str, prompt: str) -> Asked:
@@ -163,7 +165,8 @@ class Composer(NamedTuple):
         rows = chosen(examples, self.config.evaluation.generated_rows)
         give = copied_answers if about.copies is not None else answers_of
         answers = [answer._replace(source=prompt) for answer in give(built, template, [examples[at] for at in rows])]
-        scores = scores_of(built, answers, case.language, self.library.tags, lambda: self._built(name, text, "train"))
+        means = lambda: [training_mean(self._built(name, text, "train"))] * len(answers)  # noqa: E731
+        scores = scores_of(built, answers, case.language, self.library.tags, means)
         return Asked(scores, answers, [numbers[at] for at in rows], cut)
 
     def _worked(self, name: str, text: str, shots: int) -> str:
@@ -203,6 +206,7 @@ class Composer(NamedTuple):
         known["fields"] = {n: about for n, about in known["fields"].items() if n in (*template.fields, "output")}
         config = RunConfig.model_construct(
             output=self.config.output, backbone=self.config.backbone, evaluation=self.config.evaluation,
+            mask=self.library.tags[heads[0]].about.get("mask", "causal") if heads else "causal",
             tags={n: TagConfig(load=self.config.libraries[0]) for n in used},
             data=DataConfig(sources=[SourceConfig(**known)]), optim=OptimConfig(steps=1),
         )  # fmt: skip
@@ -265,24 +269,32 @@ def check(config: ComposeConfig, library: TagLibrary) -> None:
             )
         for prompt, about in case.prompts.items():
             if about.copies is None:
-                problems += _mistakes(about, kinds, library, f"cases.{name}.prompts.{prompt}")
+                problems += _mistakes(about, case.source.target, kinds, library, f"cases.{name}.prompts.{prompt}")
     if problems:
         raise UserError(*problems)
 
 
-def _mistakes(about: PromptConfig, kinds: dict[str, str], library: TagLibrary, where: str) -> Sequence[str]:
+def _mistakes(
+    about: PromptConfig, target: Sequence[str], kinds: dict[str, str], library: TagLibrary, where: str
+) -> Sequence[str]:
     try:
         template = parse_template(about.template, kinds, f"{where}.template")
     except UserError as error:
         return error.problems
-    answering = {name for name in template.tags if library.tags[name].head is not None}
-    if template.has_output == bool(answering):
+    heads = {name: tag.head for name in template.tags if (tag := library.tags[name]).head is not None}
+    if template.has_output + len(heads) != 1:
         return [
             f"{where}.template: {about.template!r} must have either {{output}} or one tag with a head, which answers; "
             f"tags with a head here: {', '.join(n for n, tag in library.tags.items() if tag.head) or 'none'}."
         ]
-    if about.shots and answering:
+    if about.shots and heads:
         return [
             f"{where}.shots is {about.shots}; worked examples need {{output}}, a head answers without. Set it to 0."
         ]
+    for name, head in heads.items():
+        if head and len(target) != (wanted := 1 if head.spec.classes else head.spec.outputs):
+            return [
+                f"{where}: source.target names {len(target)} columns ({', '.join(target) or 'none'}); the head of "
+                f"<{name}> needs {wanted}. Give as many."
+            ]
     return []

@@ -358,9 +358,18 @@ class RunConfig(Section):
         there, config.yaml still has the old one, and differs."""
         left_out = dict.fromkeys(("output", "checkpoint", "engine", "remember_gib", "remember_device_gib"), True)
         backbone, optim = {"gradient_checkpointing", "quantize"}, {"rows_per_micro_batch", "skipped_in_a_row"}
-        text = {"generated_rows", "max_new_tokens", "beams", "spbleu_model", "comet_model"}
-        spread = {"backbone": backbone, "optim": optim, "evaluation": text}
-        return digest_of(self.model_dump(mode="json", exclude={**left_out, **spread}, exclude_defaults=True))
+        spread = {"backbone": backbone, "optim": optim, "evaluation": _OF_TEXT}
+        shapes = self.model_dump(mode="json", exclude={**left_out, **spread}, exclude_defaults=True)
+        return digest_of({key: value for key, value in shapes.items() if value != {}})  # of which all is left out
+
+    def scoring(self) -> dict[str, Any]:
+        """What results depend on beside the digest."""
+        of_text = {f"evaluation.{key}": getattr(self.evaluation, key) for key in sorted(_OF_TEXT)}
+        return {"backbone.quantize": self.backbone.quantize, **of_text}
+
+
+_OF_TEXT = {"generated_rows", "max_new_tokens", "beams", "spbleu_model", "comet_model"}
+"""Keys of `evaluation` that only answers in text depend on."""
 
 
 def digest_of(value: Any) -> str:

@@ -71,6 +71,13 @@ def replace_file(tmp: Path, final: Path) -> None:
     fsync_folder(final.parent)
 
 
+def write_whole(path: Path, data: bytes) -> None:
+    """`write_durably` and `replace_file`, for one writer at a time."""
+    temporary = path.with_name(f".tmp-{path.name}")
+    write_durably(temporary, data)
+    replace_file(temporary, path)
+
+
 def replace_folder(tmp: Path, final: Path) -> None:
     """Gives `tmp` (same parent; its files written durably) the name `final`, and removes what stood there.
 

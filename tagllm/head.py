@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, TypeVar
 
@@ -114,6 +114,12 @@ def fields_alone(heads: Mapping[str, Head | None]) -> str:
     without = [name for name, head in heads.items() if head and head.spec.reads == "both" and not head.reads_tag]
     why = "on validation rows that was clearly better than with the state of the tag"
     return " ".join(f"<{name}>: its head answers from the fields alone: {why}." for name in without)
+
+
+def pools_known(heads: Iterable[Head | None]) -> list[tuple[int, ...]]:
+    """The means that trained heads read, of those that take fields apart; a prompt may have fewer fields than the ones
+    they were trained in."""
+    return [head.pools for head in heads if head and head.spec.pool != "together"]
 
 
 def num_states(spec: HeadConfig, num_pools: int) -> int:

@@ -28,7 +28,7 @@ def run_side_by_side(works: Sequence[Work], jobs: int) -> list[str]:
     """`jobs` at a time. One that fails stops no other; returned is a line for each of those. When this process is told
     to stop, so are they: each saves where it stands."""
     free: Queue[dict[str, str]] = Queue()
-    for share in shares(jobs, os.environ, torch.cuda.device_count(), os.cpu_count() or 1):
+    for share in shares(jobs, os.environ, torch.cuda.device_count(), num_cores()):
         free.put(share)
     running: set[subprocess.Popen[str]] = set()
 
@@ -53,17 +53,23 @@ def run_side_by_side(works: Sequence[Work], jobs: int) -> list[str]:
 
 
 def shares(jobs: int, environment: Mapping[str, str], num_gpus: int, num_cores: int) -> list[dict[str, str]]:
-    """What each of the works side by side has set: its cores and a GPU of its own, of those that CUDA_VISIBLE_DEVICES
-    names or else of all. With fewer GPUs than jobs they take turns. One alone is left everything."""
+    """What each of the works side by side has set: its cores, unless OMP_NUM_THREADS says how many, and a GPU of its
+    own, of those that CUDA_VISIBLE_DEVICES names or else of all. With fewer GPUs than jobs they take turns. One alone
+    is left everything."""
     if jobs == 1:
         return [{}]
     visible = environment.get("CUDA_VISIBLE_DEVICES")
     named = map(str, range(num_gpus)) if visible is None else (name.strip() for name in visible.split(","))
     devices = list(itertools.takewhile(lambda name: name not in ("", "-1"), named))  # CUDA stops there too
-    share = {"OMP_NUM_THREADS": str(max(1, num_cores // jobs))}
+    share = {"OMP_NUM_THREADS": environment.get("OMP_NUM_THREADS", str(max(1, num_cores // jobs)))}
     if not devices:
         return [share] * jobs
     return [share | {"CUDA_VISIBLE_DEVICES": devices[at % len(devices)]} for at in range(jobs)]
+
+
+def num_cores() -> int:
+    """That this process may use: of a Slurm job, say, those that it was given."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def run_work(work: Work, environment: Mapping[str, str], running: set[subprocess.Popen[str]]) -> None:

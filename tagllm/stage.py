@@ -14,7 +14,7 @@ from tagllm.config import FieldConfig, RunConfig, SourceConfig
 from tagllm.data.collate import Collator
 from tagllm.data.encode import TagLayout
 from tagllm.errors import UserError, did_you_mean
-from tagllm.head import States
+from tagllm.head import States, pools_known
 from tagllm.model.loss import Weights
 from tagllm.order import order_problems, trained_with
 from tagllm.tags import NAME, Tag, TagLibrary
@@ -50,7 +50,8 @@ class Stage(NamedTuple):
             spec = head.spec if head else tags[name].head
             if spec is not None:
                 heads[name] = spec
-        pools = all_pools(self.templates, self.kinds, pool_of(heads.values()))
+        known = pools_known(tag.head for tag in self.loaded.values())
+        pools = all_pools(self.templates, self.kinds, pool_of(heads.values()), known)
         return TagLayout.of(vocabulary_size, self.kinds, lengths, self.learned, heads, pools)
 
     def collator(self, layout: TagLayout, free_spans: bool) -> Collator:

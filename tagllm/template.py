@@ -72,6 +72,8 @@ def parse_template(text: str, known_tags: Mapping[str, str], where: str = "templ
             if not match["field"].strip():
                 problems.append(f"{where}: {{}} names no column; write {{column}}, or \\{{ for a brace.")
             kept = literal.rstrip()
+            if match["field"].strip() == "output" and "\n" in literal[len(kept) :]:
+                kept = literal  # an answer ends with its line, so it does not begin with the end of one
             _append_text(parts, kept)
             parts.append(Part("field", match["field"].strip(), literal[len(kept) :]))
             literal = ""
@@ -156,9 +158,11 @@ def pool_of(heads: Iterable[HeadConfig]) -> Pool:
     return max((head.pool for head in heads), key=get_args(Pool).index, default="together")
 
 
-def all_pools(templates: Iterable[Template], kinds: Mapping[str, str], pool: Pool) -> tuple[int, ...]:
-    """The means that heads read side by side, of the template with most of them: for each the number of the domain tag
-    (or of the field without one) that it is of."""
+def all_pools(
+    templates: Iterable[Template], kinds: Mapping[str, str], pool: Pool, known: Iterable[tuple[int, ...]] = ()
+) -> tuple[int, ...]:
+    """The means that heads read side by side, of the template with most of them, or of those that trained heads `known`
+    from prompts with more: for each the number of the domain tag (or of the field without one) that it is of."""
 
     def one(template: Template) -> tuple[int, ...]:
         fields = [field for field in _pooled(template, kinds) if field is not None]
@@ -168,7 +172,7 @@ def all_pools(templates: Iterable[Template], kinds: Mapping[str, str], pool: Poo
 
     if pool == "together":
         return (0,)
-    return max(map(one, templates), key=len, default=(0,))
+    return max([*map(one, templates), *known], key=len, default=(0,))
 
 
 def owners_of(template: Template, kinds: Mapping[str, str], pool: Pool) -> tuple[str, ...]:

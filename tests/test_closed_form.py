@@ -99,6 +99,15 @@ def test_the_width_is_the_best_that_kernel_ridge_regression_finds(held_out: int)
     np.testing.assert_allclose(found.width_SD[0], one_F / np.sqrt(best), rtol=1e-5)
 
 
+def test_a_state_that_tells_nothing_is_left_out_at_every_spread() -> None:
+    """The other one is known best from afar, which is no reason to look at this one."""
+    train, valid = (rows(400, seed, curved=False) for seed in (0, 1))
+    beside = [Rows(np.hstack([np.full_like(x, 3.0), x]), y) for x, y in (train, valid)]
+    found = choose_widths(*beside, States.of(HeadConfig(reads="both"), (0,)), landmarks=400)
+    assert (found.width_SD[0] >= BOUNDLESS).all()
+    assert found.width_SD[1].numpy() != pytest.approx(train.features_nF.std(axis=0) * np.sqrt(2 * D), rel=0.2)
+
+
 def test_each_state_has_its_own_width() -> None:
     """One of which only near rows tell something, one that tells something from afar, and one that is noise."""
     random = np.random.default_rng(0)
@@ -264,6 +273,10 @@ def test_answers_that_are_no_numbers_do_not_look_perfect() -> None:
     assert not clearly_better(trained.errors(head), fitted.errors(head))
     assert clearly_better(fitted.errors(head), trained.errors(head))
     assert not clearly_better(trained.errors(head), trained.errors(head))
+
+
+def test_one_row_makes_nothing_clear() -> None:
+    assert not clearly_better(np.array([0.1], np.float32), np.array([0.4], np.float32))
 
 
 def test_a_fit_changes_the_loss_by_its_own_rows() -> None:

@@ -15,7 +15,7 @@ from tagllm.config import DataConfig, SplitConfig
 from tagllm.config_file import load_as
 from tagllm.data.dataset import Prompts, prepare
 from tagllm.errors import UserError
-from tagllm.evaluate.answers import _training_mean
+from tagllm.evaluate.answers import training_mean
 from tagllm.tags import TagLibrary
 from tests.test_cli import Run, config, fails, folder, run
 
@@ -66,6 +66,8 @@ def test_controls_are_asked_of_the_same_rows(folder: Path, run: Run, libraries: 
     asked = {name: [line["reference"] for line in answers if line["source"] == name] for name in prompts}
     assert len(asked["tags"]) == 3 and all(references == asked["tags"] for references in asked.values())
     assert all(line["generated"] == line["prompt"] for line in answers if line["source"] == "copy")
+    given = {name: [line["given"] for line in answers if line["source"] == name] for name in prompts}
+    assert all(fields == given["copy"] for fields in given.values()), "what is asked about, without words and examples"
     worked = next(line["prompt"] for line in answers if line["source"] == "examples")
     assert worked.count("\n\n") == 2 and "x" in worked.split("\n\n")[0]
 
@@ -148,6 +150,37 @@ def test_a_head_of_classes_is_scored_as_one(folder: Path, run: Run) -> None:
     assert {"accuracy", "auroc"} <= set(results_of(folder, "classes")[0]["metrics"])
 
 
+def test_a_head_is_asked_under_the_mask_it_was_trained_under(folder: Path, run: Run) -> None:
+    prompt, mse = "Of {kind} the drug is <S> {smiles} weighs <W>", {}
+    for mask in ("block", "causal"):
+        tags = {"S": {"length": 2}, "W": W | {"head": {"reads": "both"}}}
+        file = config(folder, f"composed_{mask}", tags=tags, mask=mask, data__template=prompt)
+        assert run("train", file).exit_code == 0
+        assert run("eval", f"runs/composed_{mask}").exit_code == 0
+        of_eval = json.loads((folder / f"runs/composed_{mask}/results.json").read_text())["metrics"]["mse"]
+        case = composed(folder, [str(folder / f"runs/composed_{mask}/library")], {"tags": prompt}, mask)
+        assert run("compose", case).exit_code == 0
+        mse[mask] = results_of(folder, mask)[0]["metrics"]["mse"]
+        assert mse[mask] == pytest.approx(of_eval, rel=1e-4)
+    assert mse["block"] != pytest.approx(mse["causal"], rel=1e-3)
+
+
+@pytest.mark.parametrize("target", ["[]", "[weight,weight]"])
+def test_a_head_needs_its_columns(folder: Path, run: Run, libraries: list[str], target: str) -> None:
+    file = composed(folder, libraries, {"tags": "{smiles} <W>"})
+    fails(run("compose", file, f"cases.case.source.target={target}"), "source.target names", "the head of <W> needs 1")
+
+
+def test_rows_that_changed_are_scored_anew(folder: Path, run: Run, libraries: list[str]) -> None:
+    table = folder / "changing.csv"
+    file, digests = composed(folder, libraries, {"tags": "{smiles} <W>"}, "changed"), []
+    for add in ("", "0"):
+        table.write_text("smiles,weight\n" + "".join(f"C{i},{i}{add}\n" for i in range(60)))
+        assert run("compose", file, f"cases.changed.source.path={table}").exit_code == 0
+        digests.append(results_of(folder, "changed")[0]["config_digest"])
+    assert digests[0] != digests[1]
+
+
 def test_a_tag_that_was_trained_anew_is_scored_anew(folder: Path, run: Run, libraries: list[str]) -> None:
     file = composed(folder, libraries, {"tags": "{smiles} <T> <FR> {output}"}, "anew")
     assert run("compose", file).exit_code == 0
@@ -181,12 +214,12 @@ def test_answers_that_are_no_numbers_count_as_the_mean_of_training_rows(folder: 
     composer = Composer.open(load_as(ComposeConfig, file, ["cases.case.source.output=weight"]))
     built = composer._built("case", "{smiles} weighs {output}", "train")
     expected = np.mean([float(text) for text in built.examples("train")[0].columns(["weight"])["weight"]])
-    assert _training_mean(built) == pytest.approx(expected, rel=0.05)
+    assert training_mean(built) == pytest.approx(expected, rel=0.05)
     asked = composer._prompt("case", "in text")
     targets = [float(answer.reference) for answer in asked.answers]
     assert asked.scores.metrics["unparsable"] == 1, "of a backbone that was never trained"
     assert asked.scores.metrics["mae"] == pytest.approx(
-        np.abs(np.array(targets) - _training_mean(built)).mean(), rel=1e-4
+        np.abs(np.array(targets) - training_mean(built)).mean(), rel=1e-4
     )
 
 

@@ -287,7 +287,13 @@ def test_one_origin_of_the_rows(values: dict[str, Any]) -> None:
 
 def test_the_digest_is_of_what_shapes_the_rows_alone() -> None:
     digest = parse_config(BASE, "").digest()
-    for place, value in (("output", "b"), ("checkpoint.keep", 5), ("engine.zero_stage", 3), ("remember_gib", 0)):
+    for place, value in (
+        ("output", "b"),
+        ("checkpoint.keep", 5),
+        ("engine.zero_stage", 3),
+        ("remember_gib", 0),
+        ("evaluation.beams", 4),
+    ):
         assert parse_config(changed(place, value), "").digest() == digest, place
     for place, value in (
         ("seed", 1),

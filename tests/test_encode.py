@@ -124,6 +124,16 @@ def test_a_start_token_only_where_the_tokenizer_gives_one(
     assert found.function_at == plain.function_at + 1
 
 
+def test_a_line_that_ends_before_the_answer_is_of_the_prompt(tokenizer: Any) -> None:
+    """Generation ends with the line, so it may not begin with the end of one."""
+    template = "{x} <Name> Answer:\n{output}"
+    whole = one(encoder(tokenizer, template), x="a", output="b")
+    prompt = one(encoder(tokenizer, template, labelled=False), x="a")
+    upto = int(np.flatnonzero(whole.marks == OUTPUT)[0])
+    assert whole.ids[:upto].tolist() == prompt.ids.tolist() and tokenizer.decode(prompt.ids[-1:]) == "\n"
+    assert tokenizer.decode(whole.ids[upto : upto + 1]) == "b"
+
+
 def test_spaced_gives_one_token_pair_per_residue_and_no_merges(tokenizer: Any) -> None:
     """The tiny tokenizer has no merges: a space and a letter; what counts is that each letter stands alone."""
     found = one(encoder(tokenizer, "<Protein> {s} <Name> {output}", fields={"s": {"characters": "spaced"}}),

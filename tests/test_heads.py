@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from safetensors.torch import load_file
 
 from tagllm.config import HeadConfig
 from tagllm.data.encode import TagLayout
@@ -20,7 +22,7 @@ from tagllm.model.tagged import TaggedModel
 from tagllm.report.collect import metrics_of
 from tagllm.train.gradient_free import GradientFree
 from tests import tiny
-from tests.test_cli import Run, config, folder, run
+from tests.test_cli import Run, config, fails, folder, run
 
 __all__ = ["folder", "run"]  # fixtures
 NUMBER: dict[str, Any] = {"kind": "function", "length": 2, "head": {"type": "regression"}}
@@ -88,6 +90,45 @@ def test_eval_scores_each_head_on_its_own_rows(run: Run, folder: Path) -> None:
                 for key, value in of.items():
                     assert mine[name][f"{tag}/{key}"] == pytest.approx(value, rel=1e-4), (name, key)
     assert metrics_of({"tag": results["metrics"]})[:2] == ["K/accuracy", "K/f1"]
+    both = ["--tag", "W", "--template", "The molecule {smiles} is <W> or <K>"]
+    told = run("predict", "runs/both", folder / "rows.csv", folder / "w.csv", *both)
+    fails(told, "<K>, <W> all have heads", "Take out all but <W>")
+
+
+def test_a_head_without_held_out_rows_leaves_the_others(run: Run, folder: Path) -> None:
+    tags, targets = PAIRS[0]
+    file = of_two(folder, "untested", tags, targets)
+    values = yaml.safe_load(file.read_text())
+    (folder / "copy.csv").write_text((folder / "rows.csv").read_text())
+    values["data"]["sources"][1] |= {"path": str(folder / "copy.csv"), "split": {"test": 0}}
+    file.write_text(yaml.safe_dump(values))
+    assert run("train", file).exit_code == 0
+    told = run("eval", "runs/untested")
+    assert told.exit_code == 0, told.output
+    results = json.loads((folder / "runs/untested/results.json").read_text())
+    assert "W/mse" in results["baselines"]["ridge_mean"] and not any(key.startswith("K/") for key in results["metrics"])
+
+
+def test_a_head_answers_in_the_prompt_of_its_run_with_fewest_fields(run: Run, folder: Path) -> None:
+    """It reads two means, of which rows of the first source have one."""
+    head = {"type": "regression", "reads": "both", "pool": "apart"}
+    tags = {"S": {"length": 2}, "W": {"kind": "function", "length": 2, "head": head}}
+    file = config(folder, "fewer", tags=tags)
+    values = yaml.safe_load(file.read_text())
+    source = values["data"]["sources"][0] | {"split": {"by": "smiles"}}
+    prompts = "The <S> {smiles} weighs <W>", "The <S> {smiles}, {name}, weighs <W>"
+    values["data"]["sources"] = [source | {"template": prompt} for prompt in prompts]
+    file.write_text(yaml.safe_dump(values))
+    assert run("train", file).exit_code == 0
+    told = run("predict", "runs/fewer", folder / "rows.csv", folder / "w.csv")
+    assert told.exit_code == 0, told.output
+    assert run("eval", "runs/fewer").exit_code == 0
+    held_out = load_file(folder / "runs/fewer/held_out.safetensors")
+    with (folder / "w.csv").open() as stream:
+        answers = {round(float(row["weight"]), 3): float(row["W"]) for row in csv.DictReader(stream)}
+    half = len(held_out["values_nK"]) // 2
+    for value, target in zip(held_out["values_nK"][:half, 0], held_out["targets_nK"][:half, 0], strict=True):
+        assert answers[round(float(target), 3)] == pytest.approx(float(value), rel=1e-3)
 
 
 def test_each_head_has_trained_baselines_on_its_own_rows(run: Run, folder: Path) -> None:

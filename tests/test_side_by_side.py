@@ -33,6 +33,8 @@ def test_runs_side_by_side_have_cores_and_a_gpu_each(
     found = shares(jobs, environment, num_gpus, 9)
     assert [share.get("CUDA_VISIBLE_DEVICES") for share in found] == devices
     assert [share.get("OMP_NUM_THREADS") for share in found] == ([None] if jobs == 1 else [str(9 // jobs)] * jobs)
+    for share in shares(jobs, environment | {"OMP_NUM_THREADS": "7"}, num_gpus, 9):
+        assert share.get("OMP_NUM_THREADS", "7") == "7", "what the user has set stays"
 
 
 def test_no_two_runs_at_a_time_have_one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -365,6 +365,14 @@ def test_a_hub_data_set_is_flattened_split_and_loaded_once(tmp_path: Path, monke
     }  # fmt: skip
 
 
+def test_a_folder_is_no_hub_data_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its rows would be kept under a name that says nothing of what is in it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    with pytest.raises(UserError, match="hub data: is a folder or file here.*Give its files with `path:`"):
+        load_rows(source_of(hub="data"), tmp_path)
+
+
 @pytest.mark.parametrize("offline", [True, False])
 def test_a_hub_failure_names_the_data_set_and_the_mode(
     offline: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import psutil
@@ -103,7 +104,7 @@ def test_a_wrong_value_is_told_before_anything_runs(config: Path) -> None:
     assert not (config.parent / "sweep").exists()
 
 
-def finished(sweep: Sweep, point: Point, mse: float, losses: Sequence[float] = (), **other: str) -> None:
+def finished(sweep: Sweep, point: Point, mse: float, losses: Sequence[float] = (), **other: Any) -> None:
     point.folder.mkdir(parents=True, exist_ok=True)
     scored = {"metrics": {"mse": mse}, "split": "test", "config_digest": sweep.config(point).digest()} | other
     (point.folder / "results.json").write_text(json.dumps(scored))
@@ -121,6 +122,27 @@ def test_intervals_are_students(config: Path) -> None:
     low, high = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
     assert found.runs == 3, "the fourth is not finished"
     assert found.metrics["mse"] == pytest.approx((np.mean(values), (high - low) / 2))
+
+
+def test_what_was_scored_in_another_way_is_told_and_not_taken(config: Path) -> None:
+    before = Sweep.of(config, [], [], 1)
+    (point,) = before.finals()
+    finished(before, point, 0.5, scoring=before.config(point).scoring())
+    assert before.done(point)
+    for override, key in (("evaluation.beams=4", "evaluation.beams 1 and not 4"), ("backbone.quantize=nf4", "nf4")):
+        now = Sweep.of(config, [override], [], 1)
+        with pytest.raises(UserError, match=f"{key}.*another output.*tagllm eval .* {override}"):
+            now.done(now.finals()[0])
+    finished(before, point, 0.5)
+    assert before.done(point), "results of before do not say"
+
+
+def test_seeds_of_other_rows_have_no_mean(config: Path) -> None:
+    sweep = Sweep.of(config, [], [], 3)
+    for point, rows in zip(sweep.finals(), (None, "a", "b"), strict=True):
+        finished(sweep, point, 0.5, run=point.folder.name, **({} if rows is None else {"data": {"0": rows}}))
+    with pytest.raises(UserError, match="seed=2: trained on other rows than seed=1.*Restore it"):
+        summaries(sweep)
 
 
 def test_intervals_stay_within_what_a_metric_can_be() -> None:

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
+import torch
+import yaml
 from transformers import AutoTokenizer
 
-from tagllm.config import EvaluationConfig
+from tagllm.config import BackboneConfig, EvaluationConfig
 from tagllm.evaluate import generate as generating
-from tagllm.evaluate.answers import language_of
+from tagllm.evaluate.answers import _plain, language_of
 from tagllm.evaluate.generate import generate, line_ends
 from tagllm.evaluate.text import (
     all_numbers,
@@ -22,6 +26,8 @@ from tagllm.evaluate.text import (
     problems_of,
     text_scores,
 )
+from tagllm.model.backbone import load_backbone
+from tagllm.model.tagged import TaggedModel
 from tagllm.template import parse_template
 from tests import tiny
 from tests.test_cli import Run, config, fails, folder, run
@@ -79,7 +85,7 @@ def test_numbers_in_text() -> None:
     units = ("7.5kcal", "0.71C", "1.2e", "6nM", "1.5.2", "3.", ".5", "2.5e-3 mol")
     assert [number_in(text) for text in units] == [7.5, 0.71, 1.2, None, 1.5, 3.0, 0.5, 0.0025]
     assert all_numbers(["0.5", "-3"]) and not all_numbers(["0.5", "x"]) and not all_numbers([])
-    found = number_scores(["0.5", "no idea", "1.5"], [0.5, 1.0, 1.5], fallback=1.0)
+    found = number_scores(["0.5", "no idea", "1.5"], [0.5, 1.0, 1.5], fallbacks=[9.0, 1.0, 9.0])
     assert found.metrics["mse"] == 0 and found.metrics["unparsable"] == pytest.approx(1 / 3)
 
 
@@ -146,12 +152,62 @@ def test_eval_of_a_run_with_text_keeps_every_answer(run: Run, folder: Path) -> N
     results = json.loads((folder / "runs/answers/results.json").read_text())
     lines = [json.loads(line) for line in (folder / "runs/answers/generated.jsonl").read_text().splitlines()]
     assert len(lines) == results["metrics"]["generated_rows"] == 3
-    assert all(line["reference"].startswith("x") and line["prompt"] for line in lines)
+    assert all(line["reference"].startswith("x") and line["given"] == line["prompt"] != "" for line in lines)
     assert {"bleu", "chrf++", "exact", "in_language"} <= set(
         results["sources"]["{smiles} <T> <FR> {output}"]["metrics"]
     )
     assert "spBLEU" in results["note"]
     fails(run("eval", folder / "runs/answers", "evaluation.spbleu_model=none.model"), "no such file")
+
+
+@pytest.mark.parametrize("beams", [1, 2])
+def test_the_likeliest_token_whatever_the_backbone_was_published_with(tmp_path: Path, beams: int) -> None:
+    """As instruct models come with a penalty on what was said before, digits among it."""
+    made, of = [], tiny.layout()
+    prompts = [np.array([5 + at, 9, *of.ids("F")], np.int32) for at in range(6)]
+    for penalty in (1.0, 5.0):
+        folder = tiny.save_backbone(tmp_path / f"{penalty}")
+        (folder / "generation_config.json").write_text(json.dumps({"repetition_penalty": penalty}))
+        backbone = load_backbone(BackboneConfig(model=str(folder), dtype="fp32"), torch.device("cpu"))
+        model = TaggedModel(backbone.model, tiny.tags(of), of)
+        made.append(generate(model, backbone.tokenizer, prompts, 12, beams))
+    assert made[0] == made[1] and any(made[0])
+
+
+def test_every_source_counts_and_none_hides_a_head(run: Run, folder: Path) -> None:
+    """Two with the same words, of other scale, beside one that a head answers."""
+    tags = {"T": {"kind": "function", "length": 2}, "W": {"kind": "function", "length": 2, "head": {}}}
+    file = config(folder, "mixed", tags=tags, evaluation={"max_new_tokens": 2, "generated_rows": 60})
+    for name, add in (("small", 0), ("large", 1000)):
+        rows = "".join(f"CN{i}O,{add + i % 7}\n" for i in range(40))
+        (folder / f"{name}.csv").write_text(f"smiles,number\n{rows}")
+    values = yaml.safe_load(file.read_text())
+    values["data"]["sources"] += [
+        {"path": str(folder / f"{name}.csv"), "template": "{smiles} <T> {output}", "output": "number"}
+        for name in ("small", "large")
+    ]
+    file.write_text(yaml.safe_dump(values))
+    assert run("train", file).exit_code == 0
+    told = run("eval", folder / "runs/mixed")
+    assert told.exit_code == 0, told.output
+    results = json.loads((folder / "runs/mixed/results.json").read_text())
+    first, second = results["sources"].values()
+    assert list(results["sources"]) == ["{smiles} <T> {output}", "{smiles} <T> {output} (data.sources.2)"]
+    assert results["metrics"]["text/generated_rows"] == first["rows"] + second["rows"]
+    for source in (first, second):  # of a backbone that was never trained
+        if source["metrics"]["unparsable"] == 1:
+            assert source["metrics"]["mae"] < 10, "the mean of its own training rows"
+    assert first["metrics"]["unparsable"] == second["metrics"]["unparsable"] == 1
+    assert results["metrics"]["text/mae"] < 10 and "mse" in results["metrics"] and "text/mse" in results["metrics"]
+
+
+def test_a_prompt_has_no_special_tokens_for_people(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(tiny.save_backbone(tmp_path))
+    ids = np.array([tokenizer.eos_token_id, *tokenizer("CCO", add_special_tokens=False).input_ids], np.int32)
+    built: Any = SimpleNamespace(
+        backbone=SimpleNamespace(tokenizer=tokenizer), layout=SimpleNamespace(vocabulary_size=tiny.VOCABULARY)
+    )
+    assert _plain(built, ids) == "CCO"
 
 
 def test_digits_are_scored_as_numbers(run: Run, folder: Path) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 
 from tagllm.baselines.methods import Method
 from tagllm.errors import UserError
-from tagllm.files import RunLock, json_bytes, read_json, replace_file, write_durably
+from tagllm.files import RunLock, json_bytes, read_json, write_whole
 from tagllm.origin import ORIGIN
 
 FOLDER = "baselines"
@@ -58,7 +58,7 @@ class Record:
 
     def _write(self) -> None:
         self.path.parent.mkdir(exist_ok=True)
-        _write(self.path, self.document)
+        write_whole(self.path, json_bytes(self.document))
 
 
 def write_results(run: Path, results: dict[str, Any]) -> None:
@@ -86,14 +86,8 @@ def _write_results(run: Path, results: dict[str, Any]) -> None:
                 results.setdefault(part, {}).setdefault(name, {}).update(of_head)
             told = {key: found[key] for key in COMES_FROM if key in found}  # records of before lack some
             results.setdefault("trained_baselines", {})[_title(found)] = told
-    _write(run / "results.json", results)
+    write_whole(run / "results.json", json_bytes(results))
 
 
 def _title(document: dict[str, Any]) -> str:
     return f"{document['name']}, {document['tag']}" if document.get("tag") else str(document["name"])
-
-
-def _write(file: Path, value: dict[str, Any]) -> None:
-    temporary = file.with_name(f".tmp-{file.name}")
-    write_durably(temporary, json_bytes(value))
-    replace_file(temporary, file)

@@ -103,6 +103,11 @@ def _origin(source: RowsConfig, cache: Path) -> tuple[str, list[Any], Callable[[
         return name, ["recipe", recipe.name, ready.about["sha256"]], lambda: parts
     if source.hub is not None:
         hub = source.hub
+        if Path(hub).exists():
+            raise UserError(
+                f"hub {hub}: is a folder or file here, and rows of a hub data set are kept under its name though files "
+                "may change. Give its files with `path:`."
+            )
         return f"hub {hub}", ["hub", hub], lambda: _hub_parts(hub)
     paths: list[tuple[Split | None, str]] = (
         [(None, source.path)] if isinstance(source.path, str) else [*(source.path or {}).items()]

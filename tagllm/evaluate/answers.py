@@ -25,9 +25,10 @@ from tagllm.evaluate.text import (
     problems_of,
     text_scores,
 )
-from tagllm.files import replace_file, write_durably
-from tagllm.template import OUTPUT, Template
+from tagllm.files import write_whole
+from tagllm.template import FIELD, OUTPUT, SPAN, Template
 from tagllm.train.build import Built
+from tagllm.train.ranks import Ranks
 
 ROWS_OF_MEAN = 1000
 
@@ -37,38 +38,35 @@ class Answer(NamedTuple):
     """The template it was asked with."""
     prompt: str
     """Without tags."""
+    given: str
+    """The fields alone: what is to be translated, say."""
     reference: str
     generated: str
 
 
-def text_results(built: Built, split: Split, run: Path) -> dict[str, Any]:
+def text_results(built: Built, split: Split, ranks: Ranks, run: Path) -> dict[str, Any]:
     """`metrics` and `intervals` over all sources with {output} together, `sources` (the same by template), and RUN/
     generated.jsonl with every answer. The rows are drawn evenly, as many of each source.
 
     Raises:
         UserError: a model for spBLEU or COMET that is not there.
     """
-    settings = built.config.evaluation
+    settings, templates = built.config.evaluation, built.stage.templates
     if problems := problems_of(settings, "evaluation"):
         raise UserError(*problems)
-    asked = [
-        (template, examples)
-        for template, examples in zip(built.stage.templates, built.examples(split), strict=True)
-        if template.has_output and len(examples)
-    ]
+    held_out = built.examples(split)
+    asked = [at for at, template in enumerate(templates) if template.has_output and len(held_out[at])]
     share = max(1, settings.generated_rows // len(asked))
-    answers: dict[str, list[Answer]] = {}
-    found: dict[str, Scores] = {}
-    for template, examples in asked:
-        answers[template.text] = answers_of(built, template, [examples[at] for at in chosen(examples, share)])
-        language = language_of(template, built.layout.kinds)
-        found[template.text] = scores_of(built, answers[template.text], language, built.tags, lambda: built)
-    everything = [answer for some in answers.values() for answer in some]
-    overall = (
-        found[asked[0][0].text] if len(asked) == 1 else scores_of(built, everything, "", built.tags, lambda: built)
-    )
-    write_answers(everything, run)
-    sources = {name: {"rows": len(answers[name]), **scores._asdict()} for name, scores in found.items()}
+    sources, everything, fallbacks = dict[str, Any](), list[Answer](), list[float]()
+    for at in asked:
+        answers = answers_of(built, templates[at], [held_out[at][row] for row in chosen(held_out[at], share)])
+        means = [training_mean(built, at)] * len(answers)
+        scores = scores_of(built, answers, language_of(templates[at], built.layout.kinds), built.tags, lambda: means)  # noqa: B023
+        name = templates[at].text
+        sources[f"{name} (data.sources.{at})" if name in sources else name] = {"rows": len(answers), **scores._asdict()}
+        everything, fallbacks = everything + answers, fallbacks + means
+    overall = scores if len(asked) == 1 else scores_of(built, everything, "", built.tags, lambda: fallbacks)
+    ranks.on_rank_zero(lambda: write_answers(everything, run))
     about = {} if settings.spbleu_model else {"note": NO_SPBLEU}
     metrics = {**overall.metrics, "generated_rows": len(everything)}
     return {"metrics": metrics, "intervals": overall.intervals, "sources": sources, **about}
@@ -76,38 +74,34 @@ def text_results(built: Built, split: Split, run: Path) -> dict[str, Any]:
 
 def write_answers(answers: Sequence[Answer], folder: Path) -> None:
     lines = "".join(json.dumps(answer._asdict(), ensure_ascii=False) + "\n" for answer in answers)
-    write_durably(folder / ".tmp-generated.jsonl", lines.encode())
-    replace_file(folder / ".tmp-generated.jsonl", folder / "generated.jsonl")
+    write_whole(folder / "generated.jsonl", lines.encode())
 
 
 def answers_of(built: Built, template: Template, rows: Sequence[Example]) -> list[Answer]:
     tokenizer, settings = built.backbone.tokenizer, built.config.evaluation
     prompts = [row.ids[: _output_at(row)] for row in rows]
     made = generate(built.model, tokenizer, prompts, settings.max_new_tokens, settings.beams, settings.rows_per_batch)
-    plain = [_plain(built, ids) for ids in prompts]
-    wanted = [_reference(built, row) for row in rows]
-    return [Answer(template.text, *texts) for texts in zip(plain, wanted, made, strict=True)]
+    return [_answer(built, template, row, text) for row, text in zip(rows, made, strict=True)]
 
 
 def copied_answers(built: Built, template: Template, rows: Sequence[Example]) -> list[Answer]:
-    """Each row answered with its own prompt."""
-    plain = [_plain(built, row.ids[: _output_at(row)]) for row in rows]
-    return [Answer(template.text, text, _reference(built, row), text) for text, row in zip(plain, rows, strict=True)]
+    """Each row answered with its own fields."""
+    return [_answer(built, template, row, _given(built, row)) for row in rows]
 
 
 def scores_of(
-    built: Built, answers: Sequence[Answer], language: str, tags: Collection[str], trained_on: Callable[[], Built]
+    built: Built, answers: Sequence[Answer], language: str, tags: Collection[str], means: Callable[[], Sequence[float]]
 ) -> Scores:
     """Of numbers, or of text; with a language also how many answers are in it, rather than in another that a tag is
     named after.
 
     Args:
-        trained_on: has the training rows, by whose mean answers count that are no numbers.
+        means: what each answer counts as if it is no number: the mean of its training rows.
     """
     made, wanted = [answer.generated for answer in answers], [answer.reference for answer in answers]
     if all_numbers(wanted):
-        return number_scores(made, [float(text) for text in wanted], _training_mean(trained_on()))
-    scores = text_scores(made, wanted, [answer.prompt for answer in answers], built.config.evaluation)
+        return number_scores(made, [float(text) for text in wanted], means())
+    scores = text_scores(made, wanted, [answer.given for answer in answers], built.config.evaluation)
     if language:
         among = {name.lower() for name in tags} & set(known_languages())
         scores = scores.with_(language_scores(made, language, among))
@@ -123,11 +117,20 @@ def language_of(template: Template, kinds: dict[str, str]) -> str:
     return before.value.lower() if before.value.lower() in known_languages() else ""
 
 
-def _training_mean(built: Built) -> float:
-    """Of the numbers to be written, of some rows of each source."""
-    rows = [examples[at] for examples in built.examples("train") for at in chosen(examples, ROWS_OF_MEAN)]
-    numbers = [text for row in rows if (row.marks == OUTPUT).any() and all_numbers([text := _reference(built, row)])]
-    return float(np.mean([float(text) for text in numbers]))
+def training_mean(built: Built, source: int = 0) -> float:
+    """Of the numbers to be written, of some rows of a source; 0 where it has none."""
+    examples = built.examples("train")[source]
+    texts = [_reference(built, examples[at]) for at in chosen(examples, ROWS_OF_MEAN)]
+    return float(np.mean([float(text) for text in texts if all_numbers([text])] or [0.0]))
+
+
+def _answer(built: Built, template: Template, row: Example, generated: str) -> Answer:
+    prompt = _plain(built, row.ids[: _output_at(row)])
+    return Answer(template.text, prompt, _given(built, row), _reference(built, row), generated)
+
+
+def _given(built: Built, row: Example) -> str:
+    return _plain(built, row.ids[np.isin(row.marks, (SPAN, FIELD))])
 
 
 def _reference(built: Built, row: Example) -> str:
@@ -142,7 +145,7 @@ def chosen(examples: Examples, number: int) -> list[int]:
 
 def _plain(built: Built, ids: NDArray[np.int32]) -> str:
     """What the ids say without tags."""
-    text: str = built.backbone.tokenizer.decode(ids[ids < built.layout.vocabulary_size])
+    text: str = built.backbone.tokenizer.decode(ids[ids < built.layout.vocabulary_size], skip_special_tokens=True)
     return text.strip()
 
 

@@ -14,7 +14,7 @@ import torch
 
 from tagllm.config import Reads
 from tagllm.evaluate.ridge import Floats, Rows
-from tagllm.files import load_tensors, replace_file, save_tensors
+from tagllm.files import load_tensors, tensor_bytes, write_whole
 from tagllm.head import states_read
 
 
@@ -37,9 +37,7 @@ class Features(NamedTuple):
         return Features(*(column[:0] for column in self))
 
     def save(self, path: Path) -> None:
-        temporary = path.with_name(f".tmp-{path.name}")
-        save_tensors(temporary, {name: torch.from_numpy(value) for name, value in self._asdict().items()})
-        replace_file(temporary, path)
+        write_whole(path, tensor_bytes({name: torch.from_numpy(value) for name, value in self._asdict().items()}))
 
     @classmethod
     def load(cls, path: Path) -> Features:

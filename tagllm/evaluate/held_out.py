@@ -23,7 +23,7 @@ from tagllm.evaluate.features import Features
 from tagllm.evaluate.metrics import intervals, value_metrics
 from tagllm.evaluate.passes import Floats, Pass
 from tagllm.evaluate.scoring import Evaluation, by_head, nats, score_pass, with_tags
-from tagllm.files import read_json, save_tensors
+from tagllm.files import read_json, tensor_bytes, write_whole
 from tagllm.head import fields_alone
 from tagllm.origin import origin
 from tagllm.stage import stage_of_run
@@ -54,6 +54,8 @@ def evaluate(
     folder = RunFolder(run)
     library = TagLibrary.load(folder.library)
     stage = stage_of_run(config, library, str(folder.library))
+    if controls and not stage.terms:
+        raise UserError(f"--control: {run} answers with a head and has no loss over tokens to compare. Leave it out.")
     built = build(stage, ranks)
     if not overridden:
         require_same_rows(folder, built.data, ("train", "valid", split))
@@ -63,6 +65,8 @@ def evaluate(
     results: dict[str, Any] = {
         "run": run.name, "split": split, "metrics": {}, "intervals": {}, "baselines": {}, "controls": {},
         "learned": stage.learned, "backbone": built.backbone.identity._asdict(), "config_digest": config.digest(),
+        "scoring": config.scoring(),
+        "data": {source: about["splits"] for source, about in built.data.record.items()},
         "ranks": ranks.size, "rows": sum(map(len, built.examples(split))), "training": folder.training(), **origin(),
     }  # fmt: skip
     if built.layout.heads:
@@ -70,9 +74,10 @@ def evaluate(
     if stage.terms:
         _score_tokens(evaluation, results, controls)
     if any(template.has_output for template in stage.templates):
-        found = text_results(built, split, run)
+        found = text_results(built, split, ranks, run)
+        at = "text/" if built.layout.heads else ""  # heads may have metrics of the same name
         for part in ("metrics", "intervals"):
-            results[part] |= found.pop(part)
+            results[part] |= {f"{at}{name}": value for name, value in found.pop(part).items()}
         results |= found
     notes = [fields_alone({name: tag.head for name, tag in built.tags.items()}), results.get("note", "")]
     results |= {"note": " ".join(filter(None, notes))} if any(notes) else {}
@@ -104,11 +109,13 @@ def _score_values(evaluation: Evaluation, folder: RunFolder, overridden: bool, r
     results["metrics"] |= by_head(built, split, held_out, value_metrics)
     results["intervals"] = ranks.on_rank_zero(lambda: by_head(built, split, held_out, intervals))
     pairs = {"values_nK": torch.from_numpy(held_out.values_nK), "targets_nK": torch.from_numpy(held_out.targets_nK)}
-    ranks.on_rank_zero(lambda: save_tensors(folder.path / "held_out.safetensors", pairs))
+    ranks.on_rank_zero(lambda: write_whole(folder.path / "held_out.safetensors", tensor_bytes(pairs)))
     heads = built.layout.heads
     probes = _Probes(evaluation, None if overridden or len(heads) > 1 else folder, held_out)
     for name in heads:
         test, train = probes.of(split, name), probes.of("train", name)
+        if not len(test.targets_nK):
+            continue
         valid = test if split == "valid" else probes.of("valid", name)
         found = ranks.on_rank_zero(partial(_beside, built, name, split, train, valid, test))
         at = f"{name}/" if len(heads) > 1 else ""

@@ -54,7 +54,8 @@ def choose_widths(train: Rows, valid: Rows, states: States, landmarks: int) -> S
     tells_S = (unit_SD < BOUNDLESS).any(dim=1).tolist()
     for kind in dict.fromkeys(kind for kind, tells in zip(states.kinds, tells_S, strict=True) if tells):
         best_S = min((with_one(best_S, kind, spread) for spread in SPREADS), key=error)
-    return Similarity(unit_SD / torch.tensor(best_S).sqrt()[:, None], states.orders)
+    width_SD = unit_SD / torch.tensor(best_S).sqrt()[:, None]
+    return Similarity(torch.where(unit_SD < BOUNDLESS, width_SD, BOUNDLESS), states.orders)
 
 
 def _widths(features_nF: Floats, kinds: Sequence[int]) -> Tensor:

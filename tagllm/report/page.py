@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from tagllm.errors import UserError
-from tagllm.files import json_bytes, replace_file, write_durably
+from tagllm.files import json_bytes, write_whole
 from tagllm.origin import origin
 from tagllm.report.collect import collect
 from tagllm.report.sections import Section, Table, sections_of
@@ -27,8 +27,7 @@ def write_report(folders: Sequence[Path], output: Path) -> Path:
     try:
         output.mkdir(parents=True, exist_ok=True)
         for kind, content in pages.items():
-            write_durably(output / f".tmp-{NAME}.{kind}", content)
-            replace_file(output / f".tmp-{NAME}.{kind}", output / f"{NAME}.{kind}")
+            write_whole(output / f"{NAME}.{kind}", content)
     except OSError as error:
         raise UserError(f"{output}: cannot be written: {error}. Give another folder with --out.") from None
     return output / f"{NAME}.html"

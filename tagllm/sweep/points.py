@@ -99,13 +99,27 @@ class Sweep(NamedTuple):
         return load_config(self.path, [*self.overrides, *point.overrides()])
 
     def done(self, point: Point) -> bool:
-        """Whether its folder holds this very run, scored on the rows to test; `train` refuses what else it may hold."""
+        """Whether its folder holds this very run, scored on the rows to test; `train` refuses what else it may hold.
+
+        Raises:
+            UserError: it was scored in another way.
+        """
         if not (point.folder / "results.json").is_file():
             return False
         found, config = read_json(point.folder / "results.json"), self.config(point)
         if config.backbone.dtype == "auto":
             config = config.in_dtype(read_config(point.folder).backbone.dtype)
-        return bool(found["split"] == "test" and found["config_digest"] == config.digest())
+        if found["split"] != "test" or found["config_digest"] != config.digest():
+            return False
+        asked = config.scoring()
+        held = found.get("scoring", asked)  # results of before have none
+        if other := [key for key in asked if held.get(key) != asked[key]]:
+            told = ", ".join(f"{key} {held.get(key)} and not {asked[key]}" for key in other)
+            raise UserError(
+                f"{point.folder}: is trained already, and was scored with {told}. Give another output, or score it "
+                f"anew: tagllm eval {point.folder} {' '.join(f'{key}={written(asked[key])}' for key in other)}"
+            )
+        return True
 
     @property
     def name(self) -> str:

@@ -20,7 +20,7 @@ from tagllm.config import BackboneConfig, Dtype, RunConfig, Split
 from tagllm.config_file import load_config, parse_config
 from tagllm.data.dataset import Data
 from tagllm.errors import UserError
-from tagllm.files import json_bytes, read_json, replace_file, write_durably
+from tagllm.files import json_bytes, read_json, write_whole
 from tagllm.origin import origin
 from tagllm.tags import TagLibrary
 
@@ -87,9 +87,7 @@ class RunFolder:
         return {**(read_json(file) if file.is_file() else {}), "seconds": training_seconds(self.path)}
 
     def _write(self, name: str, content: bytes) -> None:
-        temporary = self.path / f".tmp-{name}"
-        write_durably(temporary, content)
-        replace_file(temporary, self.path / name)
+        write_whole(self.path / name, content)
 
 
 def _is_foreign(path: Path) -> bool:
