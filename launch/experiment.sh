@@ -48,12 +48,12 @@ mapfile -t of_seeds <<<"$folders"
 if ((${#methods[@]})); then
     tagllm baseline "${runs[0]}/${of_seeds[0]}" "${methods[@]/#/--method=}" --seeds "$seeds" --jobs "$jobs"
 fi
-composed=configs/offline/4_$name.yaml
+composed=configs/offline/4_$name.yaml prompts=runs/offline/4_$name${key:+_$key}
 if [[ -f $composed ]]; then
     libraries=$(printf 'runs/offline/%s/library, ' "${domains[@]}")
     for run in "${of_seeds[@]}"; do
-        tagllm compose "$composed" "libraries=[$libraries${runs[0]}/$run/library]" "output=runs/offline/4_$name/seed=${run##*seed=}"
+        tagllm compose "$composed" "libraries=[$libraries${runs[0]}/$run/library]" "output=$prompts/seed=${run##*seed=}"
     done
-    runs+=("runs/offline/4_$name")
+    runs+=("$prompts")
 fi
 exec "$python" -m tagllm report "${runs[@]}" --out "$out"
