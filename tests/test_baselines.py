@@ -16,7 +16,7 @@ from tagllm.baselines.methods import METHODS
 from tagllm.baselines.prompts import Row, pad
 from tagllm.baselines.record import write_results
 from tagllm.baselines.task import Task, open_tasks
-from tagllm.baselines.train import Clock, _warming_up, errors, refit, see, step, train
+from tagllm.baselines.train import Clock, Look, _warming_up, errors, refit, see, step, train
 from tagllm.config import BackboneConfig, OptimConfig
 from tagllm.evaluate.closed_form import fit_head
 from tagllm.evaluate.ridge import Rows
@@ -252,14 +252,22 @@ def test_the_closed_form_head_is_kept_unless_the_trained_one_is_clearly_better(t
     assert not kept and loss < 0.01, "it knew every answer of the validation split"
 
 
-def test_model_head_and_loss_belong_together(task: Task) -> None:
-    """At a rate that harms, the state of an early look is what is left, with the head that was fitted to it."""
-    method = METHODS["lora"]
-    model = Adapted(task.backbone.model, method, task.head, 0, seed=0)
-    trained, head = train(model, task, method, 1.0, 1.0, 0, FIT_ROWS)
-    assert 0 < trained.best_step < trained.steps
-    valid = see(model, task.rows("valid", method), 8)
-    assert trained.valid_loss == pytest.approx(float(errors(head, valid).mean()), rel=1e-3)
+def test_the_best_look_is_what_is_left(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its state, the head that was fitted to it, and its loss, where all later ones are worse."""
+    looks: list[tuple[dict[str, torch.Tensor], Look]] = []
+
+    def worse_and_worse(model: Adapted, *rest: Any) -> Look:
+        looks.append((model.learned(), refit(model, *rest)._replace(loss=float(len(looks)))))
+        return looks[-1][1]
+
+    monkeypatch.setattr("tagllm.baselines.train.refit", worse_and_worse)
+    model = Adapted(task.backbone.model, METHODS["lora"], task.head, 0, seed=0)
+    trained, head = train(model, task, METHODS["lora"], 1e-2, 1e9, 0, FIT_ROWS)
+    (state, best), *_, last = looks
+    assert trained.best_step == trained.steps // 4 and trained.valid_loss == best.loss == 0
+    assert head is best.head is not last[1].head
+    assert all(torch.equal(value, state[name]) for name, value in model.learned().items())
+    assert any(not torch.equal(value, last[0][name]) for name, value in state.items())
 
 
 @pytest.mark.parametrize("total", [8, 40, 400])

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tagllm.train import run_folder
+from tagllm import files
 from tagllm.train.loop import Trainer
 from tagllm.train.signals import EXIT_STOPPED, StopAsked
 from tests.test_cli import Run, config, fails, folder, run
@@ -36,7 +36,7 @@ def test_a_disk_that_is_full_when_a_run_goes_on_is_told(
         patch.setattr(Trainer, "_finish", stopped)
         assert run("train", made).exit_code == EXIT_STOPPED
     with monkeypatch.context() as patch:
-        patch.setattr(*((run_folder, "write_durably") if file == "config.yaml" else (Path, "write_text")), full)
+        patch.setattr(*((files, "write_durably") if file == "config.yaml" else (Path, "write_text")), full)
         (line,) = fails(run("train", made), f"runs/full-{file}: cannot be written", "No space left", "Make room there")
         assert "start the same command again" in line
     assert run("train", made).exit_code == 0

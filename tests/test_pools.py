@@ -150,8 +150,10 @@ def test_fields_that_trade_places_behind_other_words_are_noted(
 
 
 def test_a_prompt_with_other_pools_is_refused(finished: Path, folder: Path, run: Run) -> None:
-    told = run("predict", finished, folder / "rows.csv", folder / "none.csv", "--template", "<SMILES> {smiles} <W>")
-    fails(told, "tags.W.head", "reads 2 means over fields side by side", "have 1")
+    asked = ["predict", finished, folder / "rows.csv", folder / "none.csv", "--template"]
+    fails(run(*asked, "<SMILES> {smiles} <W>"), "template: its fields are of <SMILES>", "in the same order")
+    more = "{name} <SMILES> {smiles} {kind} <W>"
+    fails(run(*asked, more), "tags.W.head", "reads 2 means over fields side by side", "have 3")
 
 
 NAME, SMILES = "<Name> {name}", "<SMILES> {smiles}"
