@@ -239,12 +239,12 @@ def _cannot_remember(config: RunConfig, where: str) -> str:
 
 
 def check_world(config: RunConfig, num_ranks: int, where: str) -> None:
-    """Raises UserError unless the rows of a step divide evenly."""
-    rows, micro = config.optim.rows_per_step, config.optim.rows_per_micro_batch
-    unit = micro * num_ranks
-    if rows % unit:
-        near = sorted({max(rows // unit, 1) * unit, (rows // unit + 1) * unit})
+    """Raises UserError unless the rows of a step divide evenly among the ranks."""
+    rows = config.optim.rows_per_step
+    if rows % num_ranks:
+        fewer = max(ranks for ranks in range(1, num_ranks) if rows % ranks == 0)
+        near = sorted({max(rows // num_ranks, 1) * num_ranks, (rows // num_ranks + 1) * num_ranks})
         raise UserError(
-            f"{where}: optim.rows_per_step is {rows}; it must be a multiple of rows_per_micro_batch x ranks = "
-            f"{micro} x {num_ranks} = {unit}. Try {' or '.join(map(str, near))}."
+            f"{where}: optim.rows_per_step is {rows}; it must be a multiple of the number of ranks, {num_ranks}. Start "
+            f"{fewer}, or train with {' or '.join(map(str, near))} rows per step."
         )

@@ -87,11 +87,11 @@ def test_check_says_what_will_happen_and_loads_no_weights(run: Run, folder: Path
 
 
 def test_check_reports_every_mistake_at_once(run: Run, folder: Path) -> None:
-    file = config(folder, data__template="{smilse} weighs <V>", optim__rows_per_step=10, data__target=[])
+    file = config(folder, data__template="{smilse} weighs <V>", data__target=[])
     lines = fails(run("check", file, "tags.W.load=nowhere", "tags.W.kind=null"))
     assert len(lines) >= 1
     lines = fails(
-        run("check", config(folder, data__template="{smilse} and <W>", optim__rows_per_step=10)),
+        run("check", config(folder, data__template="{smilse} and <W>", optim__rows_per_step=10), "--ranks", 4),
         "smilse",
         "rows_per_step",
     )

@@ -21,7 +21,7 @@ from tagllm.config import RunConfig
 from tagllm.config_file import load_as, load_config
 from tagllm.errors import UserError
 from tagllm.head import Head
-from tagllm.stage import read_stage
+from tagllm.stage import check_world, read_stage
 from tagllm.sweep.points import Sweep
 from tagllm.tags import BackboneIdentity, Tag, TagLibrary
 
@@ -35,9 +35,10 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
 def test_every_config_is_good(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All but the libraries of earlier stages, which are there only after these have run."""
+    """Under eight ranks too; all but the libraries of earlier stages, which are there only after these have run."""
     monkeypatch.chdir(ROOT)
     config = load_config(path)
+    check_world(config, 8, str(path))
     loads = [tag.load for tag in config.tags.values() if tag.load and not Path(tag.load).exists()]
     if not loads:
         read_stage(config, str(path))
@@ -108,7 +109,9 @@ def test_the_readme_config_is_good(tmp_path: Path) -> None:
     block = re.search(r"```yaml\n(.*?)```", README, re.DOTALL)
     assert block is not None
     (tmp_path / "solubility.yaml").write_text(block[1])
-    read_stage(load_config(tmp_path / "solubility.yaml"), "README.md")
+    config = load_config(tmp_path / "solubility.yaml")
+    read_stage(config, "README.md")
+    check_world(config, 8, "README.md")
 
 
 @pytest.mark.parametrize("line", re.findall(r"^(?:tagllm|python -m tagllm) .*$", README, re.MULTILINE))

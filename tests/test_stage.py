@@ -198,18 +198,18 @@ def test_all_contradictions_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ranks", "rows", "suggested"), [(8, 100, "96 or 128"), (3, 100, "96 or 108"), (30, 100, "120")]
+    ("ranks", "fewer", "near"), [(8, 5, "96 or 104"), (3, 2, "99 or 102"), (101, 100, "101"), (30, 25, "90 or 120")]
 )
-def test_rows_that_do_not_divide(ranks: int, rows: int, suggested: str) -> None:
+def test_rows_that_do_not_divide(ranks: int, fewer: int, near: str) -> None:
     with pytest.raises(UserError) as raised:
         check_world(config({"D": {}}, "<D> {x}"), ranks, "c.yaml")
     assert str(raised.value) == (
-        f"c.yaml: optim.rows_per_step is {rows}; it must be a multiple of rows_per_micro_batch x ranks = 4 x {ranks} = "
-        f"{4 * ranks}. Try {suggested}."
+        f"c.yaml: optim.rows_per_step is 100; it must be a multiple of the number of ranks, {ranks}. Start {fewer}, or "
+        f"train with {near} rows per step."
     )
 
 
-@pytest.mark.parametrize("ranks", [1, 5, 25])
+@pytest.mark.parametrize("ranks", [1, 2, 5, 50])
 def test_rows_that_divide(ranks: int) -> None:
     check_world(config({"D": {}}, "<D> {x}"), ranks, "c.yaml")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ def settings(optim: OptimConfig, engine: EngineConfig, ranks: Ranks) -> dict[str
         UserError: the user's JSON cannot be read, contradicts the config, has a key or value of ZeRO that DeepSpeed
             does not know, or a key that is nearly one of ours (DeepSpeed passes by what it does not know).
     """
-    num_micro_batches = optim.rows_per_step // (optim.rows_per_micro_batch * ranks.size)
+    num_micro_batches = math.ceil(optim.rows_per_step // ranks.size / optim.rows_per_micro_batch)
     own = {
         "train_batch_size": num_micro_batches * ranks.size,
         "train_micro_batch_size_per_gpu": 1,  # a micro-batch is one item to DeepSpeed; rows are our business

@@ -36,7 +36,7 @@ def one_step(workspace: Workspace) -> Run:
     return workspace.train(1, "one-step", optim__steps=1, optim__clip="null", optim__rows_per_micro_batch=8)
 
 
-@pytest.mark.parametrize(("ranks", "micro_batch"), [(1, 2), (1, 1), (2, 4), (2, 2), (2, 1)])
+@pytest.mark.parametrize(("ranks", "micro_batch"), [(1, 2), (1, 1), (1, 3), (2, 16), (2, 4), (2, 3), (2, 2), (2, 1)])
 def test_gradient_does_not_depend_on_the_split(
     workspace: Workspace, one_step: Run, ranks: int, micro_batch: int
 ) -> None:

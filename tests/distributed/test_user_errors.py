@@ -25,10 +25,10 @@ def bad_sources(workspace: Workspace) -> str:
 
 
 def test_rows_that_do_not_divide(workspace: Workspace) -> None:
-    outcome = workspace.attempt(2, "indivisible", optim__rows_per_step=10)
+    outcome = workspace.attempt(2, "indivisible", optim__rows_per_step=9)
     assert outcome.status == [2, 2], outcome.stderr
     (line,) = complaints(outcome.stderr)
-    assert "optim.rows_per_step is 10" in line and "2 x 2 = 4" in line and "Try 8 or 12" in line
+    assert "optim.rows_per_step is 9" in line and "the number of ranks, 2. Start 1" in line and "8 or 10 rows" in line
     assert not (workspace.folder / "indivisible").exists()
 
 
