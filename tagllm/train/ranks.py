@@ -38,26 +38,30 @@ class Ranks(NamedTuple):
     device: torch.device
     store: Any = None
     """The launcher's, where ranks can leave word for each other without a collective; None alone."""
+    local: int = 0
+    """The number on its node."""
 
     @classmethod
     def start(cls, timeout_s: int) -> Ranks:
         """Joins the process group of the launcher, or makes a group of one."""
         rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         local = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed insists on it
-        cuda = torch.cuda.is_available()
-        if cuda:
-            torch.cuda.set_device(local)
+        device = torch.device("cpu")
+        if torch.cuda.is_available():
+            at = local % torch.cuda.device_count()  # Slurm may show each of its tasks one GPU alone
+            device = torch.device("cuda", at)
+            torch.cuda.set_device(device)
+            os.environ["LOCAL_RANK"] = str(at)  # where DeepSpeed reads its device
         if not dist.is_initialized():
             store = dist.HashStore() if size == 1 else met(rank, size)  # type: ignore[attr-defined]  # undeclared
             dist.init_process_group(
-                "nccl" if cuda else "gloo",
+                "nccl" if device.type == "cuda" else "gloo",
                 store=store,
                 rank=rank,
                 world_size=size,
                 timeout=timedelta(seconds=timeout_s),
             )
-        device = torch.device("cuda", local) if cuda else torch.device("cpu")
-        return cls(rank, size, device, dist.distributed_c10d._get_default_store() if size > 1 else None)
+        return cls(rank, size, device, dist.distributed_c10d._get_default_store() if size > 1 else None, local)
 
     def of_my_node(self) -> Any:
         """The process group of this rank's node. Collective.
@@ -66,7 +70,7 @@ class Ranks(NamedTuple):
             UserError: the nodes have different numbers of ranks, or the launcher does not number them node by node.
         """
         local = ranks_per_node(self.size)
-        places = self.gather((local, int(os.environ["LOCAL_RANK"])))
+        places = self.gather((local, self.local))
         if places != [(local, rank % local) for rank in range(self.size)] or self.size % local:
             raise SharedError(
                 f"engine.shard_over is node, which needs equally many ranks on every node, numbered node by node; the "
