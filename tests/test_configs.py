@@ -131,6 +131,11 @@ def test_the_readme_activates_the_venv_before_its_first_command() -> None:
     assert lines[first - 1].startswith(". .venv/bin/activate ") and lines[first - 2] == "```"
 
 
+def test_the_quickstart_installs_what_baseline_trains() -> None:
+    extras = dict(re.findall(r'^ {8}"(\w+)": \[(.*)\],$', (ROOT / "setup.py").read_text(), re.MULTILINE))
+    assert extras["baselines"] in extras["quickstart"]
+
+
 def test_every_experiment_has_its_configs() -> None:
     """launch/experiment.sh names them by their file."""
     script = (ROOT / "launch" / "experiment.sh").read_text()
