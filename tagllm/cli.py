@@ -346,12 +346,12 @@ def _run(work: Callable[[], None], offline: bool) -> None:
 
 
 def _is_mine_to_tell(error: UserError) -> bool:
-    """Rank 0 tells what all ranks find: shared errors, and those from before they joined (same config, same files)."""
-    if os.environ.get("RANK", "0") == "0":
-        return True
-    import torch.distributed as dist
-
-    return dist.is_initialized() and type(error).__name__ != "SharedError"
+    """Before the ranks have joined one of each node tells: its files may differ from those of others. After that rank 0
+    tells what all ranks find, and each what it alone does."""
+    rank, dist = os.environ.get("RANK", "0"), sys.modules.get("torch.distributed")
+    if dist is None or not dist.is_initialized():
+        return os.environ.get("LOCAL_RANK", rank) == "0"
+    return rank == "0" or type(error).__name__ != "SharedError"
 
 
 def main() -> None:

@@ -86,6 +86,19 @@ def test_check_says_what_will_happen_and_loads_no_weights(run: Run, folder: Path
     assert "<W>" in result.stdout
 
 
+@pytest.mark.parametrize(("rank", "local", "tells"), [(0, 0, True), (1, 1, False), (2, 0, True)])
+def test_one_rank_of_each_node_tells_what_is_wrong_before_they_join(
+    run: Run, monkeypatch: pytest.MonkeyPatch, rank: int, local: int, tells: bool
+) -> None:
+    """A file may be missing on one node alone."""
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)  # other tests have
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("LOCAL_RANK", str(local))
+    result = run("train", "not-here.yaml")
+    assert result.exit_code == 2
+    assert ("not-here.yaml" in result.stderr) == tells
+
+
 def test_check_reports_every_mistake_at_once(run: Run, folder: Path) -> None:
     file = config(folder, data__template="{smilse} weighs <V>", data__target=[])
     lines = fails(run("check", file, "tags.W.load=nowhere", "tags.W.kind=null"))
