@@ -8,7 +8,7 @@
 #              failure all ranks start again from the newest checkpoint
 #   deepspeed  HOSTFILE for several machines (default: this one only), MASTER_PORT
 #   LAUNCHER_ARGS  more arguments for torchrun or deepspeed, split at spaces
-# OMP_NUM_THREADS is set to this machine's cores over RANKS unless it is given.
+# OMP_NUM_THREADS is set to this machine's cores over RANKS, under srun to --cpus-per-task, unless it is given.
 set -euo pipefail
 here=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 if (($# == 0)); then
@@ -19,18 +19,36 @@ if [[ -x $here/.venv/bin/python ]]; then PATH=$here/.venv/bin:$PATH; fi # ninja 
 export PATH TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
 launcher=${LAUNCHER:-torchrun}
 
+if [[ ${DS_ACCELERATOR:-} == cpu ]]; then export CUDA_VISIBLE_DEVICES=; fi
 read -r gpus cores < <(python -c \
     'import os, torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0, len(os.sched_getaffinity(0)))')
-if ((gpus == 0)); then export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}; fi
+if ((gpus == 0)) && [[ -z ${HOSTFILE:-} ]]; then export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}; fi
 ranks=${RANKS:-$((gpus > 0 ? gpus : 1))}
 tasks=${SLURM_TASKS_PER_NODE:-1} # as in 2(x3),1
-if [[ $launcher == none ]]; then ranks=${tasks%%[(,]*}; fi
+if [[ $launcher == none ]]; then
+    ranks=${tasks%%[(,]*}
+    OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-}} # the cores may be those of this task alone
+fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
 
 read -r -a more <<<"${LAUNCHER_ARGS:-}"
 
 free_port() {
     python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])'
+}
+
+# Of what is set here hosts are told nothing but what DeepSpeed finds in DS_ENV_FILE, by default in two files of the
+# user's. Ours is gone from its folder before it is read, so that nothing is left to tidy up.
+share_environment() {
+    local file name to
+    file=$(mktemp)
+    exec {to}<>"$file"
+    rm "$file"
+    for name in OMP_NUM_THREADS TAGLLM_CACHE HF_HOME HF_HUB_OFFLINE DS_ACCELERATOR GLOO_SOCKET_IFNAME; do
+        if [[ -n ${!name:-} ]]; then echo "$name=${!name}" >&"$to"; fi
+    done
+    grep -hs = ~/.deepspeed_env .deepspeed_env >&"$to" || true
+    export DS_ENV_FILE=/dev/fd/$to
 }
 
 case $launcher in
@@ -47,8 +65,26 @@ torchrun)
     ;;
 deepspeed)
     # A hostfile that does not exist keeps the launcher on this machine, even on a cluster that has /job/hostfile.
-    exec deepspeed --quiet --hostfile "${HOSTFILE:-/dev/null}" --num_accelerators "$ranks" \
-        --master_port "${MASTER_PORT:-$(free_port)}" --no_local_rank "${more[@]}" --module tagllm train "$@"
+    where=(--hostfile "${HOSTFILE:-/dev/null}" --num_accelerators "$ranks")
+    visible=${CUDA_VISIBLE_DEVICES:-}
+    if [[ -n ${HOSTFILE:-} ]]; then
+        if [[ -z ${DS_ENV_FILE:-} ]]; then share_environment; fi
+    elif ((gpus > 0)) && [[ -n $visible ]]; then # given a number of GPUs it begins at 0, whichever are visible
+        if [[ ! $visible =~ ^[0-9]+(,[0-9]+)*$ ]]; then
+            echo "error: launch/run.sh: CUDA_VISIBLE_DEVICES is '$visible'; for the deepspeed launcher it must be" \
+                "numbers, as in 2,3. Give these, or set LAUNCHER=torchrun" >&2
+            exit 2
+        fi
+        if ((ranks > gpus)); then
+            echo "error: launch/run.sh: RANKS is $ranks; it must be at most the number of GPUs, and with" \
+                "CUDA_VISIBLE_DEVICES=$visible there are $gpus. Name more of them, or set RANKS=$gpus" >&2
+            exit 2
+        fi
+        where=(--hostfile /dev/null --include "localhost:$(cut -d , -f "-$ranks" <<<"$visible")")
+    fi
+    # Not its script, which does not start in a folder whose path has a space.
+    exec python -m deepspeed.launcher.runner --quiet "${where[@]}" --master_port "${MASTER_PORT:-$(free_port)}" \
+        --no_local_rank "${more[@]}" --module tagllm train "$@"
     ;;
 none)
     if [[ -n ${SLURM_PROCID:-} && -z ${RANK:-} ]]; then

@@ -332,6 +332,8 @@ def _run(work: Callable[[], None], offline: bool) -> None:
     """Runs a command and turns what the user can mend into lines; of shared errors only rank 0 tells."""
     if offline:  # read by the libraries when they are imported, so before that
         os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1")
+    if os.environ.get("DS_ACCELERATOR") == "cpu":  # DeepSpeed's launcher shows its ranks GPUs all the same
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that files are tidied up
     try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -97,6 +98,13 @@ def test_one_rank_of_each_node_tells_what_is_wrong_before_they_join(
     result = run("train", "not-here.yaml")
     assert result.exit_code == 2
     assert ("not-here.yaml" in result.stderr) == tells
+
+
+def test_a_rank_that_is_to_use_the_cpu_sees_no_gpu(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    assert run("check", config(folder)).exit_code == 0
+    assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 
 def test_check_reports_every_mistake_at_once(run: Run, folder: Path) -> None:
