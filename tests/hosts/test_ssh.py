@@ -44,16 +44,15 @@ def hosts(tmp_path: Path) -> Iterator[Hosts]:
 
 
 def test_deepspeed_starts_both_hosts(hosts: Hosts, tmp_path: Path) -> None:
-    hostfile, environment = tmp_path / "hosts.txt", tmp_path / "env"
+    hostfile = tmp_path / "hosts.txt"
     hostfile.write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
     known = {"TAGLLM_CACHE": str(tmp_path / "cache"), "GLOO_SOCKET_IFNAME": "cable", "OMP_NUM_THREADS": "1"}
-    environment.write_text("".join(f"{name}={value}\n" for name, value in {**known, "DS_ACCELERATOR": "cpu"}.items()))
     with Ranks(1, tmp_path) as one, Ranks(2, tmp_path) as two:
         workspace = Workspace(tmp_path, one, two)
         _, config, *settings = workspace.arguments("over-ssh")
         launched = hosts.start(
             0, ["bash", str(ROOT / "launch" / "run.sh"), config, *settings], tmp_path / "log",
-            **known, LAUNCHER="deepspeed", HOSTFILE=str(hostfile), RANKS="1", DS_ENV_FILE=str(environment),
+            **known, LAUNCHER="deepspeed", HOSTFILE=str(hostfile), RANKS="1", DS_ACCELERATOR="cpu",
             PATH=f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             PDSH_SSH_ARGS_APPEND=f"-i {tmp_path / 'user'} -o StrictHostKeyChecking=no -o UserKnownHostsFile=/dev/null",
             LAUNCHER_ARGS=f"--no_ssh_check --master_addr {ADDRESSES[0]}",
@@ -65,4 +64,5 @@ def test_deepspeed_starts_both_hosts(hosts: Hosts, tmp_path: Path) -> None:
         said = (tmp_path / "log").read_text()
         assert status == 0, said
         assert all(f"{address}: " in said for address in ADDRESSES), said
+        assert (tmp_path / "cache").is_dir(), "DeepSpeed was told what is set here"
         assert_same(Run(tmp_path / "over-ssh").tags, workspace.train(1, "one-host").tags, 1e-5)

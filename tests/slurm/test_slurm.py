@@ -66,6 +66,26 @@ def test_a_pre_empted_job_ends_with_the_same_tags(cluster: Cluster) -> None:
     assert not record.corruptions
 
 
+def test_a_stopped_job_of_an_array_leaves_the_others_alone(cluster: Cluster) -> None:
+    """Two jobs, of which one has the array's own number: each is asked to leave while the other runs."""
+    log, script = cluster.folder / "array", cluster.folder / "array.sh"
+    script.write_text(f"""
+say() {{ echo "$* $SLURM_ARRAY_TASK_ID" >>{log}; }}
+wait_for() {{ until grep -q "$1" {log}; do sleep 0.2; done; }}
+case $SLURM_ARRAY_TASK_ID.${{SLURM_RESTART_COUNT:-0}} in
+0.0) say begin; wait_for "begin 1"; say leave; exit 75 ;;
+1.0) say begin; wait_for "again 0"; say leave; exit 75 ;;
+0.1) say again; wait_for "again 1"; say end ;;
+1.1) say again; say end ;;
+*) say sent off ;;
+esac
+""")
+    job = cluster.run("sbatch", "--parsable", "--array=0-1", "--time=30", STAGE[0], str(script)).strip()
+    cluster.wait_for([f"{job}_0", f"{job}_1"])
+    found = sorted(log.read_text().splitlines())
+    assert found == [f"{what} {task}" for what in ("again", "begin", "end", "leave") for task in (0, 1)]
+
+
 def test_starts_without_progress_are_capped(cluster: Cluster) -> None:
     """Stopped while Python is still importing, again and again: queued again, but not for ever."""
     settings = ("--export=ALL,MAX_IDLE_STARTS=1", *TWO_NODES)
