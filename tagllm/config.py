@@ -249,7 +249,7 @@ class LossConfig(Section):
 class OptimConfig(Section):
     rows_per_step: Count = 32
     rows_per_micro_batch: Count = 16
-    """At most: of a rank's rows of a step the last micro-batch gets what is left."""
+    """At most; the last micro-batch of a rank gets what is left of its rows."""
     epochs: Rate | None = None
     steps: Count | None = None
     tag_lr: Rate = 1e-2
