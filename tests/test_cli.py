@@ -15,6 +15,7 @@ import pytest
 import yaml
 from typer.testing import CliRunner, Result
 
+from tagllm import __version__
 from tagllm.cli import app
 from tagllm.tags import Tag, TagLibrary
 from tagllm.train.gradient_free import GradientFree
@@ -79,6 +80,11 @@ def fails(result: Result, *words: str) -> list[str]:
     for word in words:
         assert word in result.stderr, result.stderr
     return lines
+
+
+def test_the_version_is_told(run: Run) -> None:
+    told = run("--version")
+    assert told.exit_code == 0 and told.output.strip() == __version__
 
 
 def test_check_says_what_will_happen_and_loads_no_weights(run: Run, folder: Path) -> None:
@@ -340,7 +346,6 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     "missing target": ({"data__target": "wait"}, [], ["no column 'wait'"]),
     "no such file": ({"data__path": "nowhere.csv"}, [], ["nowhere.csv"]),
     "empty split": ({"data__split": {"valid": 0.0001}}, [], ["valid"]),
-    "not divisible": ({"optim__rows_per_step": 10}, [], ["rows_per_step is 10", "Try 8 or 12"]),
     "too long": ({}, ["data.max_tokens=12"], ["no room", "max_unlabelled_share"]),
     "over the backbone": ({}, ["data.max_tokens=100000"], ["at most 256"]),
     "no backbone": ({}, ["backbone.model=nowhere/at-all", "backbone.dtype=fp32"], ["nowhere/at-all"]),

@@ -128,7 +128,7 @@ def flores(folder: Path) -> Path:
 
 def affinities(folder: Path) -> Path:
     row = {"seq": PROTEIN, "smiles": "OCC", "smiles_can": "CCO", "affinity_uM": 1.0, "neg_log10_affinity_M": 6.0}
-    return hub_copy(folder, {"default": {"train": [row]}})
+    return hub_copy(folder, {"default": {"train": [row, row | {"smiles_can": "CCN"}]}})
 
 
 SMALL: dict[str, tuple[Callable[[Path], Path], dict[str, int]]] = {
@@ -141,7 +141,9 @@ SMALL: dict[str, tuple[Callable[[Path], Path], dict[str, int]]] = {
     "drugcomb-css": (drugcomb, {"train": 1, "test": 1}),
     "opus100-en-fr": (opus, {"test": 1, "valid": 1, "train": 1}),
     "flores": (flores, {"valid": 2, "test": 2}),
-    "binding-affinity": (affinities, {"all": 1}),
+    "binding-affinity": (affinities, {"all": 2}),
+    "binding-affinity-proteins": (affinities, {"all": 1}),
+    "binding-affinity-molecules": (affinities, {"all": 2}),
 }
 
 
@@ -210,6 +212,31 @@ def test_a_language_that_is_not_there_is_named(tmp_path: Path) -> None:
     shutil.rmtree(folder / "el")
     with pytest.raises(UserError, match="has no el; all eight .* apt install libreoffice-help-el"):
         prepare(recipe_of("libreoffice-help"), folder, tmp_path / "cache")
+    shutil.rmtree(next(folder / name for name in ("en-US", "en") if (folder / name).is_dir()))
+    with pytest.raises(UserError, match="has no en el; .* apt install libreoffice-help-en-us libreoffice-help-el"):
+        prepare(recipe_of("libreoffice-help"), folder, tmp_path / "cache")
+
+
+def test_a_line_of_the_help_that_cannot_be_read_is_told(tmp_path: Path) -> None:
+    folder = help_tables(tmp_path / "help")
+    table = next(iter(sorted(folder.glob("libreoffice_help.train.tsv*"))))
+    text = gzip.decompress(table.read_bytes()).decode() + "cut off\tline\n"
+    table.write_bytes(gzip.compress(text.encode()))
+    with pytest.raises(UserError, match="line 3: 2 columns where the header has 8. Restore the file"):
+        prepare(recipe_of("libreoffice-help"), folder, tmp_path / "cache")
+
+
+def test_a_copy_of_the_hub_that_changed_is_read_anew(tmp_path: Path) -> None:
+    """Which `datasets` does not see: it keeps the rows of a folder under its last name."""
+    for number in (1, 2):
+        folder = flores(tmp_path / f"{number}" / "copy")
+        if number == 2:
+            for file in folder.glob("*/dev-*.parquet"):
+                pq.write_table(pa.Table.from_pylist([{"id": 7, "text": "another"}]), file)
+        rows = rows_of(prepare(recipe_of("flores"), folder, tmp_path / "cache"))
+        assert [row["en"] for split, row in rows if split == "valid"] == (
+            ["sentence 1 in eng_Latn", "sentence 2 in eng_Latn"] if number == 1 else ["another"]
+        )
 
 
 def test_held_out_pairs_of_opus_are_not_trained_on(tmp_path: Path) -> None:

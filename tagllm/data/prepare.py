@@ -51,7 +51,10 @@ def prepare(recipe: Recipe, origin: Path | None, cache: Path) -> Prepared:
             f"recipe {recipe.name}: it is not prepared{old}, and its rows are in no package. "
             f"Run: tagllm prepare {recipe.name} --from PATH, where PATH is {recipe.origin}."
         )
-    made_from = _identity(recipe, origin)
+    try:
+        made_from = _identity(recipe, origin)
+    except OSError as error:
+        raise UserError(f"--from {origin}: cannot be read: {error}. Name the files of the recipe alone.") from None
     try:
         if read_json(folder / "recipe.json").get("made_from") == made_from:
             return _opened(folder)
@@ -91,7 +94,7 @@ def table_of(cache: Path) -> Table:
     for title in ("name", "rows come from", "licence", "prepared"):
         table.add_column(title, no_wrap=title == "name", overflow="fold")
     for recipe in RECIPES.values():
-        there = "yes" if (cache / "recipes" / recipe.name / "recipe.json").is_file() else ""
+        there = "yes" if _is_of_this_version(recipe, cache / "recipes" / recipe.name) else ""
         table.add_row(recipe.name, recipe.source, recipe.licence, there or ("with --from" if recipe.origin else ""))
     return table
 
@@ -108,10 +111,14 @@ def _check_origin(recipe: Recipe, origin: Path) -> None:
 
 def _is_of_origin(recipe: Recipe, folder: Path) -> bool:
     """Prepared with --from, be it needed or a local copy of the hub's repository; such rows stay."""
-    if recipe.is_packaged or not (folder / "recipe.json").is_file():
+    if recipe.is_packaged or not _is_of_this_version(recipe, folder):
         return False
-    made_from = read_json(folder / "recipe.json").get("made_from", {})
-    return bool(made_from.get("origin")) and made_from.get("format") == recipe.format
+    return bool(read_json(folder / "recipe.json")["made_from"].get("origin"))
+
+
+def _is_of_this_version(recipe: Recipe, folder: Path) -> bool:
+    file = folder / "recipe.json"
+    return file.is_file() and read_json(file).get("made_from", {}).get("format") == recipe.format
 
 
 def _opened(folder: Path) -> Prepared:

@@ -9,12 +9,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from tagllm.config import Split
-from tagllm.data.readers import BadRow, read_rows
 from tagllm.data.recipes import libreoffice
-from tagllm.data.recipes.recipe import Recipe, RecipeRow, file_in, pair_key
+from tagllm.data.recipes.recipe import Recipe, RecipeRow, file_in, pair_key, whole_rows
 from tagllm.errors import UserError
 
 RESIDUES = frozenset("ACDEFGHIKLMNPQRSTVWY")
@@ -25,21 +23,9 @@ PEPTIDE = 3, 10
 _TRAIN_TEST: dict[str, Split] = {"train_val": "train", "test": "test"}
 
 
-def _rows(path: Path) -> Iterator[dict[str, Any]]:
-    """All rows of a data file.
-
-    Raises:
-        UserError: one cannot be read.
-    """
-    for row in read_rows(path):
-        if isinstance(row, BadRow):
-            raise UserError(f"{path}, line {row.line}: {row.reason}. Restore the file.")
-        yield row.values
-
-
 def _davis(origin: Path | None) -> Iterator[RecipeRow]:
     path = file_in("davis", origin, "davis.train.csv.gz", "davis.train.csv")
-    for row in _rows(path):
+    for row in whole_rows(path):
         yield "test" if row["fold"] == "4" else "train", {
             "smiles": row["smiles"], "sequence": row["sequence"], "drug": row["drug_id"], "target": row["target_id"],
             "affinity": float(row["pKd"]), "key": pair_key(row["drug_id"], row["target_id"]),
@@ -49,7 +35,7 @@ def _davis(origin: Path | None) -> Iterator[RecipeRow]:
 def _oneil(origin: Path | None) -> Iterator[RecipeRow]:
     splits: tuple[Split, ...] = ("train", "valid", "test")
     for split in splits:
-        for row in _rows(file_in("oneil", origin, f"oneil.{split}.csv.gz", f"oneil.{split}.csv")):
+        for row in whole_rows(file_in("oneil", origin, f"oneil.{split}.csv.gz", f"oneil.{split}.csv")):
             yield split, {
                 **{name: row[name] for name in ("drug_1", "smiles_1", "drug_2", "smiles_2", "cell_line")},
                 "synergy": float(row["synergy_loewe"]), "key": pair_key(*sorted((row["drug_1"], row["drug_2"]))),
@@ -65,7 +51,7 @@ def _mmseqs_proteins(origin: Path | None) -> Iterator[RecipeRow]:
             "Run: pip install peptides==0.5.0"
         ) from None
     seen: set[str] = set()
-    for row in _rows(file_in("mmseqs-proteins", origin, "DB.fasta.gz", "DB.fasta")):
+    for row in whole_rows(file_in("mmseqs-proteins", origin, "DB.fasta.gz", "DB.fasta")):
         sequence = row["sequence"].upper()
         if not SHORTEST <= len(sequence) <= LONGEST or not set(sequence) <= RESIDUES or sequence in seen:
             continue
@@ -84,7 +70,7 @@ def _peptides(origin: Path | None) -> Iterator[RecipeRow]:
     from rdkit.Chem import rdMolDescriptors
 
     seen: set[str] = set()
-    for row in _rows(file_in("peptides", origin, "DB.fasta.gz", "DB.fasta")):
+    for row in whole_rows(file_in("peptides", origin, "DB.fasta.gz", "DB.fasta")):
         digits = hashlib.sha256(row["sequence"].encode()).digest()
         sequence = row["sequence"].upper()[1 : 1 + PEPTIDE[0] + digits[0] % (PEPTIDE[1] - PEPTIDE[0] + 1)]
         if len(sequence) < PEPTIDE[0] or not set(sequence) <= RESIDUES or sequence in seen:
@@ -111,7 +97,7 @@ def _benchmark(recipe: str, origin: Path | None, stem: str) -> Path:
 def _bindingdb_patent(origin: Path | None) -> Iterator[RecipeRow]:
     for stem, split in _TRAIN_TEST.items():
         seen: set[str] = set()
-        for row in _rows(_benchmark("bindingdb-patent", origin, stem)):
+        for row in whole_rows(_benchmark("bindingdb-patent", origin, stem)):
             key = pair_key(row["Drug"], row["Target"])
             if key not in seen:
                 yield split, {
@@ -123,7 +109,7 @@ def _bindingdb_patent(origin: Path | None) -> Iterator[RecipeRow]:
 
 def _drugcomb_css(origin: Path | None) -> Iterator[RecipeRow]:
     for stem, split in _TRAIN_TEST.items():
-        for row in _rows(_benchmark("drugcomb-css", origin, stem)):
+        for row in whole_rows(_benchmark("drugcomb-css", origin, stem)):
             cell_line = row["CellLine_ID" if "CellLine_ID" in row else "Cell_Line_ID"]
             yield split, {
                 "smiles_1": row["Drug1"], "smiles_2": row["Drug2"], "css": float(row["Y"]),

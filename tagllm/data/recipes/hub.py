@@ -19,8 +19,8 @@ FLORES = {
 }  # fmt: skip
 
 
-def load_hub(name: str, config: str | None) -> Any:
-    """`datasets.load_dataset`.
+def load_hub(name: str, config: str | None, **options: str) -> Any:
+    """`datasets.load_dataset`, with further `options`.
 
     Raises:
         UserError: whatever keeps it from being loaded.
@@ -28,7 +28,7 @@ def load_hub(name: str, config: str | None) -> Any:
     import datasets
 
     try:
-        return datasets.load_dataset(name, config)
+        return datasets.load_dataset(name, config, **options)
     except Exception as error:  # noqa: BLE001 - whatever a hub client, a network or a stranger's data set may raise
         mode = "on (HF_HUB_OFFLINE)" if datasets.config.HF_HUB_OFFLINE else "off"
         raise UserError(
@@ -38,8 +38,11 @@ def load_hub(name: str, config: str | None) -> Any:
         ) from None
 
 
-def _loaded(repository: str, origin: Path | None, config: str | None) -> Any:
-    return load_hub(str(origin) if origin else repository, config)
+def _loaded(repository: str, origin: Path | None, config: str | None, **options: str) -> Any:
+    """`options` are those of the hub. Of a folder `datasets` keeps rows under its last name, whatever is in it."""
+    if origin is None:
+        return load_hub(repository, config, **options)
+    return load_hub(str(origin), config, download_mode="force_redownload", verification_mode="no_checks")
 
 
 def _opus100(language: str, origin: Path | None) -> Iterator[RecipeRow]:
@@ -69,12 +72,23 @@ def _flores(origin: Path | None) -> Iterator[RecipeRow]:
 
 
 def _binding_affinity(origin: Path | None) -> Iterator[RecipeRow]:
-    for row in _loaded("jglaser/binding_affinity", origin, None)["train"]:
+    """Of the hub's own copy as parquet: the repository has a loader script, which `datasets` no longer runs."""
+    for row in _loaded("jglaser/binding_affinity", origin, None, revision="refs/convert/parquet")["train"]:
         smiles = row.get("smiles_can") or row["smiles"]
         yield None, {
             "sequence": row["seq"], "smiles": smiles, "affinity": float(row["neg_log10_affinity_M"]),
             "key": pair_key(smiles, row["seq"]),
         }  # fmt: skip
+
+
+def _each_once(column: str, origin: Path | None) -> Iterator[RecipeRow]:
+    """One that is measured often would be most of what a tag learns."""
+    seen: set[str] = set()
+    for _, row in _binding_affinity(origin):
+        key = pair_key(row[column])
+        if key not in seen:
+            seen.add(key)
+            yield None, {column: row[column], "key": key}
 
 
 RECIPES = (
@@ -105,5 +119,16 @@ RECIPES = (
         "hub jglaser/binding_affinity",
         {"sequence": str, "smiles": str, "affinity": float, "key": str},
         _binding_affinity,
+    ),
+    *(
+        Recipe(
+            f"binding-affinity-{name}",
+            f"the {name} of binding-affinity, each once",
+            "of the sources, see the data set's card",
+            "hub jglaser/binding_affinity",
+            {column: str, "key": str},
+            partial(_each_once, column),
+        )
+        for name, column in (("proteins", "sequence"), ("molecules", "smiles"))
     ),
 )

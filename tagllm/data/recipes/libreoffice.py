@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from tagllm.config import Split
-from tagllm.data.readers import Row, read_rows
-from tagllm.data.recipes.recipe import RecipeRow, file_in, pair_key
+from tagllm.data.recipes.recipe import RecipeRow, file_in, pair_key, whole_rows
 from tagllm.errors import UserError
 
 LANGUAGES = ("en", "fr", "ru", "de", "it", "el", "es", "pt")
 _NAME = "libreoffice-help"
+_PACKAGES = {"en": "en-us"}
+"""Debian's, of languages that it calls otherwise."""
 _SHORTEST = 20
 """Characters of English; below it are button names."""
 
@@ -24,14 +25,13 @@ def rows(origin: Path | None) -> Iterator[RecipeRow]:
         splits: tuple[Split, ...] = ("train", "valid", "test")
         for split in splits:
             table = file_in(_NAME, origin, f"libreoffice_help.{split}.tsv.gz", f"libreoffice_help.{split}.tsv")
-            for row in read_rows(table):
-                if isinstance(row, Row):
-                    yield split, {**row.values, "key": pair_key(row.values["en"])}
+            for values in whole_rows(table):
+                yield split, {**values, "key": pair_key(values["en"])}
         return
     if missing := [language for language, folder in folders.items() if folder is None]:
         raise UserError(
             f"recipe {_NAME}: {origin} has no {' '.join(missing)}; all eight languages are needed. "
-            f"Run: apt install {' '.join(f'libreoffice-help-{code}' for code in missing)}"
+            f"Run: apt install {' '.join(f'libreoffice-help-{_PACKAGES.get(code, code)}' for code in missing)}"
         )
     yield from _aligned({language: folder for language, folder in folders.items() if folder is not None})
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tagllm.config import Split
+from tagllm.data.readers import BadRow, read_rows
 from tagllm.errors import UserError
 
 RecipeRow = tuple[Split | None, dict[str, Any]]
@@ -53,3 +54,15 @@ def file_in(recipe: str, origin: Path | None, *names: str) -> Path:
         if origin is not None and (origin / name).is_file():
             return origin / name
     raise UserError(f"recipe {recipe}: {origin} holds no {' or '.join(names)}. Give the folder that does with --from.")
+
+
+def whole_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """All rows of a data file.
+
+    Raises:
+        UserError: one cannot be read.
+    """
+    for row in read_rows(path):
+        if isinstance(row, BadRow):
+            raise UserError(f"{path}, line {row.line}: {row.reason}. Restore the file.")
+        yield row.values
