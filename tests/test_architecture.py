@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedConfig
 
 from tagllm.errors import UserError
 from tagllm.model.architecture import require_supported
+from tagllm.model.backbone import longest_prompt
 from tagllm.model.frozen import make_frozen_aware
 from tagllm.model.loss import Weights
 from tagllm.model.tagged import TaggedModel
@@ -62,6 +63,31 @@ def test_logits_are_scaled_as_the_model_scales_its_own(config: PreTrainedConfig)
     assert tiny.relative_error(found, tiny.gradients(tagged)["tags.learned_TD"]) < 1e-3
 
 
+EXPERTS = [
+    made("Mixtral", num_local_experts=4, num_experts_per_tok=2),
+    made("Qwen3Moe", head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
+]
+
+
+@pytest.mark.parametrize("config", EXPERTS, ids=lambda config: config.model_type)
+def test_experts_take_a_stream_of_another_dtype_than_their_weights(config: PreTrainedConfig) -> None:
+    """As the backbone of a run has it in bf16: its residual stream is fp32."""
+    torch.manual_seed(0)
+    plain = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False).bfloat16()
+    of, losses, gradients = tiny.layout(("Text",)), [], []
+    row = tiny.example(of, (5, "Frozen", "~20", 2, "Text", ">5"), np.random.default_rng(0))
+    for dtype in (torch.bfloat16, torch.float32):
+        backbone = copy.deepcopy(plain).to(dtype)
+        make_frozen_aware(backbone)
+        tagged = TaggedModel(backbone, tiny.tags(of), of, None)
+        loss, _ = tiny.loss_of(tagged, tiny.collator(of)([row]), Weights(0.0, 1.0, 0.0))
+        loss.backward()
+        losses.append(float(loss.detach()))
+        gradients.append(tiny.gradients(tagged)["tags.learned_TD"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-2)
+    assert tiny.relative_error(*gradients) < 0.05
+
+
 REFUSED = [
     ("attention sinks", made("GptOss", head_dim=8, num_local_experts=4, num_experts_per_tok=2)),
     ("conv", made("Lfm2", layer_types=["conv", "full_attention"])),
@@ -81,6 +107,25 @@ def test_what_is_more_than_keys_and_values_is_refused(word: str, config: PreTrai
     of = tiny.layout()
     with pytest.raises(UserError, match=rf"backbone\.model: the architecture {config.model_type} .*{word}.* Take one"):
         TaggedModel(backbone, tiny.tags(of), of)
+
+
+def test_what_a_model_adds_to_its_scores_is_refused() -> None:
+    """Doge hands a learned bias on as the mask."""
+    torch.manual_seed(0)
+    backbone = AutoModelForCausalLM.from_config(made("Doge")).float().eval().requires_grad_(False)
+    make_frozen_aware(backbone)
+    of = tiny.layout()
+    tagged = TaggedModel(backbone, tiny.tags(of), of, None)
+    rows = tiny.collator(of)(tiny.rows(of)[:2])
+    with pytest.raises(UserError, match="DogeAttention adds something of its own to the scores"):
+        tagged(rows)
+
+
+def test_under_longrope_no_pass_crosses_the_switch() -> None:
+    """A longer one turns all its keys by other frequencies than a shorter one does."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
+    phi = made("Phi3", rope_parameters=rope, original_max_position_embeddings=64)
+    assert longest_prompt(phi) == 64 and longest_prompt(made("Llama")) == 256
 
 
 def test_attention_that_cannot_be_chosen_is_refused() -> None:

@@ -183,6 +183,14 @@ class _OtherMLP(nn.Module):
         return self.down_proj(self.act_fn(self.gate_proj(input)) + self.up_proj(input))
 
 
+class _ClampedMLP(_OtherMLP):
+    """A gated MLP, of which what is large is cut off."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        gate, up = self.act_fn(self.gate_proj(input)).clamp(max=16), self.up_proj(input).clamp(-16, 16)
+        return self.down_proj(gate * up)
+
+
 class _OtherRMSNorm(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -200,6 +208,13 @@ def test_modules_that_compute_something_else_stay() -> None:
     assert type(model.base_model.layers[0].mlp.up_proj) is FrozenLinear
     assert type(model.base_model.layers[1].mlp) is FrozenGatedMLP
     assert type(model.base_model.norm) is _OtherRMSNorm
+
+
+def test_a_gated_mlp_that_clamps_stays() -> None:
+    model: Any = tiny.plain_backbone()
+    model.base_model.layers[0].mlp = _ClampedMLP()
+    make_frozen_aware(model)
+    assert type(model.base_model.layers[0].mlp) is _ClampedMLP
 
 
 def plain_nats(logits_NV: Tensor, label_N: Tensor, softcap: float | None) -> Tensor:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, Glm4MoeConfig, Qwen3MoeConfig
 
 from tagllm.errors import UserError
 from tagllm.model.linear import FrozenLinear
@@ -48,6 +48,21 @@ def test_it_is_the_model_of_transformers(family: str, shard: str, tmp_path: Path
     assert embedding().equal(expected.get_input_embeddings().weight)
     assert found.generation_config.eos_token_id == expected.generation_config.eos_token_id
     assert not any(p.requires_grad for p in found.parameters())
+
+
+def test_what_routers_keep_beside_parameters_is_loaded(tmp_path: Path) -> None:
+    """Other experts answer without it, and nothing says so."""
+    shape = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "n_group": 1}
+    config = Glm4MoeConfig(
+        vocab_size=96, intermediate_size=64, head_dim=8, topk_group=1, first_k_dense_replace=1, **shape, **experts
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    (name,) = (name for name, _ in model.named_buffers() if name.endswith("e_score_correction_bias"))
+    model.get_buffer(name).copy_(torch.tensor([9.0, 0.0, 0.0, 5.0]))
+    model.save_pretrained(tmp_path)
+    found, _ = load_model(str(tmp_path), torch.float32, CPU)
+    assert found.get_buffer(name).tolist() == [9.0, 0.0, 0.0, 5.0]
 
 
 def test_weights_that_are_no_safetensors(tmp_path: Path) -> None:

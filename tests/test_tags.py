@@ -11,12 +11,18 @@ import pytest
 import torch
 
 from tagllm import files
-from tagllm.config import HeadConfig
+from tagllm.config import BackboneConfig, HeadConfig
+from tagllm.config_file import parse_config
+from tagllm.data.dataset import Data
 from tagllm.errors import UserError
 from tagllm.files import DamagedFile
 from tagllm.head import Head
 from tagllm.kernel import BOUNDLESS, Kernel
+from tagllm.model.backbone import load_backbone
+from tagllm.stage import read_stage
 from tagllm.tags import BackboneIdentity, Tag, TagLibrary, initial_rows
+from tagllm.train.build import new_tag
+from tests import tiny
 
 D = 16
 BACKBONE = BackboneIdentity("models/one", "llama", D, 96, "a1b2" * 16)
@@ -279,6 +285,20 @@ def test_normal_rows_have_the_spread_of_the_embedding() -> None:
     rows_PD = initial_rows("normal", 400, embedding(), [], 0)
     assert float(rows_PD.std()) == pytest.approx(0.5, rel=0.05)
     assert rows_PD.mean().abs() < 0.02
+
+
+def test_rows_begin_as_what_the_embedding_gives(tmp_path: Path) -> None:
+    """Gemma's multiplies its table by the root of the width, and tag rows stand beside the product."""
+    folder = tiny.save_backbone(tmp_path, "gemma")
+    backbone = load_backbone(BackboneConfig(model=str(folder), dtype="fp32"), torch.device("cpu"))
+    assert backbone.token_scale == pytest.approx(tiny.HIDDEN**0.5)
+    tags = {"S": {"kind": "domain", "length": 2, "init": "text:CN"}}
+    source = {"path": "a.csv", "template": "<S> {smiles}"}
+    values = {"output": "o", "backbone": {"model": str(folder)}, "tags": tags, "data": {"sources": [source]}}
+    config = parse_config({**values, "optim": {"steps": 1}}, "")
+    rows_PD = new_tag(read_stage(config, "here"), "S", backbone, Data({}, {}, [])).rows_PD
+    ids = torch.tensor(backbone.tokenizer("CN", add_special_tokens=False).input_ids)
+    torch.testing.assert_close(rows_PD, backbone.model.get_input_embeddings()(ids))
 
 
 @pytest.mark.parametrize("init", ["mean", "vocabulary", "normal"])

@@ -42,7 +42,23 @@ class Backbone(NamedTuple):
 
     @property
     def max_tokens(self) -> int:
-        return int(getattr(self.model.config.get_text_config(), "max_position_embeddings", 1 << 20))
+        return longest_prompt(self.model.config)
+
+    @property
+    def token_scale(self) -> float:
+        """What the embedding multiplies its table by (Gemma's: the root of D); tag rows stand beside the product."""
+        module = self.model.get_input_embeddings()
+        return float(getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", 1.0)))
+
+
+def longest_prompt(config: Any) -> int:
+    """Tokens. Under LongRoPE a pass with a longer one turns all of its keys otherwise, and remembered ones would not
+    fit its queries."""
+    text = config.get_text_config()
+    longest = int(getattr(text, "max_position_embeddings", 1 << 20))
+    rope = getattr(text, "rope_parameters", None) or {}
+    switch = [each for each in (rope, *rope.values()) if isinstance(each, dict) and each.get("rope_type") == "longrope"]
+    return min([longest, *(int(each["original_max_position_embeddings"]) for each in switch)])
 
 
 def resolve(name: str) -> str:

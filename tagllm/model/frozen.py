@@ -57,7 +57,17 @@ def _frozen(module: nn.Module, name: str, parent: nn.Module) -> nn.Module:
     if {name for name, _ in module.named_children()} == {"gate_proj", "up_proj", "down_proj", "act_fn"}:
         return FrozenGatedMLP(module) if _is_gated_mlp(module) else module
     offset = _rms_norm_offset(module)
-    return module if offset is None else FrozenRMSNorm(module, offset)
+    if offset is not None:
+        return FrozenRMSNorm(module, offset)
+    if not isinstance(module, nn.Embedding) and any(p.ndim > 1 for p in module.parameters(recurse=False)):
+        module.register_forward_pre_hook(_in_its_own_dtype)
+    return module
+
+
+def _in_its_own_dtype(module: nn.Module, given: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Routers and experts hold maps of their own, which take their input in no other dtype than theirs."""
+    input, *rest = given
+    return (input.to(next(module.parameters(recurse=False)).dtype), *rest)
 
 
 class FrozenLayerNorm(nn.Module):
@@ -184,4 +194,6 @@ def _is_gated_mlp(module: nn.Module) -> bool:
     }
     probe._modules = {**maps, "act_fn": module.act_fn}  # type: ignore[dict-item]
     input = torch.randn(3, 4, generator=random)
-    return torch.allclose(probe(input), FrozenGatedMLP(probe)(input), rtol=1e-4, atol=1e-5)
+    mine = FrozenGatedMLP(probe)
+    inputs = (input, 1e3 * input)  # some clamp what is large
+    return all(torch.allclose(probe(each), mine(each), rtol=1e-4, atol=1e-5) for each in inputs)

@@ -207,6 +207,10 @@ def _fill(
             if len(aliases) > 1:
                 tied[aliases[0]] = parameter
             module._parameters[at] = parameter
+        for at, buffer in module._buffers.items():
+            stored_as = f"{name}.{at}".removeprefix(".")
+            if buffer is not None and at not in module._non_persistent_buffers_set and stored_as in weights:
+                module._buffers[at] = weights[stored_as].to(device, buffer.dtype)  # what routers add to choose experts
         if type(module) is FrozenLinear:  # not the LM head
             module = quantised(module, quantize)
             parent, _, child = name.rpartition(".")

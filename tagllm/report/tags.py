@@ -41,7 +41,7 @@ class Vocabulary(NamedTuple):
         config = BackboneConfig(model=model or library.backbone.name, dtype="fp32")
         backbone = load_backbone(config, torch.device("cpu"))
         library.backbone.require_same(backbone.identity, str(path))
-        return cls(backbone.embedding().float(), backbone.tokenizer)
+        return cls(backbone.embedding().float() * backbone.token_scale, backbone.tokenizer)
 
     def text(self, token: int) -> str:
         return repr(self.tokenizer.decode([token]))

@@ -139,7 +139,7 @@ def new_tag(stage: Stage, name: str, backbone: Backbone, data: Data) -> Tag:
     if config.init.startswith("text:") and not text_ids:
         raise UserError(f"tags.{name}.init is {config.init!r}; the text after `text:` gives no token. Write a word.")
     seed = int(np.random.SeedSequence([stage.config.seed, *name.encode()]).generate_state(1)[0])
-    rows = initial_rows(config.init, config.length, embedding_VD, text_ids, seed)
+    rows = initial_rows(config.init, config.length, embedding_VD, text_ids, seed) * backbone.token_scale
     head = Head.new(config.head, embedding_VD.shape[1], stage.layout(0).pools) if config.head else None
     if head is not None and not head.spec.classes:
         targets = np.concatenate([_targets_of(stage, name, data, at) for at in range(len(stage.templates))])

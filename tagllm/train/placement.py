@@ -10,7 +10,7 @@ import torch
 from tagllm.config import RunConfig
 from tagllm.data.dataset import Prompts, prepare
 from tagllm.errors import UserError
-from tagllm.model.backbone import DTYPES, load_tokenizer, resolve
+from tagllm.model.backbone import DTYPES, load_tokenizer, longest_prompt, resolve
 from tagllm.model.loading import skeleton
 from tagllm.model.smollm2 import cache_folder
 from tagllm.plan import Hardware, Load, Placement, Shape, choose, estimate
@@ -56,7 +56,7 @@ def figures_of(stage: Stage, num_ranks: int) -> tuple[Shape, list[Load], int]:
         raise UserError(f"backbone.model is {config.backbone.model!r}; its config cannot be read: {error}") from None
     shape = Shape.of(model, config.backbone.quantize)
     layout = stage.layout(shape.embedding // shape.hidden)
-    limit = config.data.max_tokens or int(getattr(model.config.get_text_config(), "max_position_embeddings", 1 << 20))
+    limit = config.data.max_tokens or longest_prompt(model.config)
     prompts = Prompts(layout, load_tokenizer(config.backbone.model), limit)
     data = prepare(config.data, stage.templates, prompts, cache_folder(), ("train",))
     rows = StepRows(config, data.splits["train"], 0, num_ranks)
