@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -68,3 +69,25 @@ def test_a_domain_tag_counts_nats(run: Run, folder: Path) -> None:
     results = json.loads((folder / "runs/nats/results.json").read_text())
     assert results["ablations"]["without <D>"]["span_nats"] == results["controls"]["no tag"]["span_nats"]
     assert set(results["ablations"]) == {"as learned", "without <D>", "<D> reversed"}
+
+
+def test_a_control_takes_the_place_of_all_learned_tags_of_its_kind(run: Run, folder: Path) -> None:
+    """Not of the first alone, beside which the others would still say what they have learned."""
+    other = config(folder, "other", tags={"C": {"length": 2}}, data__template="<C> {kind}", data__target=[])
+    assert run("train", other).exit_code == 0
+    both = config(folder, "both", tags={"A": {"length": 2}, "B": {"length": 2}})
+    values = yaml.safe_load(both.read_text())
+    source = {"path": str(folder / "rows.csv"), "split": {"by": "smiles"}}
+    values["data"]["sources"] = [source | {"template": f"<{t}> {{{f}}}"} for t, f in (("A", "smiles"), ("B", "name"))]
+    both.write_text(yaml.safe_dump(values))
+    assert run("train", both).exit_code == 0
+    assert run("eval", "runs/both", "--control", "runs/other/library").exit_code == 0
+    found = json.loads((folder / "runs/both/results.json").read_text())["controls"]["<C>"]
+    rows_PD = TagLibrary.load(folder / "runs/other/library").tags["C"].rows_PD
+    library = TagLibrary.load(folder / "runs/both/library")
+    for name in ("A", "B"):
+        library = library.add(library.tags[name].with_rows(rows_PD))
+    library.save(folder / "runs/both/library")
+    assert run("eval", "runs/both").exit_code == 0
+    metrics = json.loads((folder / "runs/both/results.json").read_text())["metrics"]
+    assert found["span_nats"] == pytest.approx(metrics["span_nats"], rel=1e-5)

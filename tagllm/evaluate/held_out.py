@@ -182,7 +182,6 @@ def _classical(built: Built, name: str, split: Split) -> dict[str, Floats]:
 def _score_tokens(evaluation: Evaluation, results: dict[str, Any], controls: Sequence[Path]) -> None:
     built, ranks, split = evaluation
     results["metrics"] |= nats(score_pass(built, ranks, split, None))
-    first = built.stage.learned[0]
     others = {"no tag": dict[str, Tag](), "untrained tag": dict[str, Tag]()}
     for name in built.stage.learned:
         tag = built.tags[name]
@@ -191,8 +190,9 @@ def _score_tokens(evaluation: Evaluation, results: dict[str, Any], controls: Seq
     for path in controls:
         library = TagLibrary.load(path, built.backbone.identity)
         for tag in library.tags.values():
-            if tag.kind == built.tags[first].kind and tag.name not in built.tags:
-                others[f"<{tag.name}>"] = {first: built.tags[first].with_rows(tag.rows_PD)}
+            mine = [built.tags[name] for name in built.stage.learned if built.tags[name].kind == tag.kind]
+            if mine and tag.name not in built.tags:
+                others[f"<{tag.name}>"] = {one.name: one.with_rows(tag.rows_PD) for one in mine}
     results["controls"] = {name: nats(with_tags(evaluation, tags)) for name, tags in others.items()}
 
 

@@ -128,7 +128,8 @@ RECIPES = (
         "https://github.com/hkmztrk/DeepDTA",
         {"smiles": str, "sequence": str, "drug": str, "target": str, "affinity": float, "key": str},
         _davis,
-        origin="a folder with davis.train.csv.gz (drug_id, smiles, target_id, sequence, pKd, fold)",
+        origin="a folder with davis.train.csv.gz (drug_id, smiles, target_id, sequence, pKd: -log10 of Kd in mol/l, and "
+        "fold: DeepDTA's five training folds, from 0)",
     ),
     Recipe(
         "oneil",
@@ -140,7 +141,8 @@ RECIPES = (
             "key": str,
         },
         _oneil,
-        origin="a folder with oneil.{train,valid,test}.csv.gz",
+        origin="a folder with oneil.{train,valid,test}.csv.gz (drug_1, smiles_1, drug_2, smiles_2, cell_line, "
+        "synergy_loewe), no pair of drugs in two of them",
     ),
     Recipe(
         "mmseqs-proteins",
