@@ -73,7 +73,7 @@ def test_a_domain_tag_counts_nats(run: Run, folder: Path) -> None:
 
 def test_a_control_takes_the_place_of_all_learned_tags_of_its_kind(run: Run, folder: Path) -> None:
     """Not of the first alone, beside which the others would still say what they have learned."""
-    other = config(folder, "other", tags={"C": {"length": 2}}, data__template="<C> {kind}", data__target=[])
+    other = config(folder, "other", tags={"C": {"length": 2}}, data__template="<C> {smiles}", data__target=[])
     assert run("train", other).exit_code == 0
     both = config(folder, "both", tags={"A": {"length": 2}, "B": {"length": 2}})
     values = yaml.safe_load(both.read_text())

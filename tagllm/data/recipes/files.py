@@ -128,8 +128,8 @@ RECIPES = (
         "https://github.com/hkmztrk/DeepDTA",
         {"smiles": str, "sequence": str, "drug": str, "target": str, "affinity": float, "key": str},
         _davis,
-        origin="a folder with davis.train.csv.gz (drug_id, smiles, target_id, sequence, pKd: -log10 of Kd in mol/l, and "
-        "fold: DeepDTA's five training folds, from 0)",
+        origin="a folder with davis.train.csv.gz (drug_id, smiles, target_id, sequence, pKd: -log10 of Kd in mol/l, "
+        "and fold: DeepDTA's five training folds, from 0)",
     ),
     Recipe(
         "oneil",
