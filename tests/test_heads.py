@@ -101,6 +101,11 @@ def test_a_head_without_held_out_rows_leaves_the_others(run: Run, folder: Path) 
     values = yaml.safe_load(file.read_text())
     (folder / "copy.csv").write_text((folder / "rows.csv").read_text())
     values["data"]["sources"][1] |= {"path": str(folder / "copy.csv"), "split": {"test": 0}}
+    values["data"]["sources"].append(
+        {"path": str(folder / "third.csv"), "split": {"test": 0}, "template": "{smiles} <T> {output}", "output": "name"}
+    )
+    values["tags"]["T"] = {"kind": "function", "length": 2}
+    (folder / "third.csv").write_text((folder / "rows.csv").read_text())
     file.write_text(yaml.safe_dump(values))
     assert run("train", file).exit_code == 0
     told = run("eval", "runs/untested")

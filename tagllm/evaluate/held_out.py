@@ -73,7 +73,7 @@ def evaluate(
         _score_values(evaluation, folder, overridden, results)
     if stage.terms:
         _score_tokens(evaluation, results, controls)
-    if any(template.has_output for template in stage.templates):
+    if any(t.has_output and len(rows) for t, rows in zip(stage.templates, built.examples(split), strict=True)):
         found = text_results(built, split, ranks, run)
         at = "text/" if built.layout.heads else ""  # heads may have metrics of the same name
         for part in ("metrics", "intervals"):
