@@ -72,6 +72,7 @@ def test_the_wanted_language_is_that_of_the_tag_before_the_answer() -> None:
     kinds = {"EN": "domain", "FR": "domain", "SMILES": "domain", "Translate": "function"}
     for text, language in (
         ("<EN> {en} <Translate> <FR> {output}", "fr"),
+        ("<EN> {en} <FR> <Translate> {output}", "fr"),
         ("<FR> {fr} <Translate> {output}", ""),
         ("{fr} <Translate> <SMILES> {output}", ""),
     ):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -109,12 +110,12 @@ def scores_of(
 
 
 def language_of(template: Template, kinds: dict[str, str]) -> str:
-    """The language that {output} is to be in: the domain tag right before it, if its name is a language's code."""
+    """The language that {output} is to be in: the domain tag before it, with at most function tags in between, if its
+    name is a language's code."""
     at = next(i for i, part in enumerate(template.parts) if part.kind == "field" and part.value == "output")
-    before = template.parts[at - 1] if at else None
-    if before is None or before.kind != "tag" or kinds[before.value] != "domain":
-        return ""
-    return before.value.lower() if before.value.lower() in known_languages() else ""
+    tags = itertools.takewhile(lambda part: part.kind == "tag", reversed(template.parts[:at]))
+    name = next((part.value.lower() for part in tags if kinds[part.value] == "domain"), "")
+    return name if name in known_languages() else ""
 
 
 def training_mean(built: Built, source: int = 0) -> float:
