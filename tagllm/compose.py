@@ -32,7 +32,7 @@ from tagllm.config import (
 from tagllm.data.dataset import Prompts
 from tagllm.data.sources import load_rows
 from tagllm.errors import UserError, did_you_mean
-from tagllm.evaluate.answers import Answer, answers_of, chosen, copied_answers, scores_of, training_mean, write_answers
+from tagllm.evaluate.answers import Answer, answers_of, chosen, copied_answers, scores_of, training_means, write_answers
 from tagllm.evaluate.metrics import intervals, value_metrics
 from tagllm.evaluate.scoring import score_pass
 from tagllm.evaluate.text import Scores, known_languages, problems_of
@@ -165,8 +165,10 @@ class Composer(NamedTuple):
         rows = chosen(examples, self.config.evaluation.generated_rows)
         give = copied_answers if about.copies is not None else answers_of
         answers = [answer._replace(source=prompt) for answer in give(built, template, [examples[at] for at in rows])]
-        means = lambda: [training_mean(self._built(name, text, "train"))] * len(answers)  # noqa: E731
-        scores = scores_of(built, answers, case.language, self.library.tags, means)
+        scores = scores_of(
+            built, answers, case.language, self.library.tags,
+            lambda: training_means(self._built(name, text, "train"), [0] * len(answers)),
+        )  # fmt: skip
         return Asked(scores, answers, [numbers[at] for at in rows], cut)
 
     def _worked(self, name: str, text: str, shots: int) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import uuid
 from collections.abc import Callable, Iterator
@@ -26,6 +25,7 @@ from tagllm.data.readers import (
 from tagllm.data.recipes import recipe_of
 from tagllm.data.recipes.hub import load_hub
 from tagllm.errors import UserError
+from tagllm.files import sha256_file
 
 if TYPE_CHECKING:
     import datasets
@@ -231,7 +231,6 @@ def _as(kind: type, value: Any) -> Any:
 
 def _sha256(path: Path) -> str:
     try:
-        with open(path, "rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
+        return sha256_file(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error}; it must be a readable file. Check it.") from None

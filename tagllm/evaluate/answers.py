@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 from collections.abc import Callable, Collection, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,19 +59,20 @@ def text_results(built: Built, split: Split, ranks: Ranks, run: Path) -> dict[st
     held_out = built.examples(split)
     asked = [at for at, template in enumerate(templates) if template.has_output and len(held_out[at])]
     share = max(1, settings.generated_rows // len(asked))
-    sources, everything, fallbacks = dict[str, Any](), list[Answer](), list[float]()
+    sources, everything, source_of = dict[str, Any](), list[Answer](), list[int]()
     for at in asked:
         answers = answers_of(built, templates[at], [held_out[at][row] for row in chosen(held_out[at], share)])
-        means = [training_mean(built, at)] * len(answers)
-        scores = scores_of(built, answers, language_of(templates[at], built.layout.kinds), built.tags, lambda: means)  # noqa: B023
+        language, mine = language_of(templates[at], built.layout.kinds), [at] * len(answers)
+        scores = scores_of(built, answers, language, built.tags, partial(training_means, built, mine))
         name = templates[at].text
         sources[f"{name} (data.sources.{at})" if name in sources else name] = {"rows": len(answers), **scores._asdict()}
-        everything, fallbacks = everything + answers, fallbacks + means
-    overall = scores if len(asked) == 1 else scores_of(built, everything, "", built.tags, lambda: fallbacks)
+        everything, source_of = everything + answers, source_of + mine
+    if len(asked) > 1:
+        scores = scores_of(built, everything, "", built.tags, partial(training_means, built, source_of))
     ranks.on_rank_zero(lambda: write_answers(everything, run))
     about = {} if settings.spbleu_model else {"note": NO_SPBLEU}
-    metrics = {**overall.metrics, "generated_rows": len(everything)}
-    return {"metrics": metrics, "intervals": overall.intervals, "sources": sources, **about}
+    metrics = {**scores.metrics, "generated_rows": len(everything)}
+    return {"metrics": metrics, "intervals": scores.intervals, "sources": sources, **about}
 
 
 def write_answers(answers: Sequence[Answer], folder: Path) -> None:
@@ -118,11 +120,16 @@ def language_of(template: Template, kinds: dict[str, str]) -> str:
     return name if name in known_languages() else ""
 
 
-def training_mean(built: Built, source: int = 0) -> float:
-    """Of the numbers to be written, of some rows of a source; 0 where it has none."""
-    examples = built.examples("train")[source]
-    texts = [_reference(built, examples[at]) for at in chosen(examples, ROWS_OF_MEAN)]
-    return float(np.mean([float(text) for text in texts if all_numbers([text])] or [0.0]))
+def training_means(built: Built, sources: Sequence[int]) -> list[float]:
+    """Of the numbers to be written, of some training rows of each source; 0 where it has none."""
+
+    def mean(source: int) -> float:
+        examples = built.examples("train")[source]
+        texts = [_reference(built, examples[at]) for at in chosen(examples, ROWS_OF_MEAN)]
+        return float(np.mean([float(text) for text in texts if all_numbers([text])] or [0.0]))
+
+    means = {source: mean(source) for source in set(sources)}
+    return [means[source] for source in sources]
 
 
 def _answer(built: Built, template: Template, row: Example, generated: str) -> Answer:

@@ -75,19 +75,16 @@ class RunFolder:
 
     def record(self, config: RunConfig, data: Data) -> None:
         """The resolved config, where it comes from, the splits and the rows that could not be used."""
-        self._write("config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
-        self._write("origin.json", json_bytes(origin()))
-        self._write("splits.json", json_bytes(data.record))
+        write_whole(self.path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
+        write_whole(self.path / "origin.json", json_bytes(origin()))
+        write_whole(self.path / "splits.json", json_bytes(data.record))
         rows = "".join(json.dumps(row._asdict()) + "\n" for row in data.bad_rows)
-        self._write("bad_rows.jsonl", rows.encode())
+        write_whole(self.path / "bad_rows.jsonl", rows.encode())
 
     def training(self) -> dict[str, Any]:
         """Where the tags come from: `origin` of the last process that trained them, and the seconds of all of them."""
         file = self.path / "origin.json"  # runs of version 0.1 have none
         return {**(read_json(file) if file.is_file() else {}), "seconds": training_seconds(self.path)}
-
-    def _write(self, name: str, content: bytes) -> None:
-        write_whole(self.path / name, content)
 
 
 def _is_foreign(path: Path) -> bool:
