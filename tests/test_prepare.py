@@ -148,7 +148,7 @@ SMALL: dict[str, tuple[Callable[[Path], Path], dict[str, int]]] = {
 
 
 def prepared(name: str, tmp_path: Path) -> Prepared:
-    if name == "mmseqs-proteins":
+    if name in ("mmseqs-proteins", "binding-affinity-proteins"):
         pytest.importorskip("peptides")
     return prepare(recipe_of(name), SMALL[name][0](tmp_path / "origin"), tmp_path / "cache")
 
@@ -193,6 +193,8 @@ def test_values_are_those_of_the_files(tmp_path: Path) -> None:
     } == {"4", "9"}
     (_, pair), *_ = rows_of(prepared("oneil", tmp_path / "oneil"))
     assert (pair["cell_line"], pair["synergy"]) == ("A2058", -3.5)
+    molecules = rows_of(prepared("binding-affinity-molecules", tmp_path / "molecules"))
+    assert {row["smiles"]: round(row["qed"], 4) for _, row in molecules} == {"CCO": 0.4068, "CCN": 0.4062}
     kept = rows_of(prepared("mmseqs-proteins", tmp_path / "mmseqs"))
     assert [row["id"] for _, row in kept] == ["good", "low"]
     assert 3 < kept[0][1]["isoelectric_point"] < 12
@@ -246,9 +248,9 @@ def test_held_out_pairs_of_opus_are_not_trained_on(tmp_path: Path) -> None:
 
 def test_the_published_split_of_drugcomb_is_used_and_validation_shares_no_pair(tmp_path: Path) -> None:
     """It goes by ordered pairs: C with CO is trained on, CO with C tested."""
-    origin, head = drugcomb(tmp_path / "origin"), "Drug1,Drug2,CellLine_ID,Y\n"
+    origin, head = drugcomb(tmp_path / "origin"), "Drug1_ID,Drug1,Drug2_ID,Drug2,CellLine_ID,Y\n"
     drugs = ["C" * n + "O" for n in range(1, 15)]
-    pairs = [f"{one},{two},HT29,1\n" for one in drugs for two in drugs if one != two]
+    pairs = [f"{one},{one},{two},{two},HT29,1\n" for one in drugs for two in drugs if one != two]
     (origin / "train_val.csv").write_text(head + "".join(pairs))
     (origin / "test.csv").write_text(head + "".join(pairs[:20]))
     prepare(recipe_of("drugcomb-css"), origin, tmp_path / "cache")
@@ -335,12 +337,13 @@ def test_files_of_another_form_are_told(tmp_path: Path) -> None:
         ({"Drug1": None}, "TypeError.* behind 1 good rows. It must be the folder of the benchmark"),
         ({"Y": None}, "TypeError.*float"),
         ({"CellLine_ID": None}, "TypeError.'cell_line is None, not a str'"),
+        ({"Drug1_ID": None}, "TypeError.'drug_1 is None, not a str'"),
         ({"Drug2": 7}, "TypeError"),
         ({"Y": "high"}, "ValueError.*'high'"),
     ],
 )
 def test_a_row_without_a_value_is_told(change: dict[str, Any], message: str, tmp_path: Path) -> None:
-    good = {"Drug1": "CC", "Drug2": "CO", "CellLine_ID": "HT29", "Y": 12.5}
+    good = {"Drug1_ID": "a", "Drug1": "CC", "Drug2_ID": "b", "Drug2": "CO", "CellLine_ID": "HT29", "Y": 12.5}
     before = [good] * (None in change.values())  # a column has one type
     pq.write_table(pa.Table.from_pylist([*before, {**good, **change}]), tmp_path / "train_val.parquet")
     with pytest.raises(UserError, match=f"recipe drugcomb-css: .* is not of the form that is read: {message}"):

@@ -9,13 +9,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from tagllm.config import Split
 from tagllm.data.recipes import libreoffice
+from tagllm.data.recipes.labels import RESIDUES, protein_labels
 from tagllm.data.recipes.recipe import Recipe, RecipeRow, file_in, pair_key, whole_rows
 from tagllm.errors import UserError
 
-RESIDUES = frozenset("ACDEFGHIKLMNPQRSTVWY")
 SHORTEST, LONGEST = 30, 512
 """Residues of a protein of `mmseqs-proteins`."""
 PEPTIDE = 3, 10
@@ -43,24 +44,14 @@ def _oneil(origin: Path | None) -> Iterator[RecipeRow]:
 
 
 def _mmseqs_proteins(origin: Path | None) -> Iterator[RecipeRow]:
-    try:
-        from peptides import Peptide
-    except ImportError:
-        raise UserError(
-            "recipe mmseqs-proteins: package peptides is not installed; it computes the labels. "
-            "Run: pip install peptides==0.5.0"
-        ) from None
     seen: set[str] = set()
     for row in whole_rows(file_in("mmseqs-proteins", origin, "DB.fasta.gz", "DB.fasta")):
         sequence = row["sequence"].upper()
         if not SHORTEST <= len(sequence) <= LONGEST or not set(sequence) <= RESIDUES or sequence in seen:
             continue
         seen.add(sequence)
-        protein = Peptide(sequence)
-        yield None, {
-            "id": row["id"], "sequence": sequence, "descriptor": float(next(iter(protein.descriptors().values()))),
-            "isoelectric_point": float(protein.isoelectric_point()), "key": pair_key(sequence),
-        }  # fmt: skip
+        labels = protein_labels("mmseqs-proteins", sequence)
+        yield None, {"id": row["id"], "sequence": sequence, **labels, "key": pair_key(sequence)}
 
 
 def _peptides(origin: Path | None) -> Iterator[RecipeRow]:
@@ -107,13 +98,18 @@ def _bindingdb_patent(origin: Path | None) -> Iterator[RecipeRow]:
             seen.add(key)
 
 
+def _name(value: Any) -> str | None:
+    """Some are numbers; none is left to be found missing."""
+    return None if value is None else str(value)
+
+
 def _drugcomb_css(origin: Path | None) -> Iterator[RecipeRow]:
     for stem, split in _TRAIN_TEST.items():
         for row in whole_rows(_benchmark("drugcomb-css", origin, stem)):
-            cell_line = row["CellLine_ID" if "CellLine_ID" in row else "Cell_Line_ID"]
             yield split, {
-                "smiles_1": row["Drug1"], "smiles_2": row["Drug2"], "css": float(row["Y"]),
-                "cell_line": None if cell_line is None else str(cell_line),
+                "drug_1": _name(row["Drug1_ID"]), "smiles_1": row["Drug1"],
+                "drug_2": _name(row["Drug2_ID"]), "smiles_2": row["Drug2"], "css": float(row["Y"]),
+                "cell_line": _name(row["CellLine_ID" if "CellLine_ID" in row else "Cell_Line_ID"]),
                 "key": f"{pair_key(*sorted((row['Drug1'], row['Drug2'])))}/{split}",
             }  # fmt: skip
 
@@ -193,9 +189,11 @@ RECIPES = (
         "validate on shares no pair with the rest, in either order",
         "CC BY-NC-SA 4.0 (DrugComb, TDC)",
         "https://tdcommons.ai/benchmark/drugcombo_group/drugcomb_css",
-        {"smiles_1": str, "smiles_2": str, "cell_line": str, "css": float, "key": str},
+        {
+            "drug_1": str, "smiles_1": str, "drug_2": str, "smiles_2": str, "cell_line": str, "css": float, "key": str,
+        },
         _drugcomb_css,
         origin="the folder of the benchmark, with train_val and test as .csv or .parquet",
-        format=2,
+        format=3,
     ),
 )  # fmt: skip

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tagllm.config import Split
+from tagllm.data.recipes.labels import drug_likeness, protein_labels
 from tagllm.data.recipes.recipe import Recipe, RecipeRow, pair_key
 from tagllm.errors import UserError
 
@@ -81,14 +82,25 @@ def _binding_affinity(origin: Path | None) -> Iterator[RecipeRow]:
         }  # fmt: skip
 
 
-def _each_once(column: str, origin: Path | None) -> Iterator[RecipeRow]:
+def _each_once(column: str, origin: Path | None) -> Iterator[str]:
     """One that is measured often would be most of what a tag learns."""
     seen: set[str] = set()
     for _, row in _binding_affinity(origin):
-        key = pair_key(row[column])
-        if key not in seen:
-            seen.add(key)
-            yield None, {column: row[column], "key": key}
+        if row[column] and row[column] not in seen:
+            seen.add(row[column])
+            yield row[column]
+
+
+def _proteins(origin: Path | None) -> Iterator[RecipeRow]:
+    for sequence in _each_once("sequence", origin):
+        labels = protein_labels("binding-affinity-proteins", sequence)
+        yield None, {"sequence": sequence, **labels, "key": pair_key(sequence)}
+
+
+def _molecules(origin: Path | None) -> Iterator[RecipeRow]:
+    for smiles in _each_once("smiles", origin):
+        if found := drug_likeness(smiles):
+            yield None, {"smiles": smiles, "qed": found.qed, "key": pair_key(smiles)}
 
 
 RECIPES = (
@@ -120,15 +132,23 @@ RECIPES = (
         {"sequence": str, "smiles": str, "affinity": float, "key": str},
         _binding_affinity,
     ),
-    *(
-        Recipe(
-            f"binding-affinity-{name}",
-            f"the {name} of binding-affinity, each once",
-            "of the sources, see the data set's card",
-            "hub jglaser/binding_affinity",
-            {column: str, "key": str},
-            partial(_each_once, column),
-        )
-        for name, column in (("proteins", "sequence"), ("molecules", "smiles"))
+    Recipe(
+        "binding-affinity-proteins",
+        "the proteins of binding-affinity, each once, with the first descriptor of the package peptides and the "
+        "isoelectric point",
+        "of the sources, see the data set's card",
+        "hub jglaser/binding_affinity",
+        {"sequence": str, "descriptor": float, "isoelectric_point": float, "key": str},
+        _proteins,
+        format=2,
+    ),
+    Recipe(
+        "binding-affinity-molecules",
+        "the molecules of binding-affinity that rdkit can parse, each once, with their drug-likeness (QED)",
+        "of the sources, see the data set's card",
+        "hub jglaser/binding_affinity",
+        {"smiles": str, "qed": float, "key": str},
+        _molecules,
+        format=2,
     ),
 )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
 
 from tagllm.config import Split
+from tagllm.data.recipes.labels import drug_likeness
 from tagllm.data.recipes.recipe import Recipe, RecipeRow, pair_key
 from tagllm.errors import UserError
 
@@ -26,23 +27,13 @@ def _packaged(recipe: str, package: str, path: str, requirement: str) -> Path:
 
 def _rdkit_nci(origin: Path | None) -> Iterator[RecipeRow]:
     path = _packaged("rdkit-nci", "rdkit", "Data/NCI/first_5K.smi", "rdkit==2026.9.1")
-    from rdkit import Chem, rdBase
-    from rdkit.Chem import QED
-
-    qed: Callable[[Chem.Mol], float] = QED.qed
     seen: set[str] = set()
     for line in path.read_text().splitlines():
         smiles = line.split()[0]
-        with rdBase.BlockLogs():
-            molecule: Chem.Mol | None = Chem.MolFromSmiles(smiles)
-            if molecule is None:
-                continue
-            key = Chem.MolToSmiles(molecule)
-            if key in seen:
-                continue
-            seen.add(key)
-            value = qed(molecule)
-        yield None, {"smiles": smiles, "key": key, "qed": value}
+        found = drug_likeness(smiles)
+        if found and found.canonical not in seen:
+            seen.add(found.canonical)
+            yield None, {"smiles": smiles, "key": found.canonical, "qed": found.qed}
 
 
 def _pydta_pairs(recipe: str) -> Iterator[tuple[Split, str, str, float]]:
