@@ -22,7 +22,7 @@ from tagllm.model.tagged import TaggedModel
 from tagllm.tags import Tag
 from tagllm.template import OUTPUT, SPAN, TAG, TEXT
 from tests import tiny
-from tests.test_prefix import drawn_mask
+from tests.test_prefix import block_mask
 
 REFERENCE = Path(__file__).parents[2] / "shared" / "parity" / "reference.safetensors"
 CASES = {"domain_lm": ("A", "B"), "function_regression": ("F",), "function_text": ("F",)}
@@ -117,7 +117,7 @@ def test_the_authors_block_mask(reference: dict[str, torch.Tensor], case: str, f
         with plain_attention(tagged.backbone):
             hidden_SD = tagged.backbone.base_model(
                 inputs_embeds=tagged.tags(tagged.backbone.get_input_embeddings(), torch.tensor(row.ids).long()[None]),
-                attention_mask=torch.tensor(drawn_mask(row))[None, None],
+                attention_mask=torch.tensor(block_mask(row))[None, None],
             ).last_hidden_state[0]
         expected = hidden_SD[max(row.read_at, collate.live_at(row))]
         (expected * direction_D).sum().backward()

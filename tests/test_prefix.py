@@ -193,10 +193,10 @@ def test_in_how_many_passes_shared_beginnings_are_computed_changes_nothing(
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("free", [False, True], ids=["in place", "free spans"])
 @pytest.mark.parametrize("learned", [("F", "Text"), ("Frozen", "F", "Text")], ids="+".join)
-def test_block_mask_equals_a_plain_backward_under_the_drawn_mask(
+def test_block_mask_equals_a_plain_backward_under_the_block_mask(
     family: str, free: bool, learned: tuple[str, ...]
 ) -> None:
-    """transformers' own attention with the mask of `seen`'s drawing handed in, one row at a time."""
+    """transformers' own attention with that mask, as its rule says (test_masks has it drawn), one row at a time."""
     if family == "gemma2":
         pytest.skip("transformers takes one mask for all layers; its sliding layers need another")
     of = tiny.layout(learned)
@@ -212,7 +212,7 @@ def test_block_mask_equals_a_plain_backward_under_the_drawn_mask(
     ours = tiny.gradients(tagged)
     expected = []
     for row in rows:
-        mask = torch.tensor(drawn_mask(row))
+        mask = torch.tensor(block_mask(row))
         with plain_attention(tagged.backbone):
             hidden_SD = tagged.backbone.base_model(
                 inputs_embeds=tagged.tags(tagged.backbone.get_input_embeddings(), torch.tensor(row.ids).long()[None]),
@@ -227,7 +227,7 @@ def test_block_mask_equals_a_plain_backward_under_the_drawn_mask(
         assert tiny.relative_error(ours[name], gradient) < 2e-5, name
 
 
-def drawn_mask(row: Example) -> list[list[bool]]:
+def block_mask(row: Example) -> list[list[bool]]:
     span_of = np.zeros(len(row.ids), int)
     for number, (start, end) in enumerate(row.spans_at, 1):
         span_of[start:end] = number
