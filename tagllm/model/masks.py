@@ -9,8 +9,8 @@ def seen(at_BS: Tensor, span_BS: Tensor, at_BT: Tensor, span_BT: Tensor, window:
     """(B, S, T): whether the query at position `at_BS` sees the key at position `at_BT` (-1: no key).
 
     Causal: keys at or before the query; with a sliding window, less than `window` before it. Under the block mask every
-    position carries the number of its span (`template.spans_of`: the text in front of a domain tag, the tag, its field),
-    0 outside; under the causal mask all carry 0. A span sees only itself, what is outside sees all before it. (In the
+    position carries the number of its span (`template.spans_of`: the text before a domain tag, the tag, its field), 0
+    outside; under the causal mask all carry 0. A span sees only itself, what is outside sees all before it. (In the
     authors' code that text is outside.) `<s>a <D> {x} b`, where a, D, x, x are one span:
 
           s a D x x b
