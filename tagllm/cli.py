@@ -198,7 +198,7 @@ def evaluate(
             raise UserError(f"--split: {split!r} is no split. {did_you_mean(split, SPLITS)}")
         read_config(run)  # says more than a missing file would
         config = load_config(run / "config.yaml", overrides)
-        results = run_evaluation(run, config, split, control or [], bool(overrides), ablate)
+        results = run_evaluation(run, config, split, control or [], ablate)
         if os.environ.get("RANK", "0") == "0":
             print("\n".join(describe(results)))
 
@@ -242,7 +242,8 @@ def compose(config: Path, overrides: Overrides = None, offline: Offline = False)
     """Score prompts over libraries of tags, without training: zero-shot composition and its controls, same rows."""
 
     def work() -> None:
-        from tagllm.compose import ComposeConfig, Composer
+        from tagllm.compose import Composer
+        from tagllm.compose_config import ComposeConfig
         from tagllm.config_file import load_as
         from tagllm.evaluate.held_out import describe
 
@@ -313,7 +314,9 @@ def predict(
     template: Annotated[str | None, typer.Option(help="Another prompt than the one the tag was trained in.")] = None,
     library: Annotated[list[Path] | None, typer.Option(help="More libraries, for tags the template names.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Rows at a time.")] = 32,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest text to generate.")] = 64,
+    max_new_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Longest text to generate; as eval does unless given.")
+    ] = None,
     offline: Offline = False,
 ) -> None:
     """Add predictions to a file: regression, classes or text, in new columns; bad rows stay in place with the reason.
@@ -328,8 +331,9 @@ def predict(
         folder = source / "library" if (source / "config.yaml").is_file() else source
         backbone = backbone_config(source, overrides or [])
         request = Request([folder, *(library or [])], backbone, tag, template, batch, max_new_tokens)
-        total, failed = predict_file(request, input_file, output_file)
-        print(f"{output_file}: {total} rows, {failed} without a prediction")
+        done = predict_file(request, input_file, output_file)
+        cut = f", {done.cut} cut to the tokens there is room for" if done.cut else ""
+        print(f"{output_file}: {done.rows} rows, {done.failed} without a prediction{cut}")
 
     _run(work, offline)
 

@@ -10,32 +10,19 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import yaml
-from pydantic import BeforeValidator, Field, model_validator
 
-from tagllm.config import (
-    BackboneConfig,
-    DataConfig,
-    EvaluationConfig,
-    FieldConfig,
-    OptimConfig,
-    RowsConfig,
-    RunConfig,
-    Section,
-    SourceConfig,
-    Split,
-    TagConfig,
-    digest_of,
-)
-from tagllm.data.dataset import Prompts
+from tagllm.compose_config import CaseConfig, ComposeConfig, check_compose
+from tagllm.config import DataConfig, FieldConfig, OptimConfig, RunConfig, SourceConfig, Split, TagConfig, digest_of
 from tagllm.data.sources import load_rows
-from tagllm.errors import UserError, did_you_mean
+from tagllm.data.splits import drawn_from, split_by
+from tagllm.errors import UserError
 from tagllm.evaluate.answers import Answer, answers_of, chosen, copied_answers, scores_of, training_means, write_answers
 from tagllm.evaluate.metrics import intervals, value_metrics
 from tagllm.evaluate.scoring import score_pass
-from tagllm.evaluate.text import Scores, known_languages, problems_of
+from tagllm.evaluate.text import Scores
 from tagllm.files import json_bytes, read_json, sha256_file, write_durably, write_whole
 from tagllm.model.backbone import Backbone
 from tagllm.model.smollm2 import cache_folder
@@ -43,46 +30,8 @@ from tagllm.origin import origin
 from tagllm.stage import stage_of_run
 from tagllm.tags import TagLibrary
 from tagllm.template import escaped, field_text, parse_template, written
-from tagllm.train.build import Built, assemble, open_backbone, prepare_on_all
+from tagllm.train.build import Built, build_on, open_backbone
 from tagllm.train.ranks import Ranks
-
-
-class PromptConfig(Section):
-    """A prompt, or a column whose text is given as the answer; just a string is a prompt."""
-
-    template: str = ""
-    shots: Annotated[int, Field(ge=0)] = 0
-    """So many training rows stand in front in the same words, an empty line behind each."""
-    copies: str | None = None
-    """The answer is what stands in this column: an answer that only repeats the question scores this."""
-
-    @model_validator(mode="after")
-    def _one_kind(self) -> Self:
-        if bool(self.template) == (self.copies is not None):
-            raise ValueError("give exactly one of template and copies")
-        return self
-
-
-def _as_prompt(value: Any) -> Any:
-    return {"template": value} if isinstance(value, str) else value
-
-
-class CaseConfig(Section):
-    """A table. The first prompt is the one in question, the others are its controls."""
-
-    source: RowsConfig
-    split: Split = "test"
-    language: str = ""
-    """Code (ISO 639-1) of the language the answers are to be in; how many are is then measured apart."""
-    prompts: Annotated[dict[str, Annotated[PromptConfig, BeforeValidator(_as_prompt)]], Field(min_length=1)]
-
-
-class ComposeConfig(Section):
-    output: Annotated[str, Field(min_length=1)]
-    backbone: BackboneConfig
-    libraries: Annotated[list[str], Field(min_length=1)]
-    evaluation: EvaluationConfig = EvaluationConfig()
-    cases: Annotated[dict[str, CaseConfig], Field(min_length=1)]
 
 
 class Asked(NamedTuple):
@@ -112,7 +61,7 @@ class Composer(NamedTuple):
                 f"compose: WORLD_SIZE is {size}; prompts are scored in one process. Leave the launcher out."
             )
         library = TagLibrary.load_all([Path(path) for path in config.libraries])
-        check(config, library)
+        check_compose(config, library)
         dtypes = {tag.about.get("dtype", "auto") for tag in library.tags.values()}
         if config.backbone.dtype == "auto" and len(dtypes) == 1:  # measured anew it may be another one
             config = config.model_copy(update={"backbone": config.backbone.model_copy(update={"dtype": dtypes.pop()})})
@@ -124,11 +73,12 @@ class Composer(NamedTuple):
     def score(self, name: str) -> dict[str, Any]:
         """Scores a case and writes OUTPUT/CASE/; what was scored with the same settings before is read from there."""
         case, folder = self.config.cases[name], Path(self.config.output) / name
-        settings = self.config.model_dump(mode="json", include={"backbone", "libraries", "evaluation"})
+        settings = self.config.model_dump(mode="json", include={"backbone", "libraries", "data", "evaluation"})
         settings["cases"] = {name: case.model_dump(mode="json")}
         libraries = [sha256_file(Path(path) / "library.json") for path in self.config.libraries]
-        rows = load_rows(case.source, cache_folder()).file
-        file, digest = folder / "results.json", digest_of([settings, libraries, rows])
+        rows = load_rows(case.source, cache_folder())
+        self._refuse_seen(name, rows.given_splits)
+        file, digest = folder / "results.json", digest_of([settings, libraries, rows.file])
         if file.is_file() and (found := read_json(file)).get("config_digest") == digest:
             return found
         folder.mkdir(parents=True, exist_ok=True)
@@ -141,7 +91,7 @@ class Composer(NamedTuple):
             "metrics": asked[first].scores.metrics, "intervals": asked[first].scores.intervals, "baselines": {},
             "controls": {other: asked[other].scores.metrics for other in others},
             "control_intervals": {other: asked[other].scores.intervals for other in others},
-            "learned": self._function_tags(case), "backbone": self.backbone.identity._asdict(),
+            "learned": self._first(case, "function"), "backbone": self.backbone.identity._asdict(),
             "config_digest": digest, "seconds": time.monotonic() - began, **origin(),
         }  # fmt: skip
         write_answers([answer for one in asked.values() for answer in one.answers], folder)
@@ -154,11 +104,11 @@ class Composer(NamedTuple):
         text = about.template if about.copies is None else f"{{{about.copies}}} {{output}}"
         if about.shots:
             text = self._worked(name, text, about.shots) + text
-        built = self._built(name, text, case.split)
+        built = self._built(name, text, case.split, bool(about.shots))
         (template,), (examples,) = built.stage.templates, built.examples(case.split)
         numbers, cut = examples.row_numbers(), int(built.data.record["0"][case.split]["rows_cut"])
         if not template.has_output:
-            found = score_pass(built, self.ranks, case.split, None)
+            found = score_pass(built, self.ranks, case.split)
             classes = any(head.classes for head in built.layout.heads.values())
             pairs = found.values_nK, found.targets_nK
             return Asked(Scores(value_metrics(*pairs, classes), intervals(*pairs, classes)), [], numbers, cut)
@@ -167,7 +117,7 @@ class Composer(NamedTuple):
         answers = [answer._replace(source=prompt) for answer in give(built, template, [examples[at] for at in rows])]
         scores = scores_of(
             built, answers, case.language, self.library.tags,
-            lambda: training_means(self._built(name, text, "train"), [0] * len(answers)),
+            lambda: training_means(self._built(name, text, "train", bool(about.shots)), [0] * len(answers)),
         )  # fmt: skip
         return Asked(scores, answers, [numbers[at] for at in rows], cut)
 
@@ -197,39 +147,58 @@ class Composer(NamedTuple):
             pieces.append("\n\n")
         return "".join(pieces)
 
-    def _built(self, name: str, text: str, split: Split) -> Built:
-        """The rows of one split in one prompt, and the model with its tags."""
+    def _built(self, name: str, text: str, split: Split, has_shots: bool = False) -> Built:
+        """The rows of one split in one prompt, and the model with its tags. Fields and length of all prompts of a case
+        are as the tags of its first one were trained, since the same is to be asked; worked examples come on top."""
         case = self.config.cases[name]
-        template = parse_template(text, {n: tag.kind for n, tag in self.library.tags.items()})
+        template, tags = parse_template(text, self.library.kinds), self.library.tags
         used = dict.fromkeys(template.tags)
-        heads = [n for n in used if self.library.tags[n].head is not None]
+        heads = [n for n in used if tags[n].head is not None]
         known = case.source.model_dump() | {"template": text, "target": case.source.target if heads else []}
-        known["split"] |= {"by": case.source.split.by or self._key(case)}
-        known["fields"] = {n: about for n, about in known["fields"].items() if n in (*template.fields, "output")}
+        known["split"] |= {"by": self._key(case)}
+        trained = [tags[n].about for kind in ("domain", "function") for n in self._first(case, kind)]
+        fields = {n: field for about in trained for n, field in about.get("fields", {}).items()} | known["fields"]
+        known["fields"] = {n: field for n, field in fields.items() if n in (*template.fields, "output")}
+        max_tokens = next((limit for about in trained[::-1] if (limit := about.get("max_tokens"))), None)
         config = RunConfig.model_construct(
             output=self.config.output, backbone=self.config.backbone, evaluation=self.config.evaluation,
-            mask=self.library.tags[heads[0]].about.get("mask", "causal") if heads else "causal",
+            mask=tags[heads[0]].about.get("mask", "causal") if heads else "causal",
             tags={n: TagConfig(load=self.config.libraries[0]) for n in used},
-            data=DataConfig(sources=[SourceConfig(**known)]), optim=OptimConfig(steps=1),
+            data=DataConfig(
+                sources=[SourceConfig(**known)], on_bad_row=self.config.data.on_bad_row,
+                max_tokens=None if has_shots else self.config.data.max_tokens or max_tokens,
+            ), optim=OptimConfig(steps=1),
         )  # fmt: skip
-        stage = stage_of_run(config, self.library, f"cases.{name}")
-        layout = stage.layout(self.backbone.vocabulary_size)
-        prompts = Prompts(layout, self.backbone.tokenizer, self.backbone.max_tokens)
-        data = prepare_on_all(config.data, stage.templates, prompts, self.ranks, [split])
-        model = assemble(stage, self.backbone, layout, stage.loaded, self.ranks)
-        return Built(stage, self.backbone, layout, stage.loaded, data, model)
+        return build_on(self.backbone, stage_of_run(config, self.library, f"cases.{name}"), self.ranks, [split])
 
     def _key(self, case: CaseConfig) -> list[str]:
         """One key for all prompts of a case, so that they are asked of the same rows: a run's in the first one."""
-        if case.source.recipe is not None:  # has a key of its own
-            return []
         first = next(iter(case.prompts.values()))
-        return sorted(parse_template(first.template, {n: tag.kind for n, tag in self.library.tags.items()}).fields)
+        source = SourceConfig(**case.source.model_dump(), template=first.template)
+        return split_by(source, parse_template(first.template, self.library.kinds))
 
-    def _function_tags(self, case: CaseConfig) -> list[str]:
-        kinds = {n: tag.kind for n, tag in self.library.tags.items()}
-        used = parse_template(next(iter(case.prompts.values())).template, kinds).tags
-        return [n for n in dict.fromkeys(used) if kinds[n] == "function"]
+    def _first(self, case: CaseConfig, kind: str) -> list[str]:
+        """Tags of this kind in the first prompt."""
+        used = parse_template(next(iter(case.prompts.values())).template, self.library.kinds).tags
+        return [n for n in dict.fromkeys(used) if self.library.kinds[n] == kind]
+
+    def _refuse_seen(self, name: str, given: Sequence[Split]) -> None:
+        """Raises UserError where rows of a case may be some that its function tags were trained on."""
+        case = self.config.cases[name]
+        if case.split in given:
+            return
+        mine = drawn_from(case.source, self._key(case), given)
+        for tag in self._first(case, "function"):
+            for held in self.library.tags[tag].about.get("held_out", []):
+                same = (held["by"], held["drawn"].get("seed")) == (mine["by"], mine["drawn"].get("seed"))
+                if held["data"] == mine["data"] and not (
+                    same and mine["drawn"][case.split] <= held["drawn"].get(case.split, 0)
+                ):
+                    raise UserError(
+                        f"cases.{name}: its {case.split} rows are drawn by {', '.join(mine['by'])} ({mine['drawn']}), "
+                        f"those that <{tag}> was trained on by {', '.join(held['by'])} ({held['drawn']}), so some of "
+                        "them may be the same. Set source.split as it was in training."
+                    )
 
 
 def _require_alike(asked: dict[str, Asked], where: str, generated_rows: int) -> None:
@@ -253,50 +222,3 @@ def _require_alike(asked: dict[str, Asked], where: str, generated_rows: int) -> 
                 f"{where}: fields do not fit into {prompt} in {one.cut} rows, into {first} in {asked[first].cut}: the "
                 f"same question would not be asked. {out}, or ask for fewer shots."
             )
-
-
-def check(config: ComposeConfig, library: TagLibrary) -> None:
-    """Raises UserError with every mistake in the prompts."""
-    kinds = {name: tag.kind for name, tag in library.tags.items()}
-    problems = problems_of(config.evaluation, "evaluation")
-    for name, case in config.cases.items():
-        if case.language and case.language not in known_languages():
-            problems.append(
-                f"cases.{name}.language is {case.language!r}; it must be the code of a language that can be told from "
-                f"others. {did_you_mean(case.language.lower(), known_languages())}"
-            )
-        if next(iter(case.prompts.values())).copies is not None:
-            problems.append(
-                f"cases.{name}.prompts: the first is what the others are compared with; give it a template."
-            )
-        for prompt, about in case.prompts.items():
-            if about.copies is None:
-                problems += _mistakes(about, case.source.target, kinds, library, f"cases.{name}.prompts.{prompt}")
-    if problems:
-        raise UserError(*problems)
-
-
-def _mistakes(
-    about: PromptConfig, target: Sequence[str], kinds: dict[str, str], library: TagLibrary, where: str
-) -> Sequence[str]:
-    try:
-        template = parse_template(about.template, kinds, f"{where}.template")
-    except UserError as error:
-        return error.problems
-    heads = {name: tag.head for name in template.tags if (tag := library.tags[name]).head is not None}
-    if template.has_output + len(heads) != 1:
-        return [
-            f"{where}.template: {about.template!r} must have either {{output}} or one tag with a head, which answers; "
-            f"tags with a head here: {', '.join(n for n, tag in library.tags.items() if tag.head) or 'none'}."
-        ]
-    if about.shots and heads:
-        return [
-            f"{where}.shots is {about.shots}; worked examples need {{output}}, a head answers without. Set it to 0."
-        ]
-    for name, head in heads.items():
-        if head and len(target) != (wanted := 1 if head.spec.classes else head.spec.outputs):
-            return [
-                f"{where}: source.target names {len(target)} columns ({', '.join(target) or 'none'}); the head of "
-                f"<{name}> needs {wanted}. Give as many."
-            ]
-    return []

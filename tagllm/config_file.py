@@ -76,11 +76,19 @@ def _apply(raw: Any, override: str) -> None:
     if not equals or not key:
         raise UserError(f"override {override!r}: it must read key=value, as in optim.tag_lr=0.01")
     try:
-        value = OmegaConf.to_container(OmegaConf.create(f"value: {text}" if text else "value: ''"))
-        assert isinstance(value, dict)
-        OmegaConf.update(raw, key, value["value"], merge=value["value"] != {})  # which would change nothing
+        value = _value(text)
+        OmegaConf.update(raw, key, value, merge=value != {})  # which would change nothing
     except (YAMLError, OmegaConfBaseException, KeyError, IndexError, TypeError, ValueError) as error:
         raise UserError(f"override {override!r}: cannot be applied: {error}") from None
+
+
+def _value(text: str) -> Any:
+    """As YAML reads it, but for comments: a path may hold ` #`."""
+    if not text or " #" in text:
+        return text
+    value = OmegaConf.to_container(OmegaConf.create(f"value: {text}"))
+    assert isinstance(value, dict)
+    return value["value"]
 
 
 def _explain(model: type[BaseModel], where: str, problem: Any) -> str:

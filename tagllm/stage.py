@@ -5,6 +5,7 @@ Which tags there are and which are learned, the parsed templates, the loss weigh
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import NamedTuple
 
@@ -177,6 +178,12 @@ def _contradictions(stage: Stage, where: str) -> list[str]:
                 f"{place}.fields.output.max_tokens is {limit}; the answer is never cut. Drop it, or leave long "
                 "rows out with max_characters."
             )
+        behind = itertools.dropwhile(lambda part: part.value != "output" or part.kind != "field", template.parts)
+        if late := [part.value for part in behind if part.kind == "tag" and part.value in heads]:
+            problems.append(
+                f"{place}.template: <{late[0]}> stands behind {{output}}, which is not there yet when the head is to "
+                "answer. Put the tag before it."
+            )
         unknown = [name for name in source.fields if name not in (*template.fields, "output")]
         problems += [
             f"{place}.fields.{name}: the template has no {{{name}}}. {did_you_mean(name, template.fields)}"
@@ -195,7 +202,7 @@ def _contradictions(stage: Stage, where: str) -> list[str]:
 def _orders(stage: Stage, where: str) -> list[str]:
     """Of prompts with the same head, where it reads means of fields."""
     heads, problems = stage.layout(0).heads, list[str]()
-    kinds = {n: t.kind for library in stage.libraries.values() for n, t in library.tags.items()} | stage.kinds
+    kinds = {n: kind for library in stage.libraries.values() for n, kind in library.kinds.items()} | stage.kinds
     for name in (name for name, head in heads.items() if head.reads != "last"):
         prompts = trained_with(stage.loaded[name], kinds) if name in stage.loaded else {}
         for at, template in enumerate(stage.templates):

@@ -85,6 +85,10 @@ class TagLibrary:
     backbone: BackboneIdentity
     tags: dict[str, Tag] = field(default_factory=dict)
 
+    @property
+    def kinds(self) -> dict[str, str]:
+        return {name: tag.kind for name, tag in self.tags.items()}
+
     def add(self, tag: Tag) -> TagLibrary:
         """The library with one more tag (or a new version of it); the tensors of the others are the same objects."""
         return replace(self, tags={**self.tags, tag.name: tag})

@@ -221,7 +221,7 @@ def escaped(text: str) -> str:
 def field_text(value: str, part: Part, config: FieldConfig) -> str:
     """The text of a field as it is tokenised."""
     if config.characters == "spaced":
-        return " " + " ".join(value.strip())
+        return " " + " ".join("".join(value.split()))  # a sequence may be broken into lines
     return part.space + value
 
 

@@ -312,3 +312,13 @@ def test_row_padding_is_right_and_zero() -> None:
     batch = pad([short, long])
     assert batch.ids_BS.tolist() == [[1, 2, 0, 0], [1, 2, 3, 4]] and batch.last_B.tolist() == [1, 3]
     assert batch.pools_BS.sum(1).tolist() == [2, 4]
+
+
+def test_a_tag_that_is_absent_is_neither_named_nor_counted(folder: Path, run: Run) -> None:
+    absent = {"SMILES": DOMAIN["SMILES"] | {"absent": True}, "W": W["W"] | {"absent": True}}
+    template = "The molecule <SMILES> {smiles} weighs <W>"
+    assert run("train", config(folder, "absent", tags=absent, data__template=template)).exit_code == 0
+    (task,) = open_tasks(folder / "runs/absent")
+    assert task.untagged(METHODS["lora_text"]).names == {}
+    fails(run("baseline", "runs/absent", "--method", "lora_text"), "no domain tag whose name could stand as text")
+    fails(run("baseline", "runs/absent", "--method", "prompt_tuning"), "is absent", "Give one with --virtual")

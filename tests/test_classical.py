@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 
 import numpy as np
 import pytest
 from scipy.sparse import csr_matrix
+from scipy.sparse import random as sparse_random
 from sklearn.ensemble import HistGradientBoostingRegressor
 
-from tagllm.evaluate.classical import Problem, Table, boosting, classical_baselines, kind_of
+from tagllm.evaluate.classical import Field, Problem, Table, _nearest, boosting, classical_baselines, kind_of
 from tagllm.evaluate.metrics import concordance, value_metrics
 from tagllm.evaluate.ridge import Rows
 
@@ -150,3 +152,16 @@ def test_concordance_counts_pairs() -> None:
     ]
     assert concordance(values[:, None], targets[:, None])[0] == pytest.approx(np.mean(told), abs=1e-9)
     assert concordance(np.zeros((5, 1)), np.arange(5.0)[:, None]) == [0.5]
+
+
+def test_the_nearest_row_is_found_without_a_table_of_all_pairs() -> None:
+    wanted, known = 1000, 20_000
+    bits = sparse_random(wanted + known, 64, 0.05, format="csr", dtype=np.float32, random_state=0)
+    train, nothing = np.arange(known)[:, None] + wanted, np.zeros((0, 1), np.intp)
+    field = Field("category", bits, bits, train, nothing, np.arange(wanted)[:, None])
+    tracemalloc.start()
+    try:
+        assert _nearest([field]).shape == (wanted,)
+        assert tracemalloc.get_traced_memory()[1] < 60e6, "all pairs would be 80 MB in fp32"
+    finally:
+        tracemalloc.stop()

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import yaml
 
-from tagllm.compose import ComposeConfig, Composer, _require_alike
+from tagllm.compose import Composer, _require_alike
+from tagllm.compose_config import ComposeConfig
 from tagllm.config import DataConfig, SplitConfig
 from tagllm.config_file import load_as
 from tagllm.data.dataset import Prompts, prepare
@@ -241,3 +242,40 @@ def test_answers_that_are_no_numbers_count_as_the_mean_of_training_rows(folder: 
 )
 def test_mistakes(folder: Path, run: Run, libraries: list[str], prompts: Any, words: tuple[str, ...]) -> None:
     fails(run("compose", composed(folder, libraries, prompts)), *words)
+
+
+def test_a_case_is_a_folder(folder: Path, run: Run, libraries: list[str]) -> None:
+    fails(run("compose", composed(folder, libraries, {"tags": "{smiles} <W>"}, "EN/FR")), "cases.EN/FR", "leave the /")
+
+
+def test_bad_rows_may_be_skipped_as_in_training(folder: Path, run: Run, libraries: list[str]) -> None:
+    lines = (folder / "rows.csv").read_text().splitlines()
+    (folder / "bad.csv").write_text("\n".join([*lines, "CCO,heavy,a,x", ""]))
+    file = composed(folder, libraries, {"tags": "{smiles} <W>"}, "bad", split="train")
+    override = f"cases.bad.source.path={folder / 'bad.csv'}"
+    fails(run("compose", file, override), "weight is 'heavy'", "data.on_bad_row=skip")
+    assert run("compose", file, override, "data.on_bad_row=skip").exit_code == 0
+
+
+def test_fields_are_asked_as_the_tag_was_trained(folder: Path, run: Run) -> None:
+    """Spaced, and cut to the same length, so the same prompt scores what `eval` found."""
+    template, fields = "{smiles} is <W>", {"smiles": {"characters": "spaced"}}
+    file = config(folder, "fields", tags={"W": W}, data__template=template, data__fields=fields)
+    assert run("train", file, "data.max_tokens=10").exit_code == 0
+    assert run("eval", "runs/fields").exit_code == 0
+    expected = json.loads((folder / "runs/fields/results.json").read_text())["metrics"]["mse"]
+    library = [str(folder / "runs/fields/library")]
+    assert run("compose", composed(folder, library, {"tags": template}, "fields")).exit_code == 0
+    assert results_of(folder, "fields")[0]["metrics"]["mse"] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("split", "told"), [({"seed": 1}, "'seed': 1"), ({"test": 0.5}, "'test': 0.5"), ({"by": "name"}, "by name")]
+)
+def test_rows_the_tag_was_trained_on_are_not_scored(
+    folder: Path, run: Run, libraries: list[str], split: dict[str, Any], told: str
+) -> None:
+    file = composed(folder, libraries, {"tags": "<SMILES> {smiles} <W>"}, "seen")
+    overrides = [f"cases.seen.source.split.{key}={value}" for key, value in split.items()]
+    fails(run("compose", file, *overrides), "cases.seen: its test rows are drawn by", told, "<W> was trained on")
+    assert run("compose", file, "cases.seen.source.split.test=0.05").exit_code == 0, "some of those held out"

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from tagllm.config import HeadConfig, OptimConfig, RunConfig, SourceConfig, TagConfig
 from tagllm.config_file import load_config, parse_config
@@ -343,3 +344,20 @@ def test_an_error_is_one_line_per_problem() -> None:
     error = UserError("a\n  b", "c")
     assert error.problems == ["a b", "c"]
     assert str(error) == "a b\nc"
+
+
+def test_labels_that_yaml_takes_for_something_else() -> None:
+    assert HeadConfig.model_validate({"classes": [0, 1]}).classes == ["0", "1"]
+    assert HeadConfig.model_validate({"classes": ["a", "b"]}).type == "classification"
+    for classes, told in (([True, False], "put labels in quotes"), (["a"], "two at least"), (["a", "a"], "different")):
+        with pytest.raises(ValidationError, match=told):
+            HeadConfig.model_validate({"classes": classes})
+
+
+def test_paths_are_taken_as_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for the home folder's sign."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    file = tmp_path / "run.yaml"
+    file.write_text(yaml.safe_dump(BASE))
+    assert load_config(file, ["output=runs/a #1"]).output == "runs/a #1"
+    assert load_config(file, ["output=~/runs"]).output == f"{tmp_path}/runs"

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from typer.testing import CliRunner
 
 from tagllm.cli import app
-from tagllm.compose import CaseConfig, ComposeConfig, PromptConfig, check
+from tagllm.compose_config import CaseConfig, ComposeConfig, PromptConfig, check_compose
 from tagllm.config import RunConfig
 from tagllm.config_file import load_as, load_config
 from tagllm.errors import UserError
@@ -75,7 +75,7 @@ def test_every_compose_config_is_good(path: Path) -> None:
     }
     if path.stem == "compose_reference":
         tags |= {name: Tag(name, "domain", torch.zeros(1, 4)) for name in ("ES", "PT")}
-    check(config, TagLibrary(BackboneIdentity("tiny", "llama", 4, 4, ""), tags))
+    check_compose(config, TagLibrary(BackboneIdentity("tiny", "llama", 4, 4, ""), tags))
 
 
 def keys(model: type[BaseModel]) -> set[str]:

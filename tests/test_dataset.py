@@ -88,7 +88,7 @@ def test_a_split_of_bad_rows_alone_is_refused(run: Run, folder: Path) -> None:
     lines = [f"m{i},{'>5' if i % 2 else '>7'}\n" for i in range(40)]
     (folder / "bad.csv").write_text("smiles,weight\n" + "".join(lines))
     file = config(folder, "bad", data__path=str(folder / "bad.csv"), data__on_bad_row="skip")
-    fails(run("train", file), "data.sources.0", "no row gives an example")
+    fails(run("train", file), "data.sources.0", "no row gives an example", "bad.csv, line ", "weight is '>")
 
 
 def test_other_targets_behind_the_same_keys_are_other_data(run: Run, folder: Path) -> None:
@@ -98,7 +98,8 @@ def test_other_targets_behind_the_same_keys_are_other_data(run: Run, folder: Pat
     assert run("train", config(folder, "targets", data__path=str(table))).exit_code == 0
     recorded = folder / "runs/targets/splits.json"
     table.write_text("\n".join(["smiles,weight", *(f"m{i},{i / 3}" for i in range(60))]) + "\n")
-    fails(run("eval", "runs/targets"), "splits.json", "the data changed since training")
+    for more in ([], ["evaluation.rows_per_batch=2"]):  # which asks for no other rows
+        fails(run("eval", "runs/targets", *more), "splits.json", "the data changed since training")
     held = json.loads(recorded.read_text())
     for split in held["0"]["splits"].values():  # as runs of before have it
         del split["answers"]
@@ -125,3 +126,19 @@ def test_a_run_does_not_go_on_with_other_frozen_tags(run: Run, folder: Path, mon
     (folder / "runs/one").rename(folder / "runs/other")
     (folder / "runs/first").rename(folder / "runs/one")
     assert run("train", two).exit_code == 0
+
+
+def test_what_is_not_asked_whole_is_told(run: Run, folder: Path) -> None:
+    rows = [f"{'C' * (60 if i < 3 else 5)}{i},{i}" for i in range(40)] + ["CCO,heavy"]
+    (folder / "told.csv").write_text("\n".join(["smiles,weight", *rows]) + "\n")
+    changes = {"data__path": str(folder / "told.csv"), "data__split": {"valid": 0.1, "test": 0}}
+    file = config(folder, "told", **changes, data__max_characters={"smiles": 61})
+    told = run("train", file, "data.on_bad_row=skip", "data.max_tokens=24").stderr
+    assert "1 rows cannot be used: bad_rows.jsonl" in told
+    assert "data.sources.0 (told.csv): of 41 rows 3 cut to the tokens there is room for" in told
+
+
+def test_a_decimal_comma_is_named(run: Run, folder: Path) -> None:
+    (folder / "comma.csv").write_text("smiles,weight\n" + "".join(f'm{i},"{i},5"\n' for i in range(20)))
+    told = run("train", config(folder, "comma", data__path=str(folder / "comma.csv")))
+    fails(told, "it must be a finite number; decimals stand behind a point")

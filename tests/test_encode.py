@@ -284,3 +284,17 @@ def test_numbers_are_written_with_so_many_decimals() -> None:
     for value in ("seven", math.inf, "nan"):
         with pytest.raises(ValueError, match="could not convert|not finite"):
             written(value, config)
+
+
+def test_an_answer_of_several_lines_is_told(tokenizer: Any) -> None:
+    several, one = encoder(tokenizer, "{sequence} <Name> {output}").encode(
+        [{"sequence": "A", "output": "a\nb"}, {"sequence": "A", "output": "a\n"}]
+    )
+    assert isinstance(several, Unusable) and "output has several lines" in several.reason
+    assert isinstance(one, Example)
+
+
+def test_a_sequence_that_is_broken_into_lines_is_spaced_alike(tokenizer: Any) -> None:
+    of = encoder(tokenizer, "{sequence} <Name> {output}", fields={"sequence": {"characters": "spaced"}})
+    whole, broken = of.encode([{"sequence": text, "output": "a"} for text in ("MKVLLA", " MKV\nLL A")])
+    assert isinstance(whole, Example) and isinstance(broken, Example) and whole.ids.tolist() == broken.ids.tolist()

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from tagllm.config import HeadConfig
 from tagllm.data.encode import TagLayout
+from tagllm.evaluate import held_out
 from tagllm.evaluate.metrics import value_metrics
 from tagllm.evaluate.passes import Pass
 from tagllm.head import Head
@@ -204,3 +205,14 @@ def test_a_number_is_no_class_of_another_head() -> None:
         model = TaggedModel(tiny.backbone(), tags, layout)
         losses.append(model(tiny.collator(layout)([row])).sums.value.item())
     assert losses == [7.5**2, 7.5**2]
+
+
+def test_probes_of_a_head_are_fitted_on_as_many_of_its_rows_as_the_head(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tags, targets = PAIRS[1]
+    assert run("train", of_two(folder, "probes", tags, targets)).exit_code == 0
+    monkeypatch.setattr(held_out, "FIT_ROWS", 12)
+    assert run("eval", "runs/probes").exit_code == 0
+    results = json.loads((folder / "runs/probes/results.json").read_text())
+    assert {name: results[f"{name}/probe_rows"] for name in tags} == dict.fromkeys(tags, 12)

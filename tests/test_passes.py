@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tagllm.evaluate.passes import all_draws
+from tagllm.data.sampler import all_draws
 
 
 def test_a_limit_draws_from_all_of_sorted_data() -> None:

@@ -21,7 +21,7 @@ from tagllm.config import HeadConfig
 from tagllm.origin import ORIGIN
 from tagllm.report.collect import collect
 from tagllm.report.paper import published_of
-from tagllm.report.sections import Cell
+from tagllm.report.sections import Cell, _rate
 from tagllm.report.tags import nearest_tokens
 from tagllm.sweep.summary import digits
 from tagllm.tags import TagLibrary
@@ -262,3 +262,35 @@ def test_the_projector_has_every_row_among_tokens(run: Path, tmp_path: Path) -> 
     at = [i for i, label in enumerate(labels) if label.startswith("<QED>")]
     assert points[at] == pytest.approx(rows_PD.numpy(), rel=1e-4)
     assert sum(label.endswith("token") for label in labels) == tiny.VOCABULARY
+
+
+def test_a_run_that_was_scored_otherwise_since_is_no_part_of_its_sweep(run: Path, tmp_path: Path) -> None:
+    results = json.loads((run / "results.json").read_text())
+    about = {key: results[key] for key in ORIGIN}
+    shutil.copytree(run, tmp_path / "sweep" / "seed=0")
+    one = {
+        "shown": {}, "runs": 1, "metrics": {"mse": [0.5, None]}, "tried": {}, "folders": ["seed=0"],
+        "origins": [about | {"split": "test", "config_digest": results["config_digest"]}], "notes": ["told"],
+    }  # fmt: skip
+    document = {"run": "sweep", "seeds": [0], "tuned": None, "combinations": [one], **about}
+    (tmp_path / "sweep" / "sweep.json").write_text(json.dumps(document))
+    command = ["report", str(tmp_path / "sweep"), "--out", str(tmp_path / "out")]
+    assert RUNNER.invoke(app, command).exit_code == 0
+    assert "tag, 1 of 1: told" in (tmp_path / "out" / "report.md").read_text()
+    (tmp_path / "sweep/seed=0/results.json").write_text(json.dumps(results | {"split": "valid"}))
+    told = RUNNER.invoke(app, command)
+    assert told.exit_code == 2 and "scored anew" in told.stderr and "split valid and not test" in told.stderr
+
+
+def test_ends_of_lines_that_json_does_not_know_are_text(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run, tmp_path / "texts")
+    answer = {"source": "p", "prompt": "a\u2028b", "given": "a", "reference": "c\x85", "generated": "d"}
+    (tmp_path / "texts/generated.jsonl").write_text(json.dumps(answer, ensure_ascii=False) + "\n")
+    (found,) = collect(tmp_path / "texts")
+    assert found.answers == [answer]
+
+
+def test_how_a_rate_was_chosen_is_told() -> None:
+    assert _rate({"lr": 3e-4, "lr_at_edge": False}) == "lr 0.0003 as given"
+    told = _rate({"lr": 1e-3, "lr_at_edge": True, "tried": {"0.001": 0.25, "0.003": 0.5}})
+    assert told == "lr 0.001 (loss on validation: 0.001 0.25, 0.003 0.5; the best is at the edge)"

@@ -406,3 +406,29 @@ def test_reading_is_a_stream(name: str, write: Write) -> None:
     assert column_names(path) == ["a"]
     with pytest.raises(UserError, match="is no whole gzip file"):
         list(rows)
+
+
+def test_blanks_around_names_are_not_part_of_them(write: Write) -> None:
+    path = write("x.csv", "id , smiles,\tweight\n1,CCO,2\n")
+    assert column_names(path) == ["id", "smiles", "weight"]
+    assert list(read_rows(path)) == [Row(2, {"id": "1", "smiles": "CCO", "weight": "2"})]
+
+
+@pytest.mark.parametrize(("name", "header"), [("x.csv", "smiles;weight"), ("x.csv", "a\tb"), ("x.tsv", "a,b")])
+def test_another_separator_is_named(write: Write, name: str, header: str) -> None:
+    with pytest.raises(UserError, match=r"line 1 is one column, .*between commas in a .csv and between tabs in a .tsv"):
+        column_names(write(name, f"{header}\n1\n"))
+
+
+def test_what_can_be_read_of_a_row_of_another_width_is_kept(write: Write) -> None:
+    wide, illegible = read_rows(write("x.csv", b"a,b\n1,2,3\n1,\xff,3\n"))
+    assert isinstance(wide, BadRow) and wide.values == {"a": "1", "b": "2"}
+    assert isinstance(illegible, BadRow) and illegible.values is None
+
+
+def test_numbers_of_32_bits_are_those_that_were_meant(tmp_path: Path) -> None:
+    import pyarrow as pa
+    from pyarrow import parquet
+
+    parquet.write_table(pa.table({"dose": pa.array([0.1, 25, None], pa.float32())}), tmp_path / "x.parquet")
+    assert [row.values["dose"] for row in read_rows(tmp_path / "x.parquet") if isinstance(row, Row)] == [0.1, 25, None]

@@ -262,3 +262,8 @@ def test_a_weight_that_the_mix_does_not_look_at_is_refused(mix: str) -> None:
         read_stage(tuned({"weight": 2.5}, data={"mix": mix}), "c.yaml")
     read_stage(tuned({"weight": 2.5}, data={"mix": "given"}), "c.yaml")
     read_stage(tuned({"weight": 1.0}, data={"mix": mix}), "c.yaml")
+
+
+def test_a_head_must_answer_before_the_output() -> None:
+    (told,) = problems({"F": HEAD}, "{x} {output} <F>", target="y")
+    assert "<F> stands behind {output}, which is not there yet" in told and "Put the tag before it" in told

@@ -279,3 +279,17 @@ def test_without_rows_for_validation_nothing_can_be_chosen(config: Path) -> None
     finished(sweep, sweep.trials()[0], 0.5)
     with pytest.raises(UserError, match="has no rows for validation"):
         sweep.finals()
+
+
+def test_rounding_is_no_spread() -> None:
+    """A fit on the same rows differs by so little from run to run."""
+    assert over_seeds([{"mse": value} for value in (1874.79, 1874.80, 1874.80)])["mse"][1] is None
+    assert over_seeds([{"mse": value} for value in (1874.8, 1874.8, 1880.0)])["mse"][1] is not None
+
+
+def test_what_there_is_to_say_of_each_seed_is_kept(config: Path) -> None:
+    sweep = Sweep.of(config, [], [], 2)
+    for point, note in zip(sweep.finals(), ("", "from the fields alone"), strict=True):
+        finished(sweep, point, 0.5 + point.seed, note=note)
+    (found,) = summaries(sweep)
+    assert found.notes == ["", "from the fields alone"] and found.each == [{"mse": 0.5}, {"mse": 1.5}]

@@ -228,3 +228,8 @@ def test_digits_are_scored_as_numbers(run: Run, folder: Path) -> None:
     assert run("eval", folder / "runs/digits").exit_code == 0
     metrics = json.loads((folder / "runs/digits/results.json").read_text())["metrics"]
     assert {"mse", "spearman", "unparsable"} <= set(metrics) and "bleu" not in metrics
+
+
+def test_commas_in_numbers() -> None:
+    texts = ("1,234.5", "12,000 g", "0,5", "12,34", "7, 8", "1,234,567", "1.5,2")
+    assert [number_in(text) for text in texts] == [1234.5, 12000.0, None, None, 7.0, 1234567.0, None]

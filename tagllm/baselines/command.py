@@ -28,9 +28,9 @@ from tagllm.train.monitor import peak_memory_gib
 
 class Request(NamedTuple):
     """`methods`: all that fit the run if empty. `rates`: those of the method if empty. `budget_s`: seconds of one
-    training, those of the run's own if None; tuning gets `tune_share` of it. `seeds`: final trainings, from the run's
-    seed on. `virtual`: rows of prompt tuning, those of the run's function tags if None. `fit_rows`: training rows that
-    a head is fitted on in closed form, at most; as many as the run's own fits see if None."""
+    training, those of the run's own times its GPUs if None; tuning gets `tune_share` of it. `seeds`: final trainings,
+    from the run's seed on. `virtual`: rows of prompt tuning, those of the run's function tags if None. `fit_rows`:
+    training rows that a head is fitted on in closed form, at most; as many as the run's own fits see if None."""
 
     methods: Sequence[str]
     rates: Sequence[float]
@@ -108,6 +108,11 @@ def _compare(task: Task, method: Method, request: Request) -> None:
     settings = {"config_digest": task.digest, "budget_s": budget_s, "tune_share": request.tune_share}
     settings |= {"fit_rows": request.fit_rows, **learns}
     record = Record(task.run, method, task.tag, settings)
+    if method.virtual and not virtual:
+        raise UserError(
+            f"--method {method.key}: the function tag of {task.run} is absent, so there is no number of rows to take "
+            "over. Give one with --virtual."
+        )
     longest = max(len(row.ids) for row in task.rows("train", method)) if method.virtual else 0
     if longest + virtual > task.backbone.max_tokens:
         raise UserError(
@@ -133,8 +138,10 @@ def _compare(task: Task, method: Method, request: Request) -> None:
     metrics = {name: mean for name, (mean, _) in of_seeds.items()}
     record.finish(
         {
-            "lr": best, "lr_at_edge": at_edge, "seeds": request.seeds, "metrics": metrics,
-            "steps": [one["steps"] for one in finals], "seconds": [one["seconds"] for one in finals],
+            "lr": best, "lr_at_edge": at_edge, "tried": {f"{rate:g}": loss for rate, loss in losses.items()},
+            "seeds": request.seeds, "metrics": metrics, "each": [one["metrics"] for one in finals],
+            "steps": [one["steps"] for one in finals], "best_steps": [one["best_step"] for one in finals],
+            "seconds": [one["seconds"] for one in finals],
             "intervals": finals[0]["intervals"] | bounds(of_seeds), **origin(), "peft": metadata.version("peft"),
             "dtype": str(task.backbone.model.dtype).removeprefix("torch."),
         }

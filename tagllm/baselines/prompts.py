@@ -47,8 +47,9 @@ class Untagged(NamedTuple):
 
     @classmethod
     def of(cls, layout: TagLayout, tokenizer: Any, names_domains: bool) -> Untagged:
-        """`names_domains` puts ` SMILES` where `<SMILES>` stood, for every domain tag."""
-        domains = [name for name, kind in layout.kinds.items() if kind == "domain" and names_domains]
+        """`names_domains` puts ` SMILES` where `<SMILES>` stood, for every domain tag that is not absent."""
+        there = [name for name, length in layout.lengths.items() if length and layout.kinds[name] == "domain"]
+        domains = there if names_domains else []
         tokens = {name: tokenizer(f" {name}", add_special_tokens=False).input_ids for name in domains}
         return cls(layout.vocabulary_size, {layout.ids(name).start: ids for name, ids in tokens.items()})
 

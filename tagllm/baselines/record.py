@@ -12,8 +12,9 @@ from tagllm.files import RunLock, json_bytes, read_json, write_whole
 from tagllm.origin import ORIGIN
 
 FOLDER = "baselines"
-COMES_FROM = (*ORIGIN, "lr", "lr_at_edge", "seeds", "steps", "seconds", "settings")
-"""What stands beside the metrics; `steps` and `seconds` are those of each seed."""
+COMES_FROM = (*ORIGIN, "lr", "lr_at_edge", "tried", "seeds", "steps", "best_steps", "seconds", "each", "settings")
+"""What stands beside the metrics. `tried`: the loss on validation of each learning rate, nothing where one was given;
+`steps`, `best_steps`, `seconds` and `each` (metrics) are those of each seed."""
 
 
 class Record:

@@ -13,23 +13,23 @@ from tagllm.baselines.prompts import Row, Untagged
 from tagllm.config import SPLITS, RunConfig, Split
 from tagllm.data.dataset import Data, Prompts
 from tagllm.data.encode import TagLayout
+from tagllm.data.sampler import all_draws
 from tagllm.errors import UserError
 from tagllm.evaluate.held_out import require_same_rows
-from tagllm.evaluate.passes import all_draws
 from tagllm.head import Head
 from tagllm.model.backbone import Backbone
 from tagllm.stage import Stage, stage_of_run
 from tagllm.tags import TagLibrary
 from tagllm.train.build import prepare_on_all
 from tagllm.train.ranks import Ranks
-from tagllm.train.run_folder import RunFolder, read_config, training_seconds
+from tagllm.train.run_folder import RunFolder, read_config
 
 
 class Task(NamedTuple):
     """The rows of one head. `config`: its sources are those of these rows; `digest`: that of the run's own. `tag`: the
     one with the head, if there are several, else empty. `head`: zeros, with the mean and spread of the training
-    targets. `virtual`: rows that the function tags of these rows learn. `seconds`: what the run's training took, its
-    share by the number of rows."""
+    targets. `virtual`: rows that the function tags of these rows learn. `seconds`: what the run's training took of
+    all its GPUs together (there is one here), its share by the number of rows."""
 
     run: Path
     config: RunConfig
@@ -63,7 +63,8 @@ class Asked(NamedTuple):
 
     @property
     def has_domain(self) -> bool:
-        return "domain" in self.stage.kinds.values()
+        """One that stands in the prompts, too."""
+        return any(tag.kind == "domain" and len(tag.rows_PD) for tag in self.stage.loaded.values())
 
 
 def read_asked(run: Path) -> Asked:
@@ -91,7 +92,9 @@ def open_tasks(run: Path) -> list[Task]:
     limit = config.data.max_tokens or backbone.max_tokens
     data = prepare_on_all(config.data, stage.templates, Prompts(layout, backbone.tokenizer, limit), ranks)
     require_same_rows(folder, data, SPLITS)
-    seconds, num_rows = training_seconds(run), sum(map(len, data.splits["train"]))
+    trained, num_rows = folder.training(), sum(map(len, data.splits["train"]))
+    num_gpus = trained.get("ranks", 1) if ranks.device.type == "cuda" else 1  # CPU ranks shared what one now has
+    seconds = trained["seconds"] * num_gpus
     tasks = []
     for tag, sources in heads.items():
         mine = data._replace(splits={split: [every[at] for at in sources] for split, every in data.splits.items()})

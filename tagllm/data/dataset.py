@@ -17,7 +17,7 @@ import numpy as np
 from tagllm.config import SPLITS, DataConfig, SourceConfig, Split, digest_of
 from tagllm.data.encode import Encoder, Example, TagLayout, Unusable
 from tagllm.data.sources import load_rows
-from tagllm.data.splits import answers_in, check_keys, keys_of, split_by, split_record, split_rows
+from tagllm.data.splits import answers_in, check_keys, drawn_from, keys_of, split_by, split_record, split_rows
 from tagllm.errors import UserError
 from tagllm.files import write_durably
 from tagllm.template import Template
@@ -91,6 +91,20 @@ class Data(NamedTuple):
     def digest(self) -> str:
         return digest_of(self.record)
 
+    def told(self) -> list[str]:
+        """What is not asked as it stands in the data, in a line for each source, and how many rows are left out."""
+        lines = []
+        for at, about in self.record.items():
+            splits = [about[split] for split in SPLITS if split in about]
+            found = {
+                "left out by max_characters": about["left_out_by_max_characters"],
+                "without room for the answer": sum(split["unlabelled"] for split in splits),
+                "cut to the tokens there is room for": sum(split["rows_cut"] for split in splits),
+            }
+            if counts := ", ".join(f"{count:,} {what}" for what, count in found.items() if count):
+                lines.append(f"data.sources.{at} ({about['name']}): of {about['rows']:,} rows {counts}")
+        return lines + ([f"{len(self.bad_rows):,} rows cannot be used: bad_rows.jsonl"] if self.bad_rows else [])
+
 
 class Prompts(NamedTuple):
     """What turns rows into ids, the same for all sources of a run."""
@@ -148,7 +162,7 @@ def prepare(
         ]
         record[str(at)] = {
             "name": rows.name, "rows": len(rows.table), "left_out_by_max_characters": len(rows.table) - len(table),
-            "splits": stem[1],
+            "splits": stem[1], "held_out": drawn_from(source, split_by(source, template), rows.given_splits),
         }  # fmt: skip
         for split in wanted:
             file = cache / f"examples-{digest_of([*stem, split, rows.file])}.arrow"
@@ -257,11 +271,15 @@ def _refuse_unlabelled(config: DataConfig, report: dict[str, Any], num_examples:
             "Raise data.max_tokens, shorten the template, or leave long rows out with max_characters."
         )
     if not num_examples and (total or report["bad_rows"]):
-        raise UserError(f"{where}: no row gives an example; see the bad rows of this split.")
+        raise UserError(*_lines([BadRow(*row) for row in report["bad_rows"]]), f"{where}: no row gives an example.")
+
+
+def _lines(bad_rows: list[BadRow]) -> list[str]:
+    return [f"{row.file}, line {row.line}: {row.reason}." for row in bad_rows[:_LISTED_ERRORS]]
 
 
 def _refuse(bad_rows: list[BadRow]) -> None:
-    lines = [f"{row.file}, line {row.line}: {row.reason}." for row in bad_rows[:_LISTED_ERRORS]]
+    lines = _lines(bad_rows)
     more = f" (the first {_LISTED_ERRORS} are above)" if len(bad_rows) > _LISTED_ERRORS else ""
     raise UserError(
         *lines,

@@ -195,6 +195,8 @@ class Encoder:
             reasons[i] = reasons[i] or f"{column} is {text!r}; fields.{name}.decimals needs a finite number"
         if not text.strip():
             reasons[i] = reasons[i] or f"{column} is empty; the template needs it"
+        if name == "output" and "\n" in text.strip():
+            reasons[i] = reasons[i] or f"{column} has several lines; an answer is one, for generation ends with it"
         return text
 
     def _group(self, row: Mapping[str, Any]) -> int:
@@ -219,7 +221,9 @@ class Encoder:
         numbers = [_number(value) for value in values]
         for column, value, number in zip(self.source.target, values, numbers, strict=True):
             if not abs(number) <= _LARGEST:  # NaN too
-                reasons[i] = reasons[i] or f"{column} is {value!r}; it must be a finite number"
+                comma = isinstance(value, str) and math.isfinite(_number(value.replace(",", ".")))
+                way_out = "; decimals stand behind a point" if comma else ""
+                reasons[i] = reasons[i] or f"{column} is {value!r}; it must be a finite number{way_out}"
         return target if reasons[i] else np.array(numbers, np.float32)
 
     def _assemble(

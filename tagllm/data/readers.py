@@ -17,6 +17,7 @@ from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
 from tagllm.errors import UserError
 
 if TYPE_CHECKING:
+    from pyarrow import RecordBatch
     from pyarrow.parquet import ParquetFile
 
 MAX_FIELD_CHARACTERS = 10_000_000
@@ -37,8 +38,12 @@ class Row(NamedTuple):
 
 
 class BadRow(NamedTuple):
+    """`values`: what can be read of it all the same. `num_lines`: more than one where a quote was not closed."""
+
     line: int
     reason: str
+    values: dict[str, Any] | None = None
+    num_lines: int = 1
 
 
 def read_rows(path: Path) -> Iterator[Row | BadRow]:
@@ -174,7 +179,7 @@ def _csv_reader(stream: IO[str], kind: str) -> Any:
 def _csv_header(reader: Any, path: Path) -> list[str]:
     rule = "line 1 must name the columns. Add a header line."
     try:
-        names = next((row for row in reader if not _is_blank(row)), None)
+        names = next(([name.strip() for name in row] for row in reader if not _is_blank(row)), None)
     except csv.Error as error:
         raise UserError(f"{path}: line 1 cannot be read: {error}; {rule}") from None
     if names is None:
@@ -183,7 +188,12 @@ def _csv_header(reader: Any, path: Path) -> list[str]:
         raise UserError(f"{path}: line 1 is not UTF-8 text; data files must be. Convert it, as with iconv -t utf-8.")
     for name in names:
         if NUMBER.fullmatch(name):
-            raise UserError(f"{path}: has no header: line 1 holds the number {name.strip()}; {rule}")
+            raise UserError(f"{path}: has no header: line 1 holds the number {name}; {rule}")
+    if len(names) == 1 and (other := re.search("[,;|\t]", names[0])):
+        raise UserError(
+            f"{path}: line 1 is one column, {names[0]!r}, with {other[0]!r} in it; columns stand between commas in a "
+            ".csv and between tabs in a .tsv. Save it so, or rename it."
+        )
     return checked_names(names, str(path))
 
 
@@ -201,8 +211,9 @@ def _csv_rows(path: Path, kind: str) -> Iterator[Row | BadRow]:
             try:
                 row = next(reader, None)
             except csv.Error as error:
-                upto = f" (read up to line {reader.line_num})" if reader.line_num > line else ""
-                yield BadRow(line, f"{error}{upto}")
+                num_lines = reader.line_num - line + 1
+                upto = f" (read up to line {reader.line_num})" if num_lines > 1 else ""
+                yield BadRow(line, f"{error}{upto}", num_lines=num_lines)
                 continue
             if row is None:
                 return
@@ -211,7 +222,9 @@ def _csv_rows(path: Path, kind: str) -> Iterator[Row | BadRow]:
             if len(row) == len(names):
                 yield Row(line, dict(zip(names, row, strict=True)))
             else:
-                yield BadRow(line, f"{len(row)} columns where the header has {len(names)}")
+                legible = checked(Row(line, dict(zip(names, row, strict=False))))
+                reason = f"{len(row)} columns where the header has {len(names)}"
+                yield BadRow(line, reason, legible.values if isinstance(legible, Row) else None)
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row | BadRow]:
@@ -292,5 +305,16 @@ def _parquet_rows(path: Path) -> Iterator[Row | BadRow]:
         checked_names(parquet.schema_arrow.names, str(path))
         number = 0
         for batch in parquet.iter_batches(batch_size=1000):
-            for number, values in enumerate(batch.to_pylist(), start=number + 1):  # noqa: B020
+            for number, values in enumerate(_shortest(batch).to_pylist(), start=number + 1):  # noqa: B020
                 yield Row(number, plain_values(values))
+
+
+def _shortest(batch: RecordBatch) -> RecordBatch:
+    """Numbers of 32 bits as they would be written: .1 is not 0.10000000149011612."""
+    import pyarrow as pa
+
+    for at, field in enumerate(batch.schema):
+        if field.type == pa.float32():
+            column = batch.column(at).cast(pa.string()).cast(pa.float64())
+            batch = batch.set_column(at, field.name, column)
+    return batch

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Sequence, Sized
 from typing import NamedTuple, TypeVar
 
 import numpy as np
@@ -15,6 +15,15 @@ class Draw(NamedTuple):
 
     source: int
     row: int
+
+
+def all_draws(sources: Sequence[Sized], limit: int | None = None) -> list[Draw]:
+    """Every row, or `limit` of them drawn evenly: data is often sorted, so the first ones would be of a kind."""
+    draws = [Draw(at, row) for at, examples in enumerate(sources) for row in range(len(examples))]
+    if limit is None or limit >= len(draws):
+        return draws
+    chosen = np.random.default_rng(0).choice(len(draws), limit, replace=False)
+    return [draws[i] for i in np.sort(chosen)]
 
 
 class Groups(NamedTuple):

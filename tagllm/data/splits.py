@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from tagllm.config import SPLITS, SourceConfig, Split
+from tagllm.config import SPLITS, RowsConfig, SourceConfig, Split
 from tagllm.errors import UserError
 from tagllm.template import Template
 
@@ -80,14 +80,21 @@ def check_keys(
         raise UserError(*problems)
 
 
-def _data_of(source: SourceConfig) -> Any:
+def drawn_from(source: RowsConfig, by: Sequence[str], given: Collection[Split]) -> dict[str, Any]:
+    """What a tag keeps of how rows were held out from it: whoever asks it of the same `data` must draw the same."""
+    paths = [source.path] if isinstance(source.path, str) else (source.path or {}).values()
+    data = source.recipe or source.hub or sorted(Path(path).name for path in paths)
+    return {"data": data, "by": list(by), "drawn": _drawn(source, given)}
+
+
+def _data_of(source: RowsConfig) -> Any:
     if source.path is None:
         return source.recipe, source.hub
     paths = {None: source.path} if isinstance(source.path, str) else source.path
     return {split: Path(path).resolve() for split, path in paths.items()}
 
 
-def _drawn(source: SourceConfig, given: Collection[Split]) -> dict[str, float]:
+def _drawn(source: RowsConfig, given: Collection[Split]) -> dict[str, float]:
     """The shares that are drawn and the seed they are drawn with; nothing where none is."""
     shares = {"valid": source.split.valid, "test": source.split.test}
     drawn = {split: share for split, share in shares.items() if split not in given}

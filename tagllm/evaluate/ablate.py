@@ -16,7 +16,7 @@ def ablations(evaluation: Evaluation) -> dict[str, dict[str, float]]:
     built, ranks, split = evaluation
     used = {name for template in built.stage.templates for name in template.tags}
     tags = {name: tag for name, tag in built.tags.items() if name in used}
-    found = {"as learned": pass_metrics(evaluation, score_pass(built, ranks, split, None))}
+    found = {"as learned": pass_metrics(evaluation, score_pass(built, ranks, split))}
     for name, others in changes_of(tags).items():
         found[name] = pass_metrics(evaluation, with_tags(evaluation, others))
     return found

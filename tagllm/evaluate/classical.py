@@ -30,6 +30,8 @@ HELD_BACK = 0.2
 STEPS = 64
 """Of the ladder that tells how near numbers are."""
 MOST_BINS = 255
+SOME = 64
+"""Held-out rows at a time that are compared with all that training rows hold."""
 """That boosted trees take."""
 
 
@@ -195,11 +197,13 @@ def _problem(fields: Sequence[Field], train_nK: Floats, valid_nK: Floats, catego
 def _nearest(fields: Sequence[Field]) -> NDArray[np.intp]:
     """For each held-out row the training row that is most alike: Tanimoto similarity, summed over the columns, which
     trade places where they may and it helps."""
-    tables = [_tanimoto(f.bits_UF, np.unique(f.held_out_nC)) for f in fields]
     best = []
-    for at in range(len(fields[0].held_out_nC)):
-        alike_n = sum(_alike(table, f.held_out_nC[at], f.train_nC) for table, f in zip(tables, fields, strict=True))
-        best.append(int(np.argmax(alike_n)))
+    for start in range(0, len(fields[0].held_out_nC), SOME):
+        rows = range(start, min(start + SOME, len(fields[0].held_out_nC)))
+        tables = [_tanimoto(f.bits_UF, np.unique(f.held_out_nC[rows.start : rows.stop])) for f in fields]
+        for at in rows:
+            alike_n = sum(_alike(table, f.held_out_nC[at], f.train_nC) for table, f in zip(tables, fields, strict=True))
+            best.append(int(np.argmax(alike_n)))
     return np.array(best, np.intp)
 
 
@@ -213,13 +217,9 @@ def _alike(table: Mapping[int, Floats], value_C: NDArray[np.intp], train_nC: NDA
 def _tanimoto(bits_UF: Any, wanted: NDArray[np.intp]) -> dict[int, Floats]:
     """Similarity of each wanted value to all values."""
     size_U = np.asarray(bits_UF.sum(axis=1)).ravel()
-    found: dict[int, Floats] = {}
-    for start in range(0, len(wanted), 256):
-        some = wanted[start : start + 256]
-        both = (bits_UF[some] @ bits_UF.T).toarray()
-        union = size_U[some][:, None] + size_U[None] - both
-        found |= dict(zip(some.tolist(), both / np.maximum(union, 1), strict=True))
-    return found
+    both = (bits_UF[wanted] @ bits_UF.T).toarray()
+    union = size_U[wanted][:, None] + size_U[None] - both
+    return dict(zip(wanted.tolist(), both / np.maximum(union, 1), strict=True))
 
 
 def _ridge(problem: Problem) -> Floats:

@@ -6,8 +6,9 @@ import time
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from tagllm.baselines.record import write_results
@@ -33,17 +34,17 @@ from tagllm.train.build import Built, build, new_tag
 from tagllm.train.gradient_free import FIT_ROWS
 from tagllm.train.monitor import peak_memory_gib
 from tagllm.train.ranks import Ranks
-from tagllm.train.run_folder import RunFolder
+from tagllm.train.run_folder import RunFolder, read_config
 
 
 def evaluate(
-    run: Path, config: RunConfig, split: Split, controls: Sequence[Path], overridden: bool, ablate: bool = False
+    run: Path, config: RunConfig, split: Split, controls: Sequence[Path], ablate: bool = False
 ) -> dict[str, Any]:
     """Scores RUN/library on a split and writes RUN/results.json.
 
     Args:
         controls: libraries whose domain tags are put in the place of the learned ones, one at a time.
-        overridden: the config differs from the run's own; otherwise the recorded splits must be the same.
+        config: with the digest of the run's own the recorded splits must be the same; another one may ask for others.
         ablate: also with each tag taken out, its rows in other orders, and in the place of another one.
 
     Raises:
@@ -51,7 +52,7 @@ def evaluate(
     """
     began = time.monotonic()
     ranks = Ranks.start(config.engine.timeout_s)
-    folder = RunFolder(run)
+    folder, overridden = RunFolder(run), config.digest() != read_config(run).digest()
     library = TagLibrary.load(folder.library)
     stage = stage_of_run(config, library, str(folder.library))
     if controls and not stage.terms:
@@ -105,7 +106,7 @@ def require_same_rows(folder: RunFolder, data: Data, splits: Sequence[Split]) ->
 def _score_values(evaluation: Evaluation, folder: RunFolder, overridden: bool, results: dict[str, Any]) -> None:
     """Each head on its own rows, beside baselines that were fitted to its own."""
     built, ranks, split = evaluation
-    held_out = score_pass(built, ranks, split, None, probing=True)
+    held_out = score_pass(built, ranks, split, probing=True)
     results["metrics"] |= by_head(built, split, held_out, value_metrics)
     results["intervals"] = ranks.on_rank_zero(lambda: by_head(built, split, held_out, intervals))
     pairs = {"values_nK": torch.from_numpy(held_out.values_nK), "targets_nK": torch.from_numpy(held_out.targets_nK)}
@@ -119,32 +120,32 @@ def _score_values(evaluation: Evaluation, folder: RunFolder, overridden: bool, r
         valid = test if split == "valid" else probes.of("valid", name)
         found = ranks.on_rank_zero(partial(_beside, built, name, split, train, valid, test))
         at = f"{name}/" if len(heads) > 1 else ""
-        results.setdefault("probe_rows", len(train.targets_nK))
+        results[f"{at}probe_rows"] = len(train.targets_nK)
         for part, of_methods in found.items():
             for method, values in of_methods.items():
                 told = {f"{at}{metric}": value for metric, value in values.items()}
                 results.setdefault(part, {}).setdefault(method, {}).update(told)
 
 
-class _Probes:
-    """What probes of a head see of each split: what training left, or else of a pass over these rows."""
+class _Probes(NamedTuple):
+    """What probes of a head see of each split: what training left, or else of a pass over the rows of that head."""
 
-    def __init__(self, evaluation: Evaluation, kept: RunFolder | None, held_out: Pass) -> None:
-        self.evaluation, self.kept = evaluation, kept
-        self.passes: dict[Split, Pass] = {evaluation.split: held_out}
+    evaluation: Evaluation
+    kept: RunFolder | None
+    held_out: Pass
 
     def of(self, split: Split, name: str) -> Features:
         """Of no row where the split has none."""
         built, ranks, scored = self.evaluation
-        kept = self.kept.probe(split) if self.kept else None
-        if split != scored and kept is not None and kept.is_file():
-            return Features.load(kept)
-        if not any(map(len, built.examples(split))):
+        if split == scored:
+            return probe_of(self.held_out, built.rows_with(split, name), built.layout, name)
+        if self.kept and self.kept.probe(split).is_file():
+            return Features.load(self.kept.probe(split))
+        draws = built.draws(split, FIT_ROWS if split == "train" else None, name)
+        if not draws:
             return self.of("train", name).none()
-        limit = FIT_ROWS if split == "train" != scored else None
-        if split not in self.passes:
-            self.passes[split] = score_pass(built, ranks, split, limit, probing=True)
-        return probe_of(self.passes[split], built.rows_with(split, name, limit), built.layout, name)
+        found = score_pass(built, ranks, split, draws, probing=True)
+        return probe_of(found, np.ones(len(draws), bool), built.layout, name)
 
 
 def _beside(
@@ -181,7 +182,7 @@ def _classical(built: Built, name: str, split: Split) -> dict[str, Floats]:
 
 def _score_tokens(evaluation: Evaluation, results: dict[str, Any], controls: Sequence[Path]) -> None:
     built, ranks, split = evaluation
-    results["metrics"] |= nats(score_pass(built, ranks, split, None))
+    results["metrics"] |= nats(score_pass(built, ranks, split))
     others = {"no tag": dict[str, Tag](), "untrained tag": dict[str, Tag]()}
     for name in built.stage.learned:
         tag = built.tags[name]

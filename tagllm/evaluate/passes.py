@@ -63,15 +63,6 @@ class Pass(NamedTuple):
         return answered._replace(sums=(span, output, of_others + after))
 
 
-def all_draws(sources: Sequence[Examples], limit: int | None = None) -> list[Draw]:
-    """Every row, or `limit` of them drawn evenly: data is often sorted, so the first ones would be of a kind."""
-    draws = [Draw(at, row) for at, examples in enumerate(sources) for row in range(len(examples))]
-    if limit is None or limit >= len(draws):
-        return draws
-    chosen = np.random.default_rng(0).choice(len(draws), limit, replace=False)
-    return [draws[i] for i in np.sort(chosen)]
-
-
 def run_over(
     forward: Forward,
     sources: Sequence[Examples],

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from tagllm.config import BackboneConfig, HeadConfig, SourceConfig
+from tagllm.config import BackboneConfig, EvaluationConfig, FieldConfig, HeadConfig, SourceConfig
 from tagllm.data.collate import Collator
 from tagllm.data.encode import Encoder, Example, TagLayout, Unusable
 from tagllm.data.readers import BadRow, Row, column_names, read_rows
@@ -28,14 +28,22 @@ ERROR = "tagllm_error"
 
 
 class Request(NamedTuple):
-    """What is to be predicted. `template` and `fields` come from the function tag unless given."""
+    """What is to be predicted. `template` and `max_new_tokens` come from the function tag unless given."""
 
     libraries: list[Path]
     backbone: BackboneConfig | None
     tag: str | None
     template: str | None
     rows_per_batch: int
-    max_new_tokens: int
+    max_new_tokens: int | None
+
+
+class Predicted(NamedTuple):
+    """How many rows were read, have no prediction, and were cut to fit."""
+
+    rows: int
+    failed: int
+    cut: int
 
 
 class Predictor:
@@ -49,7 +57,7 @@ class Predictor:
         text = request.template or about.get("template")
         if not text:
             raise UserError(f"tags.{self.tag}: it was saved without a template. Give one with --template.")
-        kinds = {n: tag.kind for n, tag in tags.items()}
+        kinds = library.kinds
         self.template: Template = parse_template(str(text), kinds, "template")
         used = {n: tag for n, tag in tags.items() if n in self.template.tags}
         if self.tag not in used:
@@ -75,9 +83,13 @@ class Predictor:
             prompts = trained_with(tags[self.tag], kinds) | {"template": self.template}
             if problems := order_problems(self.tag, prompts, kinds, pool_of(heads.values())):
                 raise UserError(*problems)
-        self.tokenizer, self.device, self.request = backbone.tokenizer, device, request
+        self.tokenizer, self.device, self.rows_per_batch = backbone.tokenizer, device, request.rows_per_batch
+        # older tags do not say how long their answers were
+        self.max_new_tokens = request.max_new_tokens or about.get("max_new_tokens", EvaluationConfig().max_new_tokens)
+        self.beams, self.num_cut = about.get("beams", 1), 0
         fields = {n: field for tag in used.values() for n, field in tag.about.get("fields", {}).items()}
-        source = SourceConfig(path="-", template=str(text), fields=fields | about.get("fields", {}))
+        fields = _renamed(fields | about.get("fields", {}), about.get("template"), self.template, kinds)
+        source = SourceConfig(path="-", template=str(text), fields=fields)
         limit = min(about.get("max_tokens") or backbone.max_tokens, backbone.max_tokens)
         self.encoder = Encoder(self.template, source, layout, backbone.tokenizer, limit, labelled=False)
         width = max([spec.outputs for spec in heads.values()], default=0)
@@ -102,7 +114,8 @@ class Predictor:
         answers: list[list[Any] | str] = [e.reason if isinstance(e, Unusable) else "" for e in encoded]
         usable = [(i, e) for i, e in enumerate(encoded) if isinstance(e, Example)]
         usable.sort(key=lambda pair: len(pair[1].ids))
-        size = self.request.rows_per_batch
+        self.num_cut += sum(example.tokens_cut > 0 for _, example in usable)
+        size = self.rows_per_batch
         for at in range(0, len(usable), size):
             chunk = usable[at : at + size]
             for (i, _), answer in zip(chunk, self._answer([e for _, e in chunk]), strict=True):
@@ -113,7 +126,8 @@ class Predictor:
     def _answer(self, examples: list[Example]) -> list[list[Any]]:
         if self.spec is None:
             prompts = [example.ids for example in examples]
-            return [[text] for text in generate(self.model, self.tokenizer, prompts, self.request.max_new_tokens)]
+            texts = generate(self.model, self.tokenizer, prompts, self.max_new_tokens, self.beams, self.rows_per_batch)
+            return [[text] for text in texts]
         batch = self.collate(examples).to(self.device)
         values_BK = self.model(batch).values_BK[:, : self.spec.outputs].float().cpu()
         if self.spec.classes:
@@ -122,14 +136,15 @@ class Predictor:
         return [[float(value) for value in row] for row in values_BK]
 
 
-def predict_file(request: Request, source: Path, output: Path) -> tuple[int, int]:
-    """Reads `source`, writes `output`; returns the numbers of rows and of those without a prediction.
+def predict_file(request: Request, source: Path, output: Path) -> Predicted:
+    """Reads `source`, writes `output`.
 
     Every input row has one output row, in the same order, with its columns untouched, the prediction in new columns,
     and in `tagllm_error` the reason where there is none.
 
     Raises:
-        UserError: unreadable input, a missing or clashing column, unknown tag, damaged library, other backbone.
+        UserError: unreadable input, a quote that is not closed, a missing or clashing column, unknown tag, damaged
+            library, other backbone.
     """
     writable_kind(output)
     if output.resolve() == source.resolve():
@@ -152,14 +167,39 @@ def predict_file(request: Request, source: Path, output: Path) -> tuple[int, int
             readable = [row.values for row in chunk if isinstance(row, Row)]
             answers = iter(predictor.predict(readable))
             for row in chunk:
+                if isinstance(row, BadRow) and row.num_lines > 1:
+                    raise UserError(
+                        f"{source}, line {row.line}: {row.reason}; a quote that is not closed takes the rows behind it "
+                        "with it. Close it, or double it where it is meant."
+                    )
                 answer = f"line {row.line}: {row.reason}" if isinstance(row, BadRow) else next(answers)
-                values = dict.fromkeys(columns) if isinstance(row, BadRow) else row.values
+                values = dict.fromkeys(columns) | (row.values or {}) if isinstance(row, BadRow) else row.values
                 _refuse_clash(f"{source}, line {row.line}", values, new)  # objects may have columns of their own
                 good = isinstance(answer, list)
                 predicted = answer if isinstance(answer, list) else [None] * len(predictor.columns)
                 writer.write({**values, **dict(zip(new, [*predicted, "" if good else answer], strict=True))})
                 total, failed = total + 1, failed + (not good)
-    return total, failed
+    return Predicted(total, failed, predictor.num_cut)
+
+
+def _renamed(
+    fields: dict[str, Any], trained: str | None, asked: Template, kinds: Mapping[str, str]
+) -> dict[str, FieldConfig]:
+    """Settings go with the column; where the template names another one, with its place among the fields.
+
+    Raises:
+        UserError: a column with settings is not asked for, and other columns are more or fewer.
+    """
+    before = parse_template(trained, kinds, "template").fields if trained else []
+    moved = dict(zip(before, asked.fields, strict=False))
+    for name in [name for name in fields if name in before and name not in asked.fields]:
+        if len(before) != len(asked.fields) or moved[name] in before:
+            raise UserError(
+                f"template: it has no {{{name}}}, which the tag was trained with as {fields[name]}, and which of its "
+                f"fields {', '.join(asked.fields) or 'none'} is in that place cannot be told. Name the column {name}."
+            )
+        fields = fields | {moved[name]: fields[name]}
+    return fields
 
 
 def _refuse_clash(where: str, columns: Collection[str], new: Sequence[str]) -> None:

@@ -84,6 +84,8 @@ def held_out_by(train: Rows, valid: Rows) -> list[tuple[Rows, Rows]]:
     """
     if len(valid.targets_nK) >= ENOUGH_ROWS:
         return [(train, valid)]
+    if len(train.targets_nK) < 2:
+        return [(train, train)]  # nothing can be held out
     from sklearn.model_selection import KFold
 
     folds = KFold(min(5, len(train.targets_nK)), shuffle=True, random_state=0).split(train.features_nF)

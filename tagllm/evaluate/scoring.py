@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
 
 from tagllm.config import Split
-from tagllm.data.dataset import Prompts
+from tagllm.data.sampler import Draw
 from tagllm.evaluate.metrics import value_metrics
-from tagllm.evaluate.passes import Floats, Pass, all_draws, run_over
+from tagllm.evaluate.passes import Floats, Pass, run_over
 from tagllm.tags import Tag
-from tagllm.train.build import Built, assemble, empty_memory, prepare_on_all
+from tagllm.train.build import Built, build_on, empty_memory
 from tagllm.train.ranks import Ranks
 
 T = TypeVar("T")
@@ -32,17 +32,14 @@ def with_tags(evaluation: Evaluation, tags: dict[str, Tag]) -> Pass:
     """The same rows and prompts with other rows (perhaps none) in the place of some tags."""
     built, ranks, split = evaluation
     stage = built.stage._replace(loaded=built.tags | tags)
-    layout = stage.layout(built.backbone.vocabulary_size)
-    limit = built.config.data.max_tokens or built.backbone.max_tokens
-    data = prepare_on_all(
-        built.config.data, stage.templates, Prompts(layout, built.backbone.tokenizer, limit), ranks, [split]
-    )
-    model = assemble(stage, built.backbone, layout, stage.loaded, ranks)
-    return score_pass(Built(stage, built.backbone, layout, stage.loaded, data, model), ranks, split, None)
+    return score_pass(build_on(built.backbone, stage, ranks, [split]), ranks, split)
 
 
-def score_pass(built: Built, ranks: Ranks, split: Split, limit: int | None, probing: bool = False) -> Pass:
-    """Rows of one split through the model; `probing` keeps what the ridge probes read."""
+def score_pass(
+    built: Built, ranks: Ranks, split: Split, draws: Sequence[Draw] | None = None, probing: bool = False
+) -> Pass:
+    """Rows of one split through the model, all of them unless `draws` says which; `probing` keeps what the ridge probes
+    read."""
     collate = built.collator()
     collate = collate.probing() if probing else collate._replace(frozen_prefix=True)
     sources = built.examples(split)
@@ -52,8 +49,8 @@ def score_pass(built: Built, ranks: Ranks, split: Split, limit: int | None, prob
     built.model.memory = empty_memory(built.config, keeps=built.config.mask == "block")
     with torch.no_grad():
         result = run_over(
-            lambda batch: built.model(batch.to(ranks.device)), sources, all_draws(sources, limit), collate, ranks, size,
-            features=probing,
+            lambda batch: built.model(batch.to(ranks.device)), sources, built.draws(split) if draws is None else draws,
+            collate, ranks, size, features=probing,
         )  # fmt: skip
     built.model.forget()
     return result

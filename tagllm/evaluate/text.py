@@ -19,8 +19,10 @@ from tagllm.evaluate.metrics import intervals, value_metrics
 DRAWS = 200
 """Bootstrap draws of rows for an interval."""
 NO_SPBLEU = "no spBLEU: evaluation.spbleu_model names no sentencepiece model; BLEU and chrF++ stand for it"
-_NUMBER = re.compile(r"[-+]?(\d*\.\d+([eE][-+]?\d+)?|\d+\.?([eE][-+]?\d+)?(?![\w.]*\w))")
-"""A unit may stand right behind a decimal point's digits (7.5kcal); behind others it may be a word (7th)."""
+_NUMBER = re.compile(r"[-+]?(\d*\.\d+([eE][-+]?\d+)?|\d+\.?([eE][-+]?\d+)?(?![\w.]*\w))(?!,\d)")
+"""A unit may stand right behind a decimal point's digits (7.5kcal); behind others it may be a word (7th). A comma and
+digits behind it make it another number."""
+_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(,\d{3})+(?![\d,])")
 _LARGEST = float(np.finfo(np.float32).max)
 
 
@@ -106,7 +108,7 @@ def number_scores(made: Sequence[str], targets: Sequence[float], fallbacks: Sequ
 
 def number_in(text: str) -> float | None:
     """The number that a text begins with, if it begins with one that fp32 can hold."""
-    match = _NUMBER.match(text.strip())
+    match = _NUMBER.match(_THOUSANDS.sub(lambda groups: groups[0].replace(",", ""), text.strip(), count=1))
     return float(match[0]) if match and abs(float(match[0])) <= _LARGEST else None
 
 

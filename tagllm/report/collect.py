@@ -101,12 +101,26 @@ def collect(path: Path) -> list[Run | Composed | Swept]:
 
 def _swept(file: Path) -> Swept:
     path, document = file.parent, read_json(file)
-    done: list[str] = next((one["folders"] for one in document["combinations"] if one["folders"]), [])
+    first: dict[str, Any] = next((one for one in document["combinations"] if one["folders"]), {"folders": []})
+    done: list[str] = first["folders"]
     others: dict[str, list[Metrics]] = {}
-    for results in (read_json(path / folder / "results.json") for folder in done):
+    for at, folder in enumerate(done):
+        results = read_json(path / folder / "results.json")
+        if then := first.get("origins", []):  # sweeps of before do not say
+            _require_as_then(path / folder, results, then[at], file)
         for method, metrics in {**results["baselines"], **results["controls"]}.items():
             others.setdefault(method, []).append(metrics)
     return Swept(path.name, document, _run(path / done[0]) if done else None, others)
+
+
+def _require_as_then(run: Path, results: dict[str, Any], then: dict[str, Any], file: Path) -> None:
+    """Raises UserError where a run was scored otherwise since its sweep was summed up: on another split, say."""
+    if other := [key for key in ("split", "config_digest") if key in then and results[key] != then[key]]:
+        told = ", ".join(f"{key} {results[key]:.12} and not {then[key]:.12}" for key in other)
+        raise UserError(
+            f"{run}/results.json: was scored anew since {file} was written ({told}), so the two cannot stand in one "
+            "table. Start the same sweep again: it scores that run as before."
+        )
 
 
 def metrics_of(rows: dict[str, Metrics]) -> list[str]:
@@ -118,7 +132,8 @@ def metrics_of(rows: dict[str, Metrics]) -> list[str]:
 def _run(path: Path) -> Run:
     def lines(name: str) -> list[Any]:
         file = path / name
-        return list(map(json.loads, file.read_text(encoding="utf-8").splitlines())) if file.is_file() else []
+        text = file.read_text(encoding="utf-8") if file.is_file() else ""
+        return [json.loads(line) for line in text.split("\n") if line]  # splitlines would split texts at U+2028 too
 
     config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     pairs = load_tensors(path / "held_out.safetensors") if (path / "held_out.safetensors").is_file() else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -127,6 +128,8 @@ def _of_sweep(sweep: Swept) -> Section:
     trained = sweep.example.results.get("trained_baselines", {}) if sweep.example else {}
     notes += [f"{name}: {_own_seeds(found)}, beside the first run." for name, found in trained.items()]
     for one in combinations:
+        for note, count in Counter(filter(None, one.get("notes", []))).items():  # sweeps of before have none
+            notes.append(f"{_label(one['shown'])}, {count} of {one['runs']}: {note}")
         if one["tried"]:
             tried = ", ".join(f"{value}: {digits(loss, 4)}" for value, loss in one["tried"].items())
             notes.append(f"{_label(one['shown'])}: loss on validation by {sweep.document['tuned']}: {tried}.")
@@ -215,8 +218,18 @@ def _notes(run: Run) -> list[str]:
     for name, found in results.get("trained_baselines", {}).items():
         steps = zip(found.get("steps", ()), found.get("seconds", ()), strict=True)  # records of before have none
         each = "".join(f", {count} steps in {seconds:.0f} s" for count, seconds in steps)
-        notes.append(f"{name}: {_own_seeds(found)}, lr {found['lr']:g}{each}. {_line(found)}")
+        notes.append(f"{name}: {_own_seeds(found)}, {_rate(found)}{each}. {_line(found)}")
     return notes
+
+
+def _rate(trained: Mapping[str, Any]) -> str:
+    """The learning rate, and how it was chosen."""
+    tried = trained.get("tried", {})
+    if not tried:
+        return f"lr {trained['lr']:g} as given"
+    losses = ", ".join(f"{rate} {digits(loss, 4)}" for rate, loss in tried.items())
+    edge = "; the best is at the edge" if trained["lr_at_edge"] else ""
+    return f"lr {trained['lr']:g} (loss on validation: {losses}{edge})"
 
 
 def _own_seeds(trained: Mapping[str, Any]) -> str:

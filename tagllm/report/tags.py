@@ -84,7 +84,7 @@ def write_projector(library: TagLibrary, vocabulary: Vocabulary, nearest: int, f
 def nearest_tokens(rows_PD: Tensor, embedding_VD: Tensor, number: int) -> tuple[Tensor, Tensor]:
     """Cosines and ids (P, number) of the tokens whose embeddings point most nearly the same way."""
     cosine_PV = nn.functional.normalize(rows_PD, dim=1) @ nn.functional.normalize(embedding_VD, dim=1).T
-    best = cosine_PV.topk(number, dim=1)
+    best = cosine_PV.topk(min(number, len(embedding_VD)), dim=1)
     return best.values, best.indices
 
 

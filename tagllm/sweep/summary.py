@@ -16,8 +16,9 @@ from tagllm.sweep.points import Sweep, written
 class Summary(NamedTuple):
     """Of the seeds of one combination, as `over_seeds` says.
 
-    `tried`: the loss on validation by value of the tuned key; `folders`: of the runs, first seed first; `origins`: of
-    each, the command, commit and hardware that scored it, and those that trained it."""
+    `tried`: the loss on validation by value of the tuned key; `folders`: of the runs, first seed first. Of each of
+    them `each` has the metrics, `notes` what there is to be said, `origins` the split, the command, commit and
+    hardware that scored it, and those that trained it."""
 
     shown: dict[str, Any]
     runs: int
@@ -25,6 +26,8 @@ class Summary(NamedTuple):
     tried: dict[str, float]
     folders: list[str]
     origins: list[dict[str, Any]]
+    each: list[dict[str, Any]]
+    notes: list[str]
 
 
 def summaries(sweep: Sweep) -> list[Summary]:
@@ -40,8 +43,10 @@ def summaries(sweep: Sweep) -> list[Summary]:
         metrics = over_seeds([one["metrics"] for one in results])
         shown = points[0].shown if points else combination.shown
         folders = [str(point.folder.relative_to(sweep.output)) for point in done]
-        origins = [{part: one[part] for part in (*ORIGIN, "training") if part in one} for one in results]
-        made.append(Summary(shown, len(done), metrics, tried, folders, origins))
+        parts = (*ORIGIN, "training", "split", "config_digest")
+        origins = [{part: one[part] for part in parts if part in one} for one in results]
+        each, notes = [one["metrics"] for one in results], [one.get("note", "") for one in results]
+        made.append(Summary(shown, len(done), metrics, tried, folders, origins, each, notes))
     return made
 
 

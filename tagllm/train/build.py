@@ -1,4 +1,4 @@
-"""Puts a stage together: backbone, tags, examples, model. Train, eval and predict all start here."""
+"""Puts a stage together: backbone, tags, examples, model. Train, eval and compose all start here."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from tagllm.config import SPLITS, BackboneConfig, DataConfig, RunConfig, Split, 
 from tagllm.data.collate import Collator
 from tagllm.data.dataset import Data, Examples, Prompts, prepare, tokenizer_digest
 from tagllm.data.encode import Example, TagLayout
+from tagllm.data.sampler import Draw, all_draws
 from tagllm.errors import UserError
-from tagllm.evaluate.passes import all_draws
 from tagllm.head import Head
 from tagllm.model.backbone import Backbone, fastest_dtype, load_backbone, resolve
 from tagllm.model.loading import Place
@@ -45,10 +45,15 @@ class Built(NamedTuple):
     def examples(self, split: Split) -> list[Examples]:
         return self.data.splits[split]
 
-    def rows_with(self, split: Split, tag: str, limit: int | None = None) -> NDArray[np.bool_]:
-        """Which rows of a pass over the split, or `limit` of it, stand in a prompt with this tag."""
+    def draws(self, split: Split, limit: int | None = None, tag: str | None = None) -> list[Draw]:
+        """`all_draws` of the split, or of those sources whose prompt has this tag."""
+        asked = [tag is None or tag in template.tags for template in self.stage.templates]
+        return all_draws([rows if mine else [] for rows, mine in zip(self.examples(split), asked, strict=True)], limit)
+
+    def rows_with(self, split: Split, tag: str) -> NDArray[np.bool_]:
+        """Which rows of a pass over the split stand in a prompt with this tag."""
         there = [tag in template.tags for template in self.stage.templates]
-        return np.array([there[draw.source] for draw in all_draws(self.examples(split), limit)], bool)
+        return np.array([there[draw.source] for draw in self.draws(split)], bool)
 
     def collator(self) -> Collator:
         return self.stage.collator(self.layout, self.model.rotation is not None)
@@ -76,30 +81,34 @@ def _sha256(rows_PD: Tensor) -> str:
 
 
 def build(stage: Stage, ranks: Ranks, place: Place | None = None) -> Built:
-    """Loads the backbone (sharded by `place`), tokenises the data (rank 0 first) and makes the tags.
+    """`build_on` the stage's own backbone, sharded by `place`.
 
     Raises:
         UserError: on all ranks alike.
     """
-    config = stage.config
-    backbone = open_backbone(config.backbone, ranks, place)
+    backbone = open_backbone(stage.config.backbone, ranks, place)
     for path, library in stage.libraries.items():
         library.backbone.require_same(backbone.identity, path)
-    layout = stage.layout(backbone.vocabulary_size)
+    return build_on(backbone, stage, ranks)
+
+
+def build_on(backbone: Backbone, stage: Stage, ranks: Ranks, splits: Sequence[Split] = SPLITS) -> Built:
+    """Tokenises these splits (rank 0 first) and makes the tags and the model.
+
+    Raises:
+        UserError: on all ranks alike.
+    """
+    config, layout = stage.config, stage.layout(backbone.vocabulary_size)
     limit = config.data.max_tokens or backbone.max_tokens
     if limit > backbone.max_tokens:
         raise UserError(f"data.max_tokens is {limit}; the backbone takes at most {backbone.max_tokens}. Lower it.")
-    data = prepare_on_all(config.data, stage.templates, Prompts(layout, backbone.tokenizer, limit), ranks)
+    data = prepare_on_all(config.data, stage.templates, Prompts(layout, backbone.tokenizer, limit), ranks, splits)
     tags = stage.loaded | {
         name: new_tag(stage, name, backbone, data) for name in config.tags if name not in stage.loaded
     }
-    return Built(stage, backbone, layout, tags, data, assemble(stage, backbone, layout, tags, ranks))
-
-
-def assemble(stage: Stage, backbone: Backbone, layout: TagLayout, tags: dict[str, Tag], ranks: Ranks) -> TaggedModel:
     reads_tokens = bool(stage.weights.span or stage.weights.output)
-    model = TaggedModel(backbone.model, tags, layout, empty_memory(stage.config), reads_tokens, backbone.kernel)
-    return model.to(ranks.device)
+    model = TaggedModel(backbone.model, tags, layout, empty_memory(config), reads_tokens, backbone.kernel)
+    return Built(stage, backbone, layout, tags, data, model.to(ranks.device))
 
 
 def empty_memory(config: RunConfig, keeps: bool = True) -> PrefixMemory | None:

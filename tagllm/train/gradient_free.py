@@ -15,7 +15,7 @@ from tagllm.evaluate.baselines import probe_of
 from tagllm.evaluate.closed_form import fit_head
 from tagllm.evaluate.features import Features
 from tagllm.evaluate.metrics import value_metrics
-from tagllm.evaluate.passes import Pass, all_draws, run_over
+from tagllm.evaluate.passes import Pass, run_over
 from tagllm.evaluate.ridge import clearly_better
 from tagllm.evaluate.scoring import by_head
 from tagllm.head import Head
@@ -136,11 +136,9 @@ class GradientFree:
         collate: Collator | None = None,
     ) -> Pass:  # fmt: skip
         """Rows of the sources with `tag` through the model as it is."""
-        pairs = zip(self.built.examples(split), self.built.stage.templates, strict=True)
-        sources = [examples for examples, template in pairs if tag is None or tag in template.tags]
+        sources, draws = self.built.examples(split), self.built.draws(split, limit, tag)
         size = self.built.config.evaluation.rows_per_batch
         with self.engine.evaluating():
-            draws = all_draws(sources, limit)
             return run_over(self._forward, sources, draws, collate or self.collate, self.ranks, size, features)
 
 

@@ -95,6 +95,8 @@ class Trainer:
             self.stop.training = True
             if self.first:
                 self.monitor.say(f"going on from step {self.first} of {self.total}")
+            for line in self.built.data.told():
+                self.monitor.say(line)
             try:
                 self._train()
                 self._finish()
@@ -108,7 +110,7 @@ class Trainer:
         def open_log() -> None:
             nonlocal monitor
             with writing(self.run.path):
-                self.run.record(self.config, self.built.data)
+                self.run.record(self.config, self.built.data, self.ranks.size)
                 monitor = Monitor(self.run.path, self.total, self.first, silent=False)
 
         self.ranks.on_rank_zero(open_log)

@@ -46,6 +46,7 @@ def _history(built: Built, name: str) -> dict[str, Any]:
     sources, templates = built.config.data.sources, built.stage.templates
     mine = [source for source, template in zip(sources, templates, strict=True) if name in template.tags]
     source = mine[0]
+    drawn = [built.data.record[str(at)]["held_out"] for at, template in enumerate(templates) if name in template.tags]
     fields = {field: config.model_dump() for other in reversed(mine) for field, config in other.fields.items()}
     return {
         "template": source.template,
@@ -53,7 +54,10 @@ def _history(built: Built, name: str) -> dict[str, Any]:
         "output": source.output,
         "fields": fields,
         "max_tokens": built.config.data.max_tokens,
+        "held_out": [one for at, one in enumerate(drawn) if one not in drawn[:at]],
         "mask": built.config.mask,
+        "max_new_tokens": built.config.evaluation.max_new_tokens,
+        "beams": built.config.evaluation.beams,
         "dtype": next(name for name, dtype in DTYPES.items() if dtype == built.backbone.model.dtype),
         "trained_with": list(built.tags),
         "config_digest": built.config.digest(),

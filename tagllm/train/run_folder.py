@@ -73,16 +73,16 @@ class RunFolder:
             )
         return config
 
-    def record(self, config: RunConfig, data: Data) -> None:
+    def record(self, config: RunConfig, data: Data, num_ranks: int) -> None:
         """The resolved config, where it comes from, the splits and the rows that could not be used."""
         write_whole(self.path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
-        write_whole(self.path / "origin.json", json_bytes(origin()))
+        write_whole(self.path / "origin.json", json_bytes({**origin(), "ranks": num_ranks}))
         write_whole(self.path / "splits.json", json_bytes(data.record))
         rows = "".join(json.dumps(row._asdict()) + "\n" for row in data.bad_rows)
         write_whole(self.path / "bad_rows.jsonl", rows.encode())
 
     def training(self) -> dict[str, Any]:
-        """Where the tags come from: `origin` of the last process that trained them, and the seconds of all of them."""
+        """Where the tags come from: `origin` and ranks of the last process that trained them, the seconds of all."""
         file = self.path / "origin.json"  # runs of version 0.1 have none
         return {**(read_json(file) if file.is_file() else {}), "seconds": training_seconds(self.path)}
 
@@ -110,7 +110,7 @@ def read_config(run: Path) -> RunConfig:
 
 def backbone_config(source: Path, overrides: list[str]) -> BackboneConfig | None:
     """The backbone of a run, `backbone.KEY=VALUE` overrides applied. None for a bare library: it knows its own."""
-    wrong = [override for override in overrides if not override.startswith("backbone.")]
+    wrong = [each for each in overrides if not each.startswith("backbone.") or "=" not in each]
     if wrong:
         raise UserError(f"override {wrong[0]!r}: predict takes only backbone.KEY=VALUE.")
     file = source / "config.yaml"

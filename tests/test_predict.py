@@ -1,0 +1,91 @@
+"""`tagllm predict` asks as the tag was trained and scored, and says what it could not ask whole."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.test_cli import Run, config, fails, folder, run
+
+__all__ = ["folder", "run"]  # fixtures
+
+
+def rows_of(file: Path) -> list[dict[str, str]]:
+    with file.open(newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_text_is_written_as_eval_scored_it(run: Run, folder: Path) -> None:
+    """As long, and with as many beams."""
+    file = config(
+        folder, "texts", tags={"T": {"kind": "function", "length": 2}}, data__template="{smiles} <T> {output}",
+        data__target=[], data__output="name", evaluation={"max_new_tokens": 2, "beams": 2, "generated_rows": 6},
+    )  # fmt: skip
+    assert run("train", file).exit_code == 0
+    assert run("eval", "runs/texts").exit_code == 0
+    lines = (folder / "runs/texts/generated.jsonl").read_text().split("\n")
+    scored = {line["given"]: line["generated"] for line in map(json.loads, filter(None, lines))}
+    assert run("predict", "runs/texts", folder / "rows.csv", folder / "texts.csv").exit_code == 0
+    found = {row["smiles"]: row["T"] for row in rows_of(folder / "texts.csv")}
+    assert len(scored) == 6 and {given: found[given] for given in scored} == scored
+    longer = run("predict", "runs/texts", folder / "rows.csv", folder / "longer.csv", "--max-new-tokens", 9)
+    assert longer.exit_code == 0
+    assert sum(len(row["T"]) for row in rows_of(folder / "longer.csv")) > sum(map(len, found.values()))
+
+
+@pytest.fixture
+def spaced(run: Run, folder: Path) -> Path:
+    fields = {"smiles": {"characters": "spaced"}}
+    file = config(folder, "spaced", data__fields=fields, data__template="{smiles} of {name} weighs <W>")
+    if not (folder / "runs/spaced/library").is_dir():
+        assert run("train", file).exit_code == 0
+    return folder / "runs/spaced"
+
+
+def test_settings_go_with_a_column_of_another_name(run: Run, folder: Path, spaced: Path) -> None:
+    for names in ("smiles,name", "molecule,name"):
+        (folder / "renamed.csv").write_text(f"{names}\nCCO,x1\nCCN(C)C,x2\n")
+        options = [] if names.startswith("smiles") else ["--template", "{molecule} of {name} weighs <W>"]
+        told = run("predict", spaced, folder / "renamed.csv", folder / f"{names[:3]}.csv", *options)
+        assert told.exit_code == 0, told.stderr
+    assert [row["W"] for row in rows_of(folder / "smi.csv")] == [row["W"] for row in rows_of(folder / "mol.csv")]
+
+
+def test_settings_whose_column_cannot_be_told_are_not_dropped(run: Run, folder: Path, spaced: Path) -> None:
+    template = ["--template", "{molecule} weighs <W>"]
+    told = run("predict", spaced, folder / "rows.csv", folder / "x.csv", *template)
+    fails(told, "it has no {smiles}", "spaced", "Name the column smiles")
+
+
+def test_rows_that_were_cut_are_counted(run: Run, folder: Path) -> None:
+    file = config(folder, "short")
+    values: dict[str, Any] = {"data.max_tokens": 16}
+    assert run("train", file, *(f"{key}={value}" for key, value in values.items())).exit_code == 0
+    (folder / "long.csv").write_text(f"smiles\nC\n{'CN' * 30}\n{'CO' * 30}\n")
+    told = run("predict", "runs/short", folder / "long.csv", folder / "cut.csv")
+    assert told.exit_code == 0, told.stderr
+    assert "3 rows, 0 without a prediction, 2 cut" in told.stdout
+
+
+def test_a_quote_that_is_not_closed_loses_no_row(run: Run, folder: Path, spaced: Path) -> None:
+    rows = [f"{at},CCO,x{at}" for at in range(9)]
+    (folder / "open.csv").write_text("\n".join(["id,smiles,name", *rows[:2], '2,"CCC,x2', *rows[3:]]) + "\n")
+    told = run("predict", spaced, folder / "open.csv", folder / "never.csv")
+    fails(told, "open.csv, line 4", "read up to line 10", "Close it")
+    assert not (folder / "never.csv").exists()
+
+
+def test_a_row_with_a_cell_too_many_keeps_the_others(run: Run, folder: Path, spaced: Path) -> None:
+    (folder / "wide.csv").write_text("id,smiles,name\n1,CCO,x1\n2,CCN,x2,more\n")
+    assert run("predict", spaced, folder / "wide.csv", folder / "wide_out.csv").exit_code == 0
+    first, second = rows_of(folder / "wide_out.csv")
+    assert first["W"] and second["W"] == "" and (second["id"], second["smiles"]) == ("2", "CCN")
+    assert "4 columns where the header has 3" in second["tagllm_error"]
+
+
+def test_an_override_without_a_value_is_told(run: Run, folder: Path, spaced: Path) -> None:
+    fails(run("predict", spaced / "library", folder / "rows.csv", folder / "x.csv", "backbone.dtype"), "KEY=VALUE")
