@@ -26,7 +26,8 @@ if ((gpus == 0)) && [[ -z ${HOSTFILE:-} ]]; then export DS_ACCELERATOR=${DS_ACCE
 ranks=${RANKS:-$((gpus > 0 ? gpus : 1))}
 tasks=${SLURM_TASKS_PER_NODE:-1} # as in 2(x3),1
 if [[ $launcher == none ]]; then
-    ranks=${tasks%%[(,]*}
+    ranks=1 # but for tasks of srun's
+    if [[ -n ${SLURM_STEP_NUM_TASKS:-} ]]; then ranks=${tasks%%[(,]*}; fi
     OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-}} # the cores may be those of this task alone
 fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores > ranks ? cores / ranks : 1))}
@@ -87,8 +88,8 @@ deepspeed)
         --no_local_rank "${more[@]}" --module tagllm train "$@"
     ;;
 none)
-    if [[ -n ${SLURM_PROCID:-} && -z ${RANK:-} ]]; then
-        export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_NTASKS LOCAL_WORLD_SIZE=$ranks
+    if [[ -n ${SLURM_STEP_NUM_TASKS:-} && -z ${RANK:-} ]]; then # a task of srun's; a batch script is one process
+        export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_STEP_NUM_TASKS LOCAL_WORLD_SIZE=$ranks
         export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
         if [[ -z ${MASTER_ADDR:-} ]]; then
             MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from queue import Queue
+from threading import Event
 from typing import NamedTuple
 
 import torch
@@ -30,13 +31,13 @@ def run_side_by_side(works: Sequence[Work], jobs: int) -> list[str]:
     free: Queue[dict[str, str]] = Queue()
     for share in shares(jobs, os.environ, torch.cuda.device_count(), num_cores()):
         free.put(share)
-    running: set[subprocess.Popen[str]] = set()
+    running, stopping = set[subprocess.Popen[str]](), Event()
 
     def begin(at: int) -> list[str]:
         print(f"{at + 1} of {len(works)}: {works[at].name}", flush=True)
         share = free.get()
         try:
-            run_work(works[at], os.environ | share, running)
+            run_work(works[at], os.environ | share, running, stopping)
         except UserError as error:
             return list(error.problems)
         finally:
@@ -47,6 +48,7 @@ def run_side_by_side(works: Sequence[Work], jobs: int) -> list[str]:
         try:
             return [problem for found in pool.map(begin, range(len(works))) for problem in found]
         except (SystemExit, KeyboardInterrupt):
+            stopping.set()
             for process in list(running):
                 process.terminate()
             raise
@@ -72,17 +74,21 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run_work(work: Work, environment: Mapping[str, str], running: set[subprocess.Popen[str]]) -> None:
-    """Each process is in `running` while it lives.
+def run_work(work: Work, environment: Mapping[str, str], running: set[subprocess.Popen[str]], stopping: Event) -> None:
+    """Each process is in `running` while it lives; none is begun once it is `stopping`.
 
     Raises:
         UserError: one of them failed; its last line is in the message.
     """
     for command in work.commands:
+        if stopping.is_set():
+            return
         process = subprocess.Popen(
             [sys.executable, "-m", "tagllm", *command], stderr=subprocess.PIPE, text=True, env=environment
         )
         running.add(process)
+        if stopping.is_set():  # set between the two
+            process.terminate()
         told = process.communicate()[1]
         running.remove(process)
         if process.returncode:

@@ -19,10 +19,10 @@ from tagllm.config import HeadConfig
 from tagllm.errors import UserError, did_you_mean
 from tagllm.files import (
     DamagedFile,
-    fsync_folder,
     json_bytes,
     load_tensors,
     read_json,
+    remove_folder,
     replace_folder,
     save_tensors,
     sha256_file,
@@ -50,6 +50,12 @@ class Tag:
     def with_rows(self, rows_PD: Tensor) -> Tag:
         """The same tag with other rows; with none it takes no place in a prompt."""
         return replace(self, rows_PD=rows_PD)
+
+    def answers_like(self, other: Tag) -> bool:
+        """With the same rows and the same head, whatever is said about them."""
+        mine, its = ({} if tag.head is None else tag.head.tensors() for tag in (self, other))
+        same_head = mine.keys() == its.keys() and all(torch.equal(mine[part], its[part]) for part in mine)
+        return torch.equal(self.rows_PD, other.rows_PD) and same_head
 
 
 class BackboneIdentity(NamedTuple):
@@ -101,7 +107,15 @@ class TagLibrary:
     def save(self, folder: Path) -> None:
         """Writes the folder whole or not at all; an older library of the same name is replaced."""
         temporary = folder.parent / f".tmp-{folder.name}-{uuid.uuid4().hex}"
-        temporary.mkdir(parents=True)
+        try:
+            temporary.mkdir(parents=True)
+            self._write(temporary)
+        except BaseException:
+            remove_folder(temporary)
+            raise
+        replace_folder(temporary, folder)
+
+    def _write(self, folder: Path) -> None:
         tensors = {}
         for tag in self.tags.values():
             tensors[f"{tag.name}.rows"] = tag.rows_PD.float().contiguous()
@@ -109,17 +123,15 @@ class TagLibrary:
                 for part, tensor in tag.head.tensors().items():
                     exact = tensor.float() if tensor.is_floating_point() else tensor
                     tensors[f"{tag.name}.head.{part}"] = exact.contiguous()
-        save_tensors(temporary / "tags.safetensors", tensors)
+        save_tensors(folder / "tags.safetensors", tensors)
         document = {
             "format": FORMAT,
             "backbone": self.backbone._asdict(),
-            "sha256": {"tags.safetensors": sha256_file(temporary / "tags.safetensors")},
+            "sha256": {"tags.safetensors": sha256_file(folder / "tags.safetensors")},
             "tags": {name: _describe(tag) for name, tag in self.tags.items()},
         }
-        write_durably(temporary / "library.json", json_bytes(document))
-        write_durably(temporary / "README.md", self.card().encode())
-        fsync_folder(temporary)
-        replace_folder(temporary, folder)
+        write_durably(folder / "library.json", json_bytes(document))
+        write_durably(folder / "README.md", self.card().encode())
 
     @classmethod
     def load(cls, folder: Path, backbone: BackboneIdentity | None = None) -> TagLibrary:
@@ -145,7 +157,7 @@ class TagLibrary:
         library = cls.load(folders[0])
         for folder in folders[1:]:
             for name, tag in cls.load(folder, library.backbone).tags.items():
-                if name in library.tags and not torch.equal(library.tags[name].rows_PD, tag.rows_PD):
+                if name in library.tags and not library.tags[name].answers_like(tag):
                     raise UserError(
                         f"{folder}: <{name}> differs from the one of the same name in {folders[0]}. Leave one of the "
                         "libraries out."

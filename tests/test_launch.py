@@ -18,6 +18,13 @@ echo "$@"
 echo "threads=$OMP_NUM_THREADS accelerator=$DS_ACCELERATOR"
 if [ -f "$DS_ENV_FILE" ]; then cat "$DS_ENV_FILE"; fi
 """
+TASK = {
+    "SLURM_STEP_NUM_TASKS": "16",
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "3",
+    "SLURM_JOB_ID": "7",
+    "MASTER_ADDR": "n",
+}
 SRUN = '#!/bin/sh\necho "srun with ${SRUN_CPUS_PER_TASK-no} cores"\nexit 76\n'
 
 
@@ -105,8 +112,9 @@ def test_the_users_file_for_other_hosts_is_left_as_it_is(tmp_path: Path) -> None
     ("variables", "threads"),
     [
         ({"RANKS": "4"}, 4),
-        ({"LAUNCHER": "none", "SLURM_TASKS_PER_NODE": "8(x2)"}, 2),
-        ({"LAUNCHER": "none", "SLURM_TASKS_PER_NODE": "8(x2)", "SLURM_CPUS_PER_TASK": "16"}, 16),
+        ({"LAUNCHER": "none", "SLURM_TASKS_PER_NODE": "8(x2)", **TASK}, 2),
+        ({"LAUNCHER": "none", "SLURM_TASKS_PER_NODE": "8(x2)", "SLURM_CPUS_PER_TASK": "16", **TASK}, 16),
+        ({"LAUNCHER": "none", "SLURM_TASKS_PER_NODE": "8(x2)", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}, 16),
     ],
     ids=str,
 )

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import urllib.request
 from contextlib import suppress
+from io import FileIO, TextIOWrapper
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tagllm.train.monitor import Monitor, row_norms
+from tagllm.train.run_folder import training_seconds
 from tests import tiny
 from tests.distributed.launch import kill, wait_until
 from tests.test_checkpoint import in_child
@@ -71,13 +73,13 @@ def test_a_full_disk_is_told_once_and_loses_no_line(tmp_path: Path) -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         with Monitor(run, 10, 0, False) as monitor:
             monitor.say = told.append  # type: ignore[method-assign]
-            for step in range(1, 9):
-                limit = 200 if 3 <= step <= 6 else hard
+            for step in range(1, 101):
+                limit = 200 if 3 <= step <= 90 else hard
                 resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-                monitor.log(step, {"train/loss": float(step)})
+                monitor.log(step, {"train/loss": float(step), **dict.fromkeys(map(str, range(20)), 1 / 3)})
         steps = [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()]
-        assert steps == list(range(1, 9))
-        assert {1, 2, 7, 8} <= {step for step, _ in scalars(run, "train/loss")}
+        assert steps == list(range(1, 101))
+        assert set(range(91, 101)) <= {step for step, _ in scalars(run, "train/loss")}
         (warning,) = told
         assert "cannot be written" in warning and "Training goes on" in warning
 
@@ -127,3 +129,29 @@ def answers(page: str) -> bool:
     with suppress(OSError):
         return bool(urllib.request.urlopen(page, timeout=5).status == 200)
     return False
+
+
+def test_a_log_that_cannot_be_written_stops_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk under `2> train.log`, or an event file whose disk is read-only by now."""
+    (tmp_path / "run").mkdir()
+    full = TextIOWrapper(FileIO("/dev/full", "w"), write_through=True)
+    with Monitor(tmp_path / "run", 10, 0, False) as monitor:
+        monkeypatch.setattr(monitor.console, "file", full)
+        monitor.say("warning: no room")
+        monitor._events._file = FileIO("/dev/full", "w")
+        monitor.log(1, {"train/loss": 1.0})
+    assert json.loads((tmp_path / "run/metrics.jsonl").read_text())["step"] == 1
+
+
+def test_seconds_go_on_where_a_run_was_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """However long another process takes until its first line."""
+    run, clock = tmp_path / "run", [0.0]
+    run.mkdir()
+    monkeypatch.setattr("tagllm.train.monitor.time.monotonic", lambda: clock[0])
+    for first, times in ((0, (2.0, 4.0)), (2, (6.0, 8.0))):
+        clock[0] = 0.0
+        with Monitor(run, 4, first, False) as monitor:
+            for at, now in enumerate(times, first + 1):
+                clock[0] = now
+                monitor.log(at, {})
+    assert training_seconds(run) == 4 + 8

@@ -13,7 +13,7 @@ from tagllm import plan
 from tagllm.config_file import parse_config
 from tagllm.errors import UserError
 from tagllm.stage import Stage, read_stage
-from tagllm.train.placement import placed
+from tagllm.train.placement import host_memory, placed
 from tagllm.train.ranks import Ranks
 from tests import tiny
 
@@ -81,3 +81,19 @@ def test_a_user_who_shards_in_nodes_gets_nothing_wider(tmp_path: Path, monkeypat
 def test_shards_of_nodes_need_stage_3(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="shard_over is node, but zero_stage 0 shards no backbone; it must be 3"):
         stage(tmp_path, shard_over="node", zero_stage=0)
+
+
+def test_memory_is_that_of_the_job(tmp_path: Path) -> None:
+    """The least of its control group and of those that this is part of, in either version of them."""
+    for text, files, gib in (
+        ("0::/slurm/job_1/task_0\n", {"slurm/job_1/memory.max": 16, "slurm/job_1/task_0/memory.max": None}, 16),
+        ("4:memory:/job\n1:cpu:/\n", {"memory/job/memory.limit_in_bytes": 8}, 8),
+        ("0::/\n", {"memory.max": None}, None),
+    ):
+        root = tmp_path / str(gib)
+        for name, limit in files.items():
+            (root / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).write_text("max\n" if limit is None else f"{limit << 20}\n")
+        (root / "mine").write_text(text)
+        expected = gib << 20 if gib else PAGE * os.sysconf("SC_PHYS_PAGES")
+        assert host_memory(root, root / "mine") == expected

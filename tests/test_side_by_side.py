@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from threading import Barrier
+from threading import Barrier, Event
 
 import pytest
 
 from tagllm import side_by_side
 from tagllm.errors import UserError
-from tagllm.side_by_side import Work, run_side_by_side, shares
+from tagllm.side_by_side import Work, run_side_by_side, run_work, shares
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_no_two_runs_at_a_time_have_one_gpu(monkeypatch: pytest.MonkeyPatch) -> 
     """A run takes the GPU of the one that has ended, not that of one that goes on."""
     both, taken = Barrier(2, timeout=60), list[str]()
 
-    def run(work: Work, environment: Mapping[str, str], _: object) -> None:
+    def run(work: Work, environment: Mapping[str, str], *_: object) -> None:
         taken.append(environment["CUDA_VISIBLE_DEVICES"])
         both.wait()
         if work.name == "second":
@@ -53,3 +53,22 @@ def test_no_two_runs_at_a_time_have_one_gpu(monkeypatch: pytest.MonkeyPatch) -> 
     works = [Work(name, []) for name in ("first", "second", "third", "fourth", "fifth", "sixth")]
     assert run_side_by_side(works, 2) == ["failed, and gives its GPU back too"]
     assert len(taken) == 6 and all(set(taken[at : at + 2]) == {"0", "1"} for at in (0, 2, 4))
+
+
+def test_nothing_is_begun_once_a_stop_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not even the next command of a work whose first ends well."""
+    begun, stopping = list[str](), Event()
+
+    class Process:
+        returncode = 0
+
+        def __init__(self, command: list[str], **_: object) -> None:
+            begun.append(command[-1])
+
+        def communicate(self) -> tuple[str, str]:
+            stopping.set()
+            return "", ""
+
+    monkeypatch.setattr(side_by_side.subprocess, "Popen", Process)
+    run_work(Work("a run", [["train"], ["eval"]]), {}, set(), stopping)
+    assert begun == ["train"]

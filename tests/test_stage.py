@@ -16,6 +16,7 @@ from tagllm.model.loss import Weights
 from tagllm.stage import check_world, read_stage
 from tagllm.tags import BackboneIdentity, Tag, TagLibrary
 from tagllm.template import OUTPUT, SPAN
+from tagllm.train.rows import StepRows
 
 FUNCTION = {"kind": "function"}
 HEAD = {"kind": "function", "head": {}}
@@ -267,3 +268,17 @@ def test_a_weight_that_the_mix_does_not_look_at_is_refused(mix: str) -> None:
 def test_a_head_must_answer_before_the_output() -> None:
     (told,) = problems({"F": HEAD}, "{x} {output} <F>", target="y")
     assert "<F> stands behind {output}, which is not there yet" in told and "Put the tag before it" in told
+
+
+def test_a_weight_too_small_for_any_row_is_refused() -> None:
+    """A function tag that stands only there would never be trained."""
+    given = config({"D": {}}, "a <D> {x}", "b <D> {x}").model_dump()
+    given["data"] |= {
+        "mix": "given",
+        "sources": [one | {"weight": w} for one, w in zip(given["data"]["sources"], (1, 0.002), strict=True)],
+    }
+    rows: Any = [range(100), range(100)]
+    with pytest.raises(
+        UserError, match=r"data.sources.1.weight is 0.002, .* none of the 200 rows of an epoch.*Raise it"
+    ):
+        StepRows(RunConfig.model_validate(given), rows, 0, 1)

@@ -307,3 +307,29 @@ def test_initial_rows_depend_on_the_seed_alone(init: str) -> None:
     torch.manual_seed(99)
     assert torch.equal(initial_rows(init, 4, embedding(), [], 3), first)
     assert not torch.equal(initial_rows(init, 4, embedding(), [], 4), first)
+
+
+def test_equal_rows_with_another_head_are_another_tag(tmp_path: Path) -> None:
+    """A tag without rows of its own, or one that no gradient reaches, has nothing but its head."""
+    ours = library()
+    name = next(name for name, tag in ours.tags.items() if tag.head)
+    head = ours.tags[name].head
+    assert head is not None
+    other = replace(ours.tags[name], head=replace(head, bias_K=head.bias_K + 1))
+    for place, found in (("a", ours), ("b", ours), ("c", ours.add(other))):
+        found.save(tmp_path / place)
+    assert TagLibrary.load_all([tmp_path / "a", tmp_path / "b"]).tags.keys() == ours.tags.keys()
+    with pytest.raises(UserError, match=f"<{name}> differs from the one of the same name"):
+        TagLibrary.load_all([tmp_path / "a", tmp_path / "c"])
+
+
+def test_a_library_that_cannot_be_written_leaves_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(path: Path, data: bytes) -> None:
+        path.write_bytes(data[:1])
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("tagllm.tags.write_durably", full)
+    with pytest.raises(OSError, match="No space left"):
+        library().save(folder)
+    assert [path.name for path in folder.parent.iterdir()] == ["library"]
+    TagLibrary.load(folder)

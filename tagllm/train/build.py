@@ -27,7 +27,7 @@ from tagllm.model.tagged import TaggedModel
 from tagllm.stage import Stage
 from tagllm.tags import Tag, initial_rows
 from tagllm.template import Template
-from tagllm.train.ranks import Ranks
+from tagllm.train.ranks import Ranks, SharedError
 
 
 class Built(NamedTuple):
@@ -89,7 +89,23 @@ def build(stage: Stage, ranks: Ranks, place: Place | None = None) -> Built:
     backbone = open_backbone(stage.config.backbone, ranks, place)
     for path, library in stage.libraries.items():
         library.backbone.require_same(backbone.identity, path)
-    return build_on(backbone, stage, ranks)
+    built = build_on(backbone, stage, ranks)
+    _require_same_everywhere(ranks.gather(built.identity()))
+    return built
+
+
+def _require_same_everywhere(identities: Sequence[dict[str, str]]) -> None:
+    """Raises SharedError where ranks read other files: another copy of the data on one machine, say."""
+    first, problems = identities[0], []
+    for item in first:
+        if other := [rank for rank, identity in enumerate(identities) if identity[item] != first[item]]:
+            problems.append(
+                f"{item}: rank {', '.join(map(str, other))} has {identities[other[0]][item]:.12} and rank 0 "
+                f"{first[item]:.12}; every rank reads its own files, which must be the same. Put them in a folder that "
+                "all machines see."
+            )
+    if problems:
+        raise SharedError(*problems)
 
 
 def build_on(backbone: Backbone, stage: Stage, ranks: Ranks, splits: Sequence[Split] = SPLITS) -> Built:

@@ -1,6 +1,7 @@
 """The state of a run on disk: a save that is cut off anywhere leaves the state before it, and damage is found.
 
-    checkpoints/step-00000050/state.safetensors   learned rows, heads and their scales, moments; of the best state too
+    checkpoints/step-00000050/state.safetensors   learned rows, heads and their scales, moments; best rows
+                                                    and heads
                               progress.json       counters, the best loss and its step
                               manifest.json       written last: size and sha256 of the two above, and of itself
     checkpoints/.tmp-50-<uuid>/                   a save under way, or a dead one; never read
@@ -135,8 +136,7 @@ def save(folder: Path, state: TrainState, keep: int, metrics: Mapping[str, float
     except OSError as error:
         raise SaveFailed(folder, state.step, bytes_needed, error) from error
     finally:
-        if tmp.exists():
-            remove_folder(tmp)
+        remove_folder(tmp)
     _prune(folder, state.step, keep)
     return final
 

@@ -100,6 +100,8 @@ def _merged(own: dict[str, Any], theirs: dict[str, Any], where: str, at: str = "
             )
         elif isinstance(value, dict) and isinstance(own.get(key), dict):
             merged[key] = _merged(own[key], value, where, f"{place}.")
+        elif isinstance(own.get(key), dict) and value != "auto":
+            clashes.append(f"engine.deepspeed: {where} sets {place} to {value!r}; it must be a JSON object.")
         elif value != "auto":
             merged[key] = value
     if clashes:

@@ -169,10 +169,10 @@ class Trainer:
         _, refitted = self.gradient_free.refit_heads(held_out, seen)
         scalars = self.gradient_free.scalars(held_out) | refitted
         self.monitor.log(self.at, scalars | norms)
-        self._note_best(refitted["valid/loss_refitted"], learned)
+        self._note_best(self.ranks.on_rank_zero(lambda: refitted["valid/loss_refitted"]), learned)
         shown = "  ".join(f"{name.removeprefix('valid/')} {value:.4f}" for name, value in scalars.items())
         mark = "  *" if self.progress.best_step == self.at else ""
-        self.monitor.say(f"step {self.at}/{self.total}  held out: {shown}{mark}")
+        self.monitor.say(f"step {self.at}/{self.total}  validation: {shown}{mark}")
 
     def _note_best(self, loss: float, learned: dict[str, Tensor]) -> None:
         if loss < self.progress.best_loss:

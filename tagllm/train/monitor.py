@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import math
@@ -12,6 +13,7 @@ import sys
 import time
 from collections.abc import Mapping
 from contextlib import suppress
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -35,7 +37,8 @@ def row_norms(layout: TagLayout, learned: Mapping[str, Tensor]) -> dict[str, flo
 
 
 class Monitor:
-    """Logs scalars by step. On resume, lines after the step that is gone on from are dropped.
+    """Logs scalars by step. On resume, lines after the step that is gone on from are dropped, and seconds go on from
+    the last of the others.
 
     Args:
         silent: True on every rank but 0: nothing is written or shown.
@@ -47,10 +50,10 @@ class Monitor:
         if silent:
             return
         self._path = run / "metrics.jsonl"
-        _drop_after(self._path, first_step)
-        self._lines = self._path.open("a", encoding="utf-8")
+        self._started -= _drop_after(self._path, first_step)
+        self._lines = self._path.open("ab", buffering=0)
         self._events = Events(run / "tensorboard", first_step)
-        self._unwritten = False
+        self._unwritten = b""
         self.console = Console(stderr=True)
         if self.console.is_terminal:
             columns = (
@@ -67,29 +70,25 @@ class Monitor:
             return
         known = {name: value for name, value in scalars.items() if math.isfinite(value)}  # JSON has no others
         line = {"step": step, "seconds": round(time.monotonic() - self._started, 3), **known}
-        self._write(json.dumps(line) + "\n")
+        self._write(json.dumps(line).encode() + b"\n")
         self._events.add(step, known)
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
             if "train/loss" in known:
                 self._bar.update(self._task, note=f"loss {known['train/loss']:.4f}")
 
-    def _write(self, line: str) -> None:
-        """What the disk does not take stays in the buffer and is tried again with the next line."""
-        try:
-            self._lines.write(line)
-            self._lines.flush()
-        except OSError as error:
-            if not self._unwritten:
-                self.say(f"warning: {self._path}: cannot be written: {error}. Training goes on; make room there.")
-            self._unwritten = True
-        else:
-            self._unwritten = False
+    def _write(self, line: bytes) -> None:
+        """What the disk does not take is kept, and tried again with the next line."""
+        error = append_whole(self._lines, self._unwritten + line)
+        if error and not self._unwritten:
+            self.say(f"warning: {self._path}: cannot be written: {error}. Training goes on; make room there.")
+        self._unwritten = self._unwritten + line if error else b""
 
     def say(self, text: str) -> None:
-        """A line for people, above the progress bar."""
+        """A line for people, above the progress bar. Where it goes may be a full disk, or a pipe that is gone."""
         if not self.silent:
-            self.console.print(text, highlight=False, markup=False, soft_wrap=True)
+            with suppress(OSError, SystemExit):  # rich leaves the program when a pipe is gone
+                self.console.print(text, highlight=False, markup=False, soft_wrap=True)
 
     def __enter__(self) -> Monitor:
         return self
@@ -101,10 +100,9 @@ class Monitor:
             return
         if self._bar is not None:
             self._bar.stop()
-        with suppress(OSError):  # told already
-            self._lines.close()
-        self._events.close()
-        sys.stderr.flush()
+        for ending in (self._lines.close, self._events.close, sys.stderr.flush):
+            with suppress(OSError):  # told already
+                ending()
 
 
 class Events:
@@ -136,26 +134,36 @@ class Events:
         self._file.close()
 
     def _append(self, event: Any) -> None:
-        """Whole or not at all: a record that was cut off would hide all behind it."""
-        record, end = io.BytesIO(), self._file.tell()
+        record = io.BytesIO()
         self._writer(record).write(event.SerializeToString())
-        try:
-            if self._file.write(record.getvalue()) == record.tell():
-                return
-        except OSError:
-            pass
-        self._file.truncate(end)
-        self._file.seek(end)
+        append_whole(self._file, record.getvalue())
 
 
-def _drop_after(path: Path, step: int) -> None:
+def append_whole(file: FileIO, data: bytes) -> OSError | None:
+    """Whole or not at all, since what is cut off would hide all behind it; returns why not."""
+    end = file.tell()
+    try:
+        if file.write(data) == len(data):
+            return None
+        error = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+    except OSError as refused:
+        error = refused
+    with suppress(OSError):
+        file.truncate(end)
+        file.seek(end)
+    return error
+
+
+def _drop_after(path: Path, step: int) -> float:
+    """Returns the seconds of the last line that is kept."""
     if not path.is_file():
-        return
+        return 0.0
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
     temporary = path.with_name(f".tmp-{path.name}")
     temporary.write_text("".join(kept), encoding="utf-8")
     temporary.replace(path)
+    return float(json.loads(kept[-1])["seconds"]) if kept else 0.0
 
 
 def _step_of(line: str) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ import torch
 from tagllm.config import RunConfig
 from tagllm.data.dataset import Prompts, prepare
 from tagllm.errors import UserError
-from tagllm.model.backbone import DTYPES, load_tokenizer, longest_prompt, resolve
+from tagllm.model.backbone import DTYPES, fastest_dtype, load_tokenizer, longest_prompt, resolve
 from tagllm.model.loading import skeleton
 from tagllm.model.smollm2 import cache_folder
 from tagllm.plan import Hardware, Load, Placement, Shape, choose, estimate
@@ -27,9 +28,10 @@ def placed(stage: Stage, ranks: Ranks) -> tuple[RunConfig, str]:
     config = stage.config
     local = ranks_per_node(ranks.size)
     cuda = ranks.device.type == "cuda"
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / local
-    memory = torch.cuda.get_device_properties(ranks.device).total_memory if cuda else host
+    memory = torch.cuda.get_device_properties(ranks.device).total_memory if cuda else host_memory() / local
     hardware = Hardware(ranks.size, local, memory / 2**30, 300, 25, 300)  # speeds do not decide
+    if config.backbone.dtype == "auto":
+        stage = stage._replace(config=config.in_dtype(fastest_dtype(ranks.device)))
     shape, loads, learned = figures_of(stage, ranks.size)
     ways: list[Placement] = ["replicate"]
     ways += ["shard in a node"] if 1 < local < ranks.size else []
@@ -40,6 +42,20 @@ def placed(stage: Stage, ranks: Ranks) -> tuple[RunConfig, str]:
     if placement == "shard in a node":
         decided["shard_over"] = "node"
     return config.model_copy(update={"engine": config.engine.model_copy(update=decided)}), why
+
+
+def host_memory(groups: Path = Path("/sys/fs/cgroup"), mine: Path = Path("/proc/self/cgroup")) -> int:
+    """Bytes that this process may use: of the machine, or of its job (a control group, or one that this is part of)."""
+    limits = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")]
+    for line in mine.read_text(encoding="utf-8").splitlines() if mine.is_file() else []:
+        _, controllers, path = line.split(":", 2)
+        root = groups / "memory" if "memory" in controllers.split(",") else groups
+        for parent in (Path(path), *Path(path).parents):
+            for name in ("memory.max", "memory.limit_in_bytes"):
+                file = root / str(parent).lstrip("/") / name
+                limit = file.read_text(encoding="utf-8").strip() if file.is_file() else "max"
+                limits += [int(limit)] if limit.isdigit() else []
+    return min(limits)
 
 
 def figures_of(stage: Stage, num_ranks: int) -> tuple[Shape, list[Load], int]:

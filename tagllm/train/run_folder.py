@@ -127,7 +127,7 @@ def backbone_config(source: Path, overrides: list[str]) -> BackboneConfig | None
 
 
 def training_seconds(run: Path) -> float:
-    """Of all processes that trained the run, from metrics.jsonl (each counts from zero)."""
+    """Of all processes that trained the run, from metrics.jsonl (before 30 November 2026 each counted from zero)."""
     lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
     seconds = [float(json.loads(line)["seconds"]) for line in lines]
     return sum(now for now, then in itertools.pairwise([*seconds, 0.0]) if then < now)

@@ -1,5 +1,5 @@
-"""SIGTERM and SIGUSR1 ask for a stop: the step or the evaluation batch is finished, the state saved, and the run leaves
-with `EXIT_STOPPED`.
+"""SIGTERM, SIGUSR1 and Ctrl-C ask for a stop: the step or the evaluation batch is finished, the state saved, and the
+run leaves with `EXIT_STOPPED`. A second Ctrl-C ends it at once.
 
 Before the first step there is nothing to save, and the run ends at once.
 """
@@ -28,7 +28,7 @@ class StopAsked(Exception):
     """A signal has reached one of the ranks; raised by all of them at the same point."""
 
 
-_SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 
 
 class StopRequest:
@@ -45,6 +45,8 @@ class StopRequest:
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.requested:
+            raise KeyboardInterrupt
         self.requested = True
         if not self.training:
             told = "stopped before the first step; nothing new to save. Start the same command again."

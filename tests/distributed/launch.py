@@ -67,8 +67,11 @@ class Run(NamedTuple):
         return [line for line in map(json.loads, lines) if "train/loss" in line]
 
 
-def start(arguments: Sequence[str], num_ranks: int, cache: Path, captured: bool = True) -> list[subprocess.Popen[str]]:
-    """One process per rank with the variables that torchrun sets, each the leader of its own process group."""
+def start(
+    arguments: Sequence[str], num_ranks: int, cache: Path, captured: bool = True, folders: Sequence[Path] = ()
+) -> list[subprocess.Popen[str]]:
+    """One process per rank with the variables that torchrun sets, each the leader of its own process group, and in the
+    folder of its own if they have some."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -81,6 +84,7 @@ def start(arguments: Sequence[str], num_ranks: int, cache: Path, captured: bool 
             [sys.executable, "-m", *arguments], env={**common, "RANK": str(rank), "LOCAL_RANK": str(rank)},
             stdin=subprocess.DEVNULL if captured else subprocess.PIPE,
             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE if captured else None, text=True, start_new_session=True,
+            cwd=folders[rank] if folders else None,
         )
         for rank in range(num_ranks)
     ]  # fmt: skip

@@ -47,3 +47,18 @@ def test_the_ranks_can_go_on_after_a_mistake(workspace: Workspace) -> None:
     outcome = workspace.attempt(2, "bad-row-again", data__sources=bad_sources(workspace))
     assert outcome.status == [2, 2], outcome.stderr
     workspace.train(2, "after-a-mistake", optim__steps=1)
+
+
+def test_ranks_that_read_other_files_do_not_train(workspace: Workspace) -> None:
+    """Each machine may have a copy of its own of the data."""
+    folders = [workspace.folder / f"machine-{rank}" for rank in range(2)]
+    for rank, folder in enumerate(folders):
+        folder.mkdir()
+        targets = "".join(f"{'C' * (at % 9 + 1)}{at},{at + 100 * rank}\n" for at in range(60))
+        (folder / "own.csv").write_text("smiles,size\n" + targets)
+    source = {"path": "own.csv", "template": "The molecule is <SMILES> {smiles}. Its size is <Size>", "target": "size"}
+    arguments = workspace.arguments("apart", data__sources=json.dumps([source]))
+    outcome = finish(start(["tagllm", *arguments], 2, workspace.folder / "cache", folders=folders))
+    assert outcome.status == [2, 2], outcome.stderr
+    (line,) = complaints(outcome.stderr)
+    assert "data: rank 1 has" in line and "every rank reads its own files" in line
