@@ -19,14 +19,14 @@ from rich.table import Table
 from torch import Tensor
 
 from benchmarks.vs_peers import quiet
+from tagllm.build import build
 from tagllm.config_file import parse_config
 from tagllm.data.batch import count
 from tagllm.model.loss import total
 from tagllm.origin import commit, hardware
+from tagllm.ranks import Ranks
 from tagllm.stage import read_stage
-from tagllm.train.build import build
 from tagllm.train.loop import train
-from tagllm.train.ranks import Ranks
 from tagllm.train.signals import StopRequest
 
 KINDS = ("none", "int8", "llm_int8", "nf4")

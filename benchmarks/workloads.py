@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.models import Settings
+from tagllm.build import new_tag
 from tagllm.config_file import parse_config
 from tagllm.data.batch import in_chunks
 from tagllm.data.dataset import Examples, Prompts, prepare
@@ -19,7 +20,6 @@ from tagllm.model.backbone import Backbone
 from tagllm.model.smollm2 import cache_folder
 from tagllm.stage import Stage, read_stage
 from tagllm.tags import Tag, TagLibrary, initial_rows
-from tagllm.train.build import new_tag
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 TAG_ROWS = 10

@@ -28,11 +28,10 @@ def check_config(path: Path, overrides: list[str], num_ranks: int) -> list[str]:
         stage = read_stage(config, where)
     except UserError as error:
         stage, problems = None, list(error.problems)
-    if not stage or not problems:
-        try:
-            check_world(config, num_ranks, where)
-        except UserError as error:
-            problems += error.problems
+    try:
+        check_world(config, num_ranks, where)
+    except UserError as error:
+        problems += error.problems
     for at, source in enumerate(config.data.sources):
         place = f"{where}: data.sources.{at}"
         try:

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from tagllm import __version__
-from tagllm.errors import UserError
+from tagllm.errors import SharedError, UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -120,7 +120,7 @@ def train(config: Path, overrides: Overrides = None, offline: Offline = False) -
         try:
             with StopRequest() as stop:  # the imports below take seconds
                 from tagllm.config_file import load_config
-                from tagllm.train.contact import LostContact
+                from tagllm.rendezvous import LostContact
                 from tagllm.train.loop import train as run_training
 
                 try:
@@ -149,7 +149,7 @@ def sweep(
     only: Annotated[int | None, typer.Option(min=0, help="One run, counted from 0: $SLURM_ARRAY_TASK_ID.")] = None,
     offline: Offline = False,
 ) -> None:
-    """Train and score a config for every combination of values, several seeds each. Goes on if cut off."""
+    """Train and score a config for every combination of values, several seeds each. Start it again to resume."""
 
     def work() -> None:
         from tagllm.sweep.points import Sweep
@@ -192,7 +192,7 @@ def evaluate(
         from tagllm.errors import did_you_mean
         from tagllm.evaluate.held_out import describe
         from tagllm.evaluate.held_out import evaluate as run_evaluation
-        from tagllm.train.run_folder import read_config
+        from tagllm.run_folder import read_config
 
         if split not in SPLITS:
             raise UserError(f"--split: {split!r} is no split. {did_you_mean(split, SPLITS)}")
@@ -217,7 +217,9 @@ def baseline(
     budget_s: Annotated[
         float | None, typer.Option(min=0.001, help="Seconds of steps of one training; else what the run took.")
     ] = None,
-    tune_share: Annotated[float, typer.Option(min=0.001, max=1, help="Of that, for each rate tried.")] = 0.5,
+    tune_share: Annotated[
+        float, typer.Option(min=0.001, max=1, help="Share of --budget-s for each learning rate tried.")
+    ] = 0.5,
     seeds: Annotated[int, typer.Option(min=1, help="Trainings at the chosen rate; metrics are their mean.")] = 1,
     virtual: Annotated[int | None, typer.Option(min=1, help="Rows of prompt tuning; else those of the tag.")] = None,
     fit_rows: Annotated[
@@ -326,7 +328,7 @@ def predict(
 
     def work() -> None:
         from tagllm.evaluate.predict import Request, predict_file
-        from tagllm.train.run_folder import backbone_config
+        from tagllm.run_folder import backbone_config
 
         folder = source / "library" if (source / "config.yaml").is_file() else source
         backbone = backbone_config(source, overrides or [])
@@ -363,7 +365,7 @@ def _is_mine_to_tell(error: UserError) -> bool:
     rank, dist = os.environ.get("RANK", "0"), sys.modules.get("torch.distributed")
     if dist is None or not dist.is_initialized():
         return os.environ.get("LOCAL_RANK", rank) == "0"
-    return rank == "0" or type(error).__name__ != "SharedError"
+    return rank == "0" or not isinstance(error, SharedError)
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from tagllm.build import Built, build_on, open_backbone
 from tagllm.compose_config import CaseConfig, ComposeConfig, check_compose
 from tagllm.config import DataConfig, FieldConfig, OptimConfig, RunConfig, SourceConfig, Split, TagConfig, digest_of
 from tagllm.data.sources import load_rows
@@ -27,11 +28,10 @@ from tagllm.files import json_bytes, read_json, sha256_file, write_durably, writ
 from tagllm.model.backbone import Backbone
 from tagllm.model.smollm2 import cache_folder
 from tagllm.origin import origin
+from tagllm.ranks import Ranks
 from tagllm.stage import stage_of_run
 from tagllm.tags import TagLibrary
 from tagllm.template import escaped, field_text, parse_template, written
-from tagllm.train.build import Built, build_on, open_backbone
-from tagllm.train.ranks import Ranks
 
 
 class Asked(NamedTuple):

@@ -59,24 +59,23 @@ class HeadConfig(Section):
     """One mean over all fields, or one over those behind each domain tag (a field without a tag by itself), side by
     side: a small molecule does not vanish beside a protein. `each`: one over each field, so that two drugs stay two."""
     symmetric: bool = False
-    """For the kernel, fields behind the same domain tag may trade places: drug A with drug B is B with A."""
+    """Symmetrise the kernel over fields behind the same domain tag: drug A with drug B is B with A."""
     layers: list[Annotated[int, Field(ge=0)]] = []
-    """The means are of the states behind these layers of the backbone, side by side (0: the embeddings); none: of the
-    last one. Layers in the middle may tell more of a molecule. The tag's own state is of the last one always."""
+    """Take the means behind these layers of the backbone, side by side (0: the embeddings); empty: behind the last.
+    Layers in the middle may tell more of a molecule. The tag's own state is always the last layer's."""
     lengths: bool = False
-    """Beside the means, the logarithm of how many tokens they are of: a mean knows no size, and what a molecule weighs
-    is a matter of its size."""
+    """Append log(1 + tokens) of each mean: a mean does not know its length, and a weight is a matter of it."""
     kernel: Kernels = "linear"
-    """`anova`: closed-form fits may take a kernel of the states that the head reads, each by itself and together, and
-    each in a width of its own, where that answers validation better. Tags still learn through the linear head."""
+    """`anova`: the closed-form fit may be kernel ridge on the states the head reads (an ANOVA kernel, a width for each
+    state), where that has the lower error on validation. Gradient training always uses the linear head."""
     landmarks: Count = 2048
     """Training rows that the kernel is seen from, all if there are no more; the library holds what they read."""
     censored_below: float | None = None
-    """A target no greater than this says only that the value is no greater, as where a drug binds too weakly for an
-    assay to tell how weakly. Closed-form fits take it so (a Tobit model), and answer with what would be measured. Tags
-    learn, and what is to be chosen is chosen, on targets as they stand."""
+    """Targets at or below this are censored: the value is only known to be no greater, as where a drug binds too weakly
+    for an assay. The closed-form fit is then a Tobit model and answers with the expected measurement; gradient training
+    and model selection use targets as given."""
     censored_above: float | None = None
-    """The same of a target no smaller than this."""
+    """Likewise at or above this."""
     refit: bool = True
     """Fit in closed form at each evaluation and at the end, and keep that unless the trained head is better on
     validation by more than chance (regression only)."""

@@ -17,6 +17,10 @@ class UserError(Exception):
         super().__init__("\n".join(self.problems))
 
 
+class SharedError(UserError):
+    """A user error that every rank raises alike; only rank 0 prints it."""
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`Known: Protein, SMILES. Did you mean Protein?` for an unknown `name`."""
     names = sorted(known)

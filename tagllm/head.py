@@ -127,13 +127,13 @@ def num_states(spec: HeadConfig, num_pools: int) -> int:
 
 
 class States(NamedTuple):
-    """What a head reads side by side."""
+    """The blocks of D features that a head reads side by side."""
 
     kinds: tuple[int, ...]
-    """States of one number tell the same of one field or another."""
+    """Blocks of the same number share a width of the kernel."""
     orders: tuple[tuple[int, ...], ...]
-    """All in which they are taken for the same, the one they have first: of `symmetric` heads fields behind the same
-    domain tag may trade places."""
+    """Permutations of the blocks that the kernel is averaged over, the identity first; only `symmetric` heads have
+    more than that."""
 
     @classmethod
     def of(cls, spec: HeadConfig, pools: Sequence[int]) -> States:

@@ -15,9 +15,9 @@ from tagllm.config import FieldConfig, RunConfig, SourceConfig
 from tagllm.data.collate import Collator
 from tagllm.data.encode import TagLayout
 from tagllm.errors import UserError, did_you_mean
+from tagllm.field_order import order_problems, trained_with
 from tagllm.head import States, pools_known
 from tagllm.model.loss import Weights
-from tagllm.order import order_problems, trained_with
 from tagllm.tags import NAME, Tag, TagLibrary
 from tagllm.template import OUTPUT, SPAN, Template, all_pools, marks_of, parse_template, pool_of
 

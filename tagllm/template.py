@@ -52,8 +52,8 @@ def parse_template(text: str, known_tags: Mapping[str, str], where: str = "templ
     `\\<`, `\\{`, `\\}` and `\\\\` stand for the characters themselves.
 
     Raises:
-        UserError: an unknown tag, an empty or doubled `{output}`, a brace without its other half, or no tag and no
-            field at all; every problem at once.
+        UserError: an unknown tag, an empty or doubled `{output}`, a brace without its other half, or no field;
+            every problem at once.
     """
     parts: list[Part] = []
     problems: list[str] = []
@@ -161,8 +161,8 @@ def pool_of(heads: Iterable[HeadConfig]) -> Pool:
 def all_pools(
     templates: Iterable[Template], kinds: Mapping[str, str], pool: Pool, known: Iterable[tuple[int, ...]] = ()
 ) -> tuple[int, ...]:
-    """The means that heads read side by side, of the template with most of them, or of those that trained heads `known`
-    from prompts with more: for each the number of the domain tag (or of the field without one) that it is of."""
+    """One number for each mean that heads read side by side: which domain tag, or field without one, it is of. From the
+    template with the most means, or from a trained head (`known`) that has more."""
 
     def one(template: Template) -> tuple[int, ...]:
         fields = [field for field in _pooled(template, kinds) if field is not None]

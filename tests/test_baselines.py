@@ -14,17 +14,16 @@ import torch
 from tagllm.baselines.adapt import Adapted
 from tagllm.baselines.methods import METHODS
 from tagllm.baselines.prompts import Row, pad
-from tagllm.baselines.record import write_results
 from tagllm.baselines.task import Task, open_tasks
 from tagllm.baselines.train import Clock, Look, _warming_up, errors, refit, see, step, train
 from tagllm.config import BackboneConfig, OptimConfig
-from tagllm.evaluate.closed_form import fit_head
+from tagllm.evaluate.closed_form import FIT_ROWS, fit_head
+from tagllm.evaluate.results import write_results
 from tagllm.evaluate.ridge import Rows
 from tagllm.files import RunLock
 from tagllm.head import Head
 from tagllm.origin import ORIGIN
 from tagllm.side_by_side import Work
-from tagllm.train.gradient_free import FIT_ROWS
 from tagllm.train.schedule import lr_factor
 from tests.test_cli import Run, config, fails, folder, run
 

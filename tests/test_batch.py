@@ -1,4 +1,4 @@
-"""Examples -> padded tensors: nothing lost, nothing invented, cut where learning or reading begins."""
+"""Examples -> a batch: nothing lost, nothing invented, cut where learning or reading begins."""
 
 from __future__ import annotations
 

@@ -18,8 +18,8 @@ from typer.testing import CliRunner, Result
 from tagllm import __version__
 from tagllm.cli import app
 from tagllm.tags import Tag, TagLibrary
-from tagllm.train.gradient_free import GradientFree
 from tagllm.train.signals import EXIT_STOPPED, StopAsked
+from tagllm.train.validation import Validation
 from tests import tiny
 
 Run = Callable[..., Result]
@@ -140,18 +140,18 @@ def test_a_run_that_was_stopped_behind_its_last_step_ends_once(
     run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The last fit may take minutes: it is done again after a stop in it, and never after it was done."""
-    file, fits = config(folder, "late"), GradientFree.probes
+    file, fits = config(folder, "late"), Validation.probes
 
     def stopped(*_: Any) -> None:
         raise StopAsked
 
     with monkeypatch.context() as patch:
-        patch.setattr(GradientFree, "probes", stopped)
+        patch.setattr(Validation, "probes", stopped)
         assert run("train", file).exit_code == EXIT_STOPPED
     assert not (folder / "runs/late/library").exists()
     for times in (1, 0):
         done = list[int]()
-        monkeypatch.setattr(GradientFree, "probes", lambda *passes, done=done: done.append(1) or fits(*passes))
+        monkeypatch.setattr(Validation, "probes", lambda *passes, done=done: done.append(1) or fits(*passes))
         assert run("train", file).exit_code == 0
         assert len(done) == times
     assert (folder / "runs/late/library").exists()
@@ -169,7 +169,7 @@ def test_an_evaluation_that_a_stop_cut_off_is_made_by_the_next_process(
     assert run("train", config(folder, "unstopped")).exit_code == 0
     file = config(folder, f"cut-{cut}")
     with monkeypatch.context() as patch:
-        patch.setattr(GradientFree, cut, stopped)
+        patch.setattr(Validation, cut, stopped)
         assert run("train", file).exit_code == EXIT_STOPPED
     assert run("train", file).exit_code == 0
     (found, progress), (expected, its) = (_scores(folder / "runs" / name) for name in (f"cut-{cut}", "unstopped"))

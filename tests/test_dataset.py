@@ -15,8 +15,8 @@ from tagllm.data.dataset import Data, Prompts, prepare
 from tagllm.data.encode import TagLayout
 from tagllm.errors import UserError
 from tagllm.template import parse_template
-from tagllm.train.gradient_free import GradientFree
 from tagllm.train.signals import EXIT_STOPPED, StopAsked
+from tagllm.train.validation import Validation
 from tests import tiny
 from tests.test_cli import Run, config, fails, folder, run
 
@@ -117,7 +117,7 @@ def test_a_run_does_not_go_on_with_other_frozen_tags(run: Run, folder: Path, mon
     tags = {"SMILES": {"load": "runs/one/library"}, "W": {"kind": "function", "length": 2, "head": {}}}
     two = config(folder, "two", tags=tags, data__template="<SMILES> {smiles} <W>")
     with monkeypatch.context() as patch:
-        patch.setattr(GradientFree, "probes", stopped)
+        patch.setattr(Validation, "probes", stopped)
         assert run("train", two).exit_code == EXIT_STOPPED
     assert run("train", config(folder, "one", **stage), "output=runs/other", "seed=1").exit_code == 0
     (folder / "runs/one").rename(folder / "runs/first")

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from tagllm.build import Built, build
 from tagllm.config import RunConfig
 from tagllm.config_file import parse_config
 from tagllm.evaluate.closed_form import fit_head
@@ -17,13 +18,12 @@ from tagllm.head import Head
 from tagllm.model.backbone import weights_digest
 from tagllm.model.prefix import PrefixMemory
 from tagllm.model.value_head import HeadModule
+from tagllm.ranks import Ranks
+from tagllm.run_folder import RunFolder
 from tagllm.stage import read_stage
 from tagllm.tags import TagLibrary
-from tagllm.train.build import Built, build
 from tagllm.train.engine import Engine
 from tagllm.train.loop import Trainer
-from tagllm.train.ranks import Ranks
-from tagllm.train.run_folder import RunFolder
 from tagllm.train.signals import StopRequest
 from tests import tiny
 
@@ -78,7 +78,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
         return fit_head(*arguments)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tagllm.train.gradient_free.fit_head", fit)
+        patch.setattr("tagllm.train.validation.fit_head", fit)
         patch.setenv("TAGLLM_CACHE", str(folder / "cache"))
         patch.setenv("LOCAL_RANK", "0")
         for name in ("RANK", "WORLD_SIZE"):

@@ -21,7 +21,7 @@ from tagllm.evaluate.passes import Pass
 from tagllm.head import Head
 from tagllm.model.tagged import TaggedModel
 from tagllm.report.collect import metrics_of
-from tagllm.train.gradient_free import GradientFree
+from tagllm.train.validation import Validation
 from tests import tiny
 from tests.test_cli import Run, config, fails, folder, run
 
@@ -51,8 +51,8 @@ def test_each_head_is_measured_on_its_own_rows(
     run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, tags: dict[str, Any], targets: dict[str, tuple[str, str]]
 ) -> None:
     passes: list[Pass] = []
-    scored = GradientFree.scalars
-    monkeypatch.setattr(GradientFree, "scalars", lambda *args: passes.append(args[1]) or scored(*args))
+    scored = Validation.scalars
+    monkeypatch.setattr(Validation, "scalars", lambda *args: passes.append(args[1]) or scored(*args))
     name = "-".join(tags)
     result = run("train", of_two(folder, name, tags, targets))
     assert result.exit_code == 0, result.output

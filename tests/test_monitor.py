@@ -18,8 +18,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tagllm.run_folder import training_seconds
 from tagllm.train.monitor import Monitor, row_norms
-from tagllm.train.run_folder import training_seconds
 from tests import tiny
 from tests.distributed.launch import kill, wait_until
 from tests.test_checkpoint import in_child

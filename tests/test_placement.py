@@ -12,9 +12,9 @@ from transformers import LlamaConfig
 from tagllm import plan
 from tagllm.config_file import parse_config
 from tagllm.errors import UserError
+from tagllm.ranks import Ranks
 from tagllm.stage import Stage, read_stage
 from tagllm.train.placement import host_memory, placed
-from tagllm.train.ranks import Ranks
 from tests import tiny
 
 SEVEN = LlamaConfig(

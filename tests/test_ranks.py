@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from tagllm.train.ranks import Ranks
+from tagllm.ranks import Ranks
 
 
 @pytest.mark.parametrize(("visible", "device"), [(4, 3), (1, 0)], ids=["all GPUs of the node", "its own alone"])

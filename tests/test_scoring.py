@@ -20,14 +20,14 @@ def test_a_run_stays_in_the_dtype_that_it_began_in(run: Run, folder: Path, monke
     file = config(folder, "dtype", backbone={"model": "backbone", "dtype": "auto"})
     for fastest in ("bf16", "fp32"):
         monkeypatch.setattr("tagllm.train.loop.fastest_dtype", lambda device, fastest=fastest: fastest)
-        monkeypatch.setattr("tagllm.train.build.fastest_dtype", lambda device, fastest=fastest: fastest)
+        monkeypatch.setattr("tagllm.build.fastest_dtype", lambda device, fastest=fastest: fastest)
         result = run("train", file)
         assert result.exit_code == 0, result.stderr
     assert yaml.safe_load((folder / "runs/dtype/config.yaml").read_text())["backbone"]["dtype"] == "bf16"
     fails(run("train", file, "backbone.dtype=fp32"), "already holds another run", "backbone.dtype")
     scores = []
     for fastest in ("bf16", "fp32"):
-        monkeypatch.setattr("tagllm.train.build.fastest_dtype", lambda device, fastest=fastest: fastest)
+        monkeypatch.setattr("tagllm.build.fastest_dtype", lambda device, fastest=fastest: fastest)
         assert run("eval", "runs/dtype").exit_code == 0
         scores.append(json.loads((folder / "runs/dtype/results.json").read_text())["metrics"])
     assert scores[0] == scores[1]

@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from tagllm.config import SourceConfig
 from tagllm.data import readers, sources
-from tagllm.data.sources import BadRow, Row, column_names, load_rows, read_rows
+from tagllm.data.readers import BadRow, Row, column_names, read_rows
+from tagllm.data.sources import load_rows
 from tagllm.errors import UserError
 
 CELL = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), max_size=12)

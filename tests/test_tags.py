@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from tagllm import files
+from tagllm.build import new_tag
 from tagllm.config import BackboneConfig, HeadConfig
 from tagllm.config_file import parse_config
 from tagllm.data.dataset import Data
@@ -21,7 +22,6 @@ from tagllm.kernel import BOUNDLESS, Kernel
 from tagllm.model.backbone import load_backbone
 from tagllm.stage import read_stage
 from tagllm.tags import BackboneIdentity, Tag, TagLibrary, initial_rows
-from tagllm.train.build import new_tag
 from tests import tiny
 
 D = 16

@@ -11,19 +11,18 @@ from typing import Any, NamedTuple
 
 from tagllm.baselines.adapt import ALPHA, RANK, Adapted, require_peft
 from tagllm.baselines.methods import METHODS, Method
-from tagllm.baselines.record import FOLDER, Record, update_results
+from tagllm.baselines.record import Record
 from tagllm.baselines.task import Task, open_tasks, read_asked
 from tagllm.baselines.train import LOOKS, Trained, see, train
 from tagllm.errors import UserError, did_you_mean
-from tagllm.evaluate.closed_form import answers_of
+from tagllm.evaluate.closed_form import FIT_ROWS, answers_of
 from tagllm.evaluate.metrics import intervals, value_metrics
+from tagllm.evaluate.results import FOLDER, update_results
 from tagllm.evaluate.seeds import bounds, over_seeds
 from tagllm.files import RunLock
 from tagllm.head import Head
-from tagllm.origin import origin
+from tagllm.origin import origin, peak_memory_gib
 from tagllm.side_by_side import Work, run_side_by_side
-from tagllm.train.gradient_free import FIT_ROWS
-from tagllm.train.monitor import peak_memory_gib
 
 
 class Request(NamedTuple):
@@ -133,7 +132,7 @@ def _compare(task: Task, method: Method, request: Request) -> None:
     at_edge = len(rates) > 1 and best in (rates[0], rates[-1])
     if at_edge:
         print(f"{record.title}: {best:g} is the {'lowest' if best == rates[0] else 'highest'} rate tried; see --lr")
-    finals = [_final(task, method, request, record, best, task.config.seed + k) for k in range(request.seeds)]
+    finals = [_final(task, method, record, best, task.config.seed + k) for k in range(request.seeds)]
     of_seeds = over_seeds([one["metrics"] for one in finals])
     metrics = {name: mean for name, (mean, _) in of_seeds.items()}
     record.finish(
@@ -150,7 +149,7 @@ def _compare(task: Task, method: Method, request: Request) -> None:
     print(f"{record.title}: lr {best:g}  test: {shown}  {_pace(finals[0])}", flush=True)
 
 
-def _final(task: Task, method: Method, request: Request, record: Record, rate: float, seed: int) -> dict[str, Any]:
+def _final(task: Task, method: Method, record: Record, rate: float, seed: int) -> dict[str, Any]:
     """Trained in full and scored on the test rows; intervals are over these."""
     key = f"lr={rate},seed={seed}"
     entry = record.entry("final", key)

@@ -10,6 +10,7 @@ import torch
 from tagllm.baselines.methods import Method
 from tagllm.baselines.plain import load_plain
 from tagllm.baselines.prompts import Row, Untagged
+from tagllm.build import prepare_on_all
 from tagllm.config import SPLITS, RunConfig, Split
 from tagllm.data.dataset import Data, Prompts
 from tagllm.data.encode import TagLayout
@@ -18,11 +19,10 @@ from tagllm.errors import UserError
 from tagllm.evaluate.held_out import require_same_rows
 from tagllm.head import Head
 from tagllm.model.backbone import Backbone
+from tagllm.ranks import Ranks
+from tagllm.run_folder import RunFolder, read_config
 from tagllm.stage import Stage, stage_of_run
 from tagllm.tags import TagLibrary
-from tagllm.train.build import prepare_on_all
-from tagllm.train.ranks import Ranks
-from tagllm.train.run_folder import RunFolder, read_config
 
 
 class Task(NamedTuple):

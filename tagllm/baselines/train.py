@@ -26,9 +26,9 @@ from tagllm.evaluate.features import Features
 from tagllm.evaluate.ridge import clearly_better
 from tagllm.head import Head
 from tagllm.model.loss import value_losses
-from tagllm.train.gradient_free import SCALE_ROWS, SOME_ROWS
 from tagllm.train.rows import StepRows
 from tagllm.train.schedule import lr_factor, total_steps
+from tagllm.train.validation import SCALE_ROWS, SOME_ROWS
 
 Floats = NDArray[np.float32]
 MOST_EPOCHS = 4

@@ -30,8 +30,6 @@ from tagllm.files import sha256_file
 if TYPE_CHECKING:
     import datasets
 
-__all__ = ["BadRow", "Row", "SourceRows", "column_names", "load_rows", "read_rows"]
-
 FORMAT = 1
 """Raise when the same source would give other rows or columns than before: it makes old caches unused."""
 BATCH_ROWS, BATCH_CHARACTERS = 2_000, 2**26

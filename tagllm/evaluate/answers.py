@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from tagllm.build import Built
 from tagllm.config import Split
 from tagllm.data.dataset import Examples
 from tagllm.data.encode import Example
@@ -28,9 +29,8 @@ from tagllm.evaluate.text import (
     text_scores,
 )
 from tagllm.files import write_whole
+from tagllm.ranks import Ranks
 from tagllm.template import FIELD, OUTPUT, SPAN, Template
-from tagllm.train.build import Built
-from tagllm.train.ranks import Ranks
 
 ROWS_OF_MEAN = 1000
 

@@ -18,6 +18,9 @@ from tagllm.evaluate.kernel_widths import choose_widths
 from tagllm.evaluate.ridge import Floats, RidgeFit, Rows, clearly_better, errors_of_penalties, fit_ridge
 from tagllm.head import Head, States, num_states
 
+FIT_ROWS = 20_000
+"""Closed-form fits look at so many training rows at most."""
+
 
 def fit_head(head: Head, train: Rows, valid: Rows) -> Head:
     """`head` with weights in closed form of `train`; what has to be chosen is chosen as `held_out_by` says, as if no

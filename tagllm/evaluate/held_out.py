@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from tagllm.baselines.record import write_results
+from tagllm.build import Built, build, new_tag
 from tagllm.config import RunConfig, Split
 from tagllm.data.dataset import Data
 from tagllm.errors import UserError
@@ -20,21 +20,20 @@ from tagllm.evaluate.answers import text_results
 from tagllm.evaluate.baselines import probe_of, value_baselines
 from tagllm.evaluate.class_probes import class_baselines
 from tagllm.evaluate.classical import Table, classical_baselines
+from tagllm.evaluate.closed_form import FIT_ROWS
 from tagllm.evaluate.features import Features
 from tagllm.evaluate.metrics import intervals, value_metrics
 from tagllm.evaluate.passes import Floats, Pass
+from tagllm.evaluate.results import write_results
 from tagllm.evaluate.scoring import Evaluation, by_head, nats, score_pass, with_tags
 from tagllm.files import read_json, tensor_bytes, write_whole
 from tagllm.head import fields_alone
-from tagllm.origin import origin
+from tagllm.origin import origin, peak_memory_gib
+from tagllm.ranks import Ranks
+from tagllm.run_folder import RunFolder, read_config
 from tagllm.stage import stage_of_run
 from tagllm.tags import Tag, TagLibrary
 from tagllm.template import behind_one_tag
-from tagllm.train.build import Built, build, new_tag
-from tagllm.train.gradient_free import FIT_ROWS
-from tagllm.train.monitor import peak_memory_gib
-from tagllm.train.ranks import Ranks
-from tagllm.train.run_folder import RunFolder, read_config
 
 
 def evaluate(

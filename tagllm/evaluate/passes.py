@@ -17,13 +17,14 @@ from tagllm.data.collate import Collator, no_batch
 from tagllm.data.dataset import Examples
 from tagllm.data.encode import Example
 from tagllm.data.sampler import Draw
+from tagllm.errors import SharedError
 from tagllm.evaluate.closed_form import answers_of, squared_errors
 from tagllm.evaluate.features import Features
 from tagllm.evaluate.ridge import Rows
 from tagllm.head import Head
 from tagllm.model.loss import Weights
 from tagllm.model.tagged import Output
-from tagllm.train.ranks import Ranks, SharedError
+from tagllm.ranks import Ranks
 
 Floats = NDArray[np.float32]
 Forward = Callable[[Batch], Output]

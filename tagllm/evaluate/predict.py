@@ -16,10 +16,10 @@ from tagllm.data.readers import BadRow, Row, column_names, read_rows
 from tagllm.data.writers import open_writer, writable_kind
 from tagllm.errors import UserError, did_you_mean
 from tagllm.evaluate.generate import generate
+from tagllm.field_order import order_problems, trained_with
 from tagllm.head import pools_known
 from tagllm.model.backbone import load_backbone
 from tagllm.model.tagged import TaggedModel
-from tagllm.order import order_problems, trained_with
 from tagllm.tags import Tag, TagLibrary
 from tagllm.template import Template, all_pools, parse_template, pool_of
 

@@ -8,13 +8,13 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from tagllm.build import Built, build_on, empty_memory
 from tagllm.config import Split
 from tagllm.data.sampler import Draw
 from tagllm.evaluate.metrics import value_metrics
 from tagllm.evaluate.passes import Floats, Pass, run_over
+from tagllm.ranks import Ranks
 from tagllm.tags import Tag
-from tagllm.train.build import Built, build_on, empty_memory
-from tagllm.train.ranks import Ranks
 
 T = TypeVar("T")
 Measure = Callable[[Floats, Floats, bool], dict[str, T]]

@@ -17,7 +17,7 @@ from tagllm.config import RunConfig
 from tagllm.config_file import load_config
 from tagllm.errors import UserError
 from tagllm.files import read_json
-from tagllm.train.run_folder import best_valid_loss, read_config
+from tagllm.run_folder import best_valid_loss, read_config
 
 
 class Point(NamedTuple):

@@ -11,15 +11,12 @@ No collectives here: rank 0 calls `save` and tells the others how it went.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import logging
 import os
-import platform
 import re
 import uuid
 from collections.abc import Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +27,6 @@ from tagllm.config import digest_of
 from tagllm.errors import UserError
 from tagllm.files import (
     DamagedFile,
-    RunLock,
     fsync_folder,
     json_bytes,
     load_tensors,
@@ -41,8 +37,7 @@ from tagllm.files import (
     tensor_bytes,
     write_durably,
 )
-
-__all__ = ["RunLock", "SaveFailed", "TrainState", "UnknownFormat", "check_identity", "load_newest", "save", "verify"]
+from tagllm.origin import versions
 
 FORMAT = 1
 _log = logging.getLogger(__name__)
@@ -259,7 +254,7 @@ def _manifest_bytes(
         "files": {
             name: {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()} for name, data in files.items()
         },
-        "libraries": _libraries(),
+        "libraries": versions(),
         "identity": state.identity,
         "metrics": dict(metrics),
     }
@@ -287,14 +282,3 @@ def _hide_and_remove(path: Path) -> None:
     hidden = path.with_name(f".tmp-{path.name}-{uuid.uuid4().hex}")
     os.rename(path, hidden)
     remove_folder(hidden)
-
-
-@functools.cache
-def _libraries() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for name in ("torch", "transformers", "deepspeed"):
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "absent"
-    return versions

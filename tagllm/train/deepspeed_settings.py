@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from tagllm.config import EngineConfig, OptimConfig
 from tagllm.errors import UserError
-from tagllm.train.ranks import Ranks
+from tagllm.ranks import Ranks
 
 BUCKET_ELEMENTS = 1_000_000  # DeepSpeed's default reserves 1 GB for gradients of a few kilobytes
 PERSIST_ELEMENTS = 100_000  # tags, heads, norms and scales stay resident; "auto" is exactly one ten-row tag of 7B

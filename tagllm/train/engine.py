@@ -1,4 +1,4 @@
-"""The door to DeepSpeed: the only module that imports it.
+"""The door to DeepSpeed: `deepspeed_settings.py` says what it is told, nothing else imports it.
 
 DeepSpeed runs in its fp32 mode at every ZeRO stage and never casts: frozen weights keep their own dtype, learned rows,
 heads and moments are fp32.
@@ -19,9 +19,9 @@ from tagllm.config import EngineConfig, OptimConfig
 from tagllm.data.batch import Batch
 from tagllm.model.loading import Place
 from tagllm.model.tagged import Output, TaggedModel
-from tagllm.train.contact import limit_all_groups
+from tagllm.ranks import Ranks
+from tagllm.rendezvous import limit_all_groups
 from tagllm.train.deepspeed_settings import settings
-from tagllm.train.ranks import Ranks
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 

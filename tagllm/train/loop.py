@@ -9,25 +9,27 @@ from pathlib import Path
 
 from torch import Tensor
 
+from tagllm.build import Built, build
 from tagllm.config import RunConfig
-from tagllm.errors import UserError
+from tagllm.errors import SharedError, UserError
+from tagllm.evaluate.closed_form import FIT_ROWS
 from tagllm.files import RunLock
 from tagllm.head import fields_alone
 from tagllm.model.backbone import fastest_dtype
+from tagllm.origin import peak_memory_gib
+from tagllm.ranks import Ranks
+from tagllm.rendezvous import in_contact
+from tagllm.run_folder import RunFolder, writing
 from tagllm.stage import check_world, read_stage
 from tagllm.train import checkpoint
-from tagllm.train.build import Built, build
-from tagllm.train.contact import in_contact
 from tagllm.train.engine import Engine, sharding
-from tagllm.train.gradient_free import FIT_ROWS, GradientFree
-from tagllm.train.monitor import Monitor, peak_memory_gib, row_norms
+from tagllm.train.monitor import Monitor, row_norms
 from tagllm.train.placement import placed
 from tagllm.train.progress import Progress
-from tagllm.train.ranks import Ranks, SharedError
 from tagllm.train.result import library_of
-from tagllm.train.run_folder import RunFolder, writing
 from tagllm.train.signals import EXIT_NOTHING_DONE, EXIT_STOPPED, StopAsked, Stopped, StopRequest
 from tagllm.train.step import Step, Stepper
+from tagllm.train.validation import Validation
 
 
 def train(config: RunConfig, where: str, stop: StopRequest) -> Path:
@@ -53,7 +55,7 @@ def train(config: RunConfig, where: str, stop: StopRequest) -> Path:
         return run.claim(config, partial(fastest_dtype, ranks.device))
 
     try:
-        with in_contact(ranks, here):
+        with in_contact(ranks.silent, here):
             ranks.on_rank_zero(lambda: check_world(config, ranks.size, where))  # told once
             if config.engine.zero_stage == "auto" and ranks.size > 1:
                 config, why = ranks.on_rank_zero(lambda: placed(stage, ranks))
@@ -76,7 +78,7 @@ class Trainer:
         self.built, self.engine, self.ranks, self.run, self.stop = built, engine, ranks, run, stop
         self.config = built.config
         self.stepper = Stepper(built, engine, ranks, stop)
-        self.gradient_free = GradientFree(built, engine, ranks, stop)
+        self.validation = Validation(built, engine, ranks, stop)
         self.total = self.stepper.total
         self.progress, self.best = Progress(), dict[str, Tensor]()
         self.at, self.first = 0, 0
@@ -118,7 +120,7 @@ class Trainer:
 
     def _train(self) -> None:
         if self.at == 0:
-            self.gradient_free.scale_heads()
+            self.validation.scale_heads()
         if self._evaluation_due():  # a stop came in the middle of it
             self._evaluate()
         while self.at < self.total and not self._out_of_patience():
@@ -159,15 +161,15 @@ class Trainer:
         """Scores the validation split and keeps the state that is best there with its heads in closed form: what the
         tags are worth shows then, long before a head that takes small steps follows them. Training goes on, and the
         state is kept, with the heads as they are; the end refits them."""
-        held_out, learned = self.gradient_free.held_out(), self.engine.learned()
-        seen = self.gradient_free.seen_by_heads() if held_out else {}
+        held_out, learned = self.validation.held_out(), self.engine.learned()
+        seen = self.validation.seen_by_heads() if held_out else {}
         self.progress = self.progress._replace(evaluated=self.at)  # a stop in the passes above: they are due again
         norms = row_norms(self.built.layout, learned)
         if held_out is None:
             self.monitor.log(self.at, norms)
             return
-        _, refitted = self.gradient_free.refit_heads(held_out, seen)
-        scalars = self.gradient_free.scalars(held_out) | refitted
+        _, refitted = self.validation.refit_heads(held_out, seen)
+        scalars = self.validation.scalars(held_out) | refitted
         self.monitor.log(self.at, scalars | norms)
         self._note_best(self.ranks.on_rank_zero(lambda: refitted["valid/loss_refitted"]), learned)
         shown = "  ".join(f"{name.removeprefix('valid/')} {value:.4f}" for name, value in scalars.items())
@@ -191,11 +193,11 @@ class Trainer:
         if self.best:
             self.engine.overwrite(self.best)
         try:
-            held_out = self.gradient_free.held_out(probing=True)
-            seen = self.gradient_free.seen_by_heads(FIT_ROWS, probing=True)
+            held_out = self.validation.held_out(probing=True)
+            seen = self.validation.seen_by_heads(FIT_ROWS, probing=True)
             self.built.model.forget()  # as large as the fit, and that was the last pass
-            heads, scalars = self.gradient_free.refit_heads(held_out, seen)
-            result, probes = self.engine.learned(), self.gradient_free.probes(seen, held_out)
+            heads, scalars = self.validation.refit_heads(held_out, seen)
+            result, probes = self.engine.learned(), self.validation.probes(seen, held_out)
         except StopAsked:
             self.engine.overwrite(last)
             raise

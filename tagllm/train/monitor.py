@@ -7,7 +7,6 @@ import io
 import json
 import math
 import os
-import resource
 import socket
 import sys
 import time
@@ -23,11 +22,6 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from tagllm.data.encode import TagLayout
-
-
-def peak_memory_gib() -> float:
-    """Peak resident memory of this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def row_norms(layout: TagLayout, learned: Mapping[str, Tensor]) -> dict[str, float]:

@@ -15,8 +15,8 @@ from tagllm.model.backbone import DTYPES, fastest_dtype, load_tokenizer, longest
 from tagllm.model.loading import skeleton
 from tagllm.model.smollm2 import cache_folder
 from tagllm.plan import Hardware, Load, Placement, Shape, choose, estimate
+from tagllm.ranks import Ranks, ranks_per_node
 from tagllm.stage import Stage
-from tagllm.train.ranks import Ranks, ranks_per_node
 from tagllm.train.rows import StepRows
 
 STEPS = 4

@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import Tensor
 
+from tagllm.build import Built
 from tagllm.head import Head
 from tagllm.model.backbone import DTYPES
 from tagllm.model.value_head import HeadModule
 from tagllm.tags import Tag, TagLibrary
-from tagllm.train.build import Built
 
 
 def library_of(

@@ -9,13 +9,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from tagllm.build import Built
 from tagllm.data.batch import Batch, Counts, count
 from tagllm.data.collate import no_batch
 from tagllm.data.encode import Example, TagLayout
+from tagllm.errors import SharedError
 from tagllm.model.loss import total
-from tagllm.train.build import Built
+from tagllm.ranks import Ranks
 from tagllm.train.engine import Engine
-from tagllm.train.ranks import Ranks, SharedError
 from tagllm.train.rows import StepRows
 from tagllm.train.schedule import lr_factor, total_steps
 from tagllm.train.signals import StopRequest

@@ -22,24 +22,24 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from tagllm import files
+from tagllm import build, files
 from tagllm.data import dataset
 from tagllm.data.collate import Collator
 from tagllm.evaluate import predict
+from tagllm.ranks import Ranks
 from tagllm.tags import TagLibrary
-from tagllm.train import build, checkpoint
+from tagllm.train import checkpoint
 from tagllm.train.engine import Engine
-from tagllm.train.gradient_free import GradientFree
 from tagllm.train.monitor import Monitor
-from tagllm.train.ranks import Ranks
 from tagllm.train.rows import StepRows
 from tagllm.train.step import Step, Stepper
+from tagllm.train.validation import Validation
 
 POINTS: dict[str, tuple[Any, str]] = {
     "tokenise": (dataset, "_write_examples"), "backbone": (build, "load_backbone"), "load": (checkpoint, "load_newest"),
     "rows": (StepRows, "micro_batches"), "collate": (Collator, "__call__"), "forward": (Engine, "__call__"),
     "backward": (Engine, "backward"), "reduce": (Ranks, "sum"), "gradients": (Engine, "gradients"),
-    "step": (Engine, "step"), "log": (Monitor, "log"), "evaluate": (GradientFree, "_forward"),
+    "step": (Engine, "step"), "log": (Monitor, "log"), "evaluate": (Validation, "_forward"),
     "save": (checkpoint, "save"), "write": (checkpoint, "write_durably"), "rename": (checkpoint, "replace_folder"),
     "prune": (checkpoint, "_prune"), "library": (TagLibrary, "save"), "predict": (predict.Predictor, "predict"),
 }  # fmt: skip

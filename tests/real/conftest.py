@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tagllm.train.ranks import Ranks
+from tagllm.ranks import Ranks
 
 
 @pytest.fixture(scope="module")

@@ -15,8 +15,8 @@ from torch import nn
 from tagllm.config import EngineConfig, OptimConfig
 from tagllm.model.backbone import DTYPES, resolve
 from tagllm.model.loading import load_model
+from tagllm.ranks import Ranks
 from tagllm.train.engine import sharding
-from tagllm.train.ranks import Ranks
 from tests import tiny
 
 

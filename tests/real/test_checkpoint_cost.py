@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
+from tagllm.build import build
+from tagllm.ranks import Ranks
 from tagllm.stage import read_stage
 from tagllm.train import checkpoint
-from tagllm.train.build import build
 from tagllm.train.engine import Engine
-from tagllm.train.ranks import Ranks
 from tests.real.test_plan import run_config
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]

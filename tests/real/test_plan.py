@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
 from benchmarks.measure import held_bytes, peak_tensor_bytes
+from tagllm.build import build
 from tagllm.config import BackboneConfig, RunConfig
 from tagllm.config_file import parse_config
 from tagllm.data.batch import count
@@ -19,9 +20,8 @@ from tagllm.model.linear import FrozenLinear
 from tagllm.model.loading import skeleton
 from tagllm.model.loss import total
 from tagllm.plan import Hardware, Load, Shape, estimate
+from tagllm.ranks import Ranks
 from tagllm.stage import read_stage
-from tagllm.train.build import build
-from tagllm.train.ranks import Ranks
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(300)]
 CLOSE = 0.15

@@ -13,13 +13,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from tagllm.build import Built, build
 from tagllm.config_file import parse_config
 from tagllm.data.batch import count
 from tagllm.model.linear import FrozenLinear
 from tagllm.model.loss import total
+from tagllm.ranks import Ranks
 from tagllm.stage import read_stage
-from tagllm.train.build import Built, build
-from tagllm.train.ranks import Ranks
 from tests import tiny
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(600)]

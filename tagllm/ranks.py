@@ -16,15 +16,11 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
-from tagllm.errors import UserError
-from tagllm.train.contact import met
+from tagllm.errors import SharedError, UserError
+from tagllm.rendezvous import met
 
 Result = TypeVar("Result")
 CALL_S = 2.0
-
-
-class SharedError(UserError):
-    """A user error that every rank raises alike; only rank 0 prints it."""
 
 
 def ranks_per_node(size: int) -> int:

@@ -26,7 +26,7 @@ def order_problems(name: str, prompts: Mapping[str, Template], kinds: Mapping[st
 
 
 def trade_places(one: Sequence[str], other: Sequence[str]) -> bool:
-    """Whether an owner that both have stands elsewhere in `other`. Who has several means has them in order."""
+    """Whether an owner that is in both stands at another position; one with several means is compared mean by mean."""
 
     def places(owners: Sequence[str], owner: str) -> list[int]:
         return [at for at, each in enumerate(owners) if each == owner]

@@ -17,17 +17,17 @@ from tagllm.data.collate import Collator
 from tagllm.data.dataset import Data, Examples, Prompts, prepare, tokenizer_digest
 from tagllm.data.encode import Example, TagLayout
 from tagllm.data.sampler import Draw, all_draws
-from tagllm.errors import UserError
+from tagllm.errors import SharedError, UserError
 from tagllm.head import Head
 from tagllm.model.backbone import Backbone, fastest_dtype, load_backbone, resolve
 from tagllm.model.loading import Place
 from tagllm.model.prefix import PrefixMemory
 from tagllm.model.smollm2 import cache_folder
 from tagllm.model.tagged import TaggedModel
+from tagllm.ranks import Ranks
 from tagllm.stage import Stage
 from tagllm.tags import Tag, initial_rows
 from tagllm.template import Template
-from tagllm.train.ranks import Ranks, SharedError
 
 
 class Built(NamedTuple):

@@ -1,4 +1,4 @@
-"""What a run does without a gradient: scores on held-out rows, and heads fitted in closed form."""
+"""What a run does between its steps: scores on the validation split, and heads fitted in closed form."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from functools import partial
 import numpy as np
 import torch
 
+from tagllm.build import Built
 from tagllm.config import Split
 from tagllm.data.batch import Batch
 from tagllm.data.collate import Collator
@@ -21,20 +22,17 @@ from tagllm.evaluate.scoring import by_head
 from tagllm.head import Head
 from tagllm.model.tagged import Output
 from tagllm.model.value_head import HeadModule
-from tagllm.train.build import Built
+from tagllm.ranks import Ranks
 from tagllm.train.engine import Engine
-from tagllm.train.ranks import Ranks
 from tagllm.train.signals import StopAsked, StopRequest
 
-FIT_ROWS = 20_000
-"""Closed-form fits look at so many training rows at most."""
 SOME_ROWS = 4096
-"""And at so many before training has ended."""
+"""Training rows that closed-form fits look at before training has ended; FIT_ROWS then."""
 SCALE_ROWS = 256
 """Training rows that tell the centre and scale of what a head reads."""
 
 
-class GradientFree:
+class Validation:
     """Passes over examples with the engine as it stands. A signal to any rank ends them with `StopAsked`."""
 
     def __init__(self, built: Built, engine: Engine, ranks: Ranks, stop: StopRequest) -> None:

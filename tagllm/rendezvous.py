@@ -10,13 +10,10 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
-
-if TYPE_CHECKING:
-    from tagllm.train.ranks import Ranks
 
 START_TIMEOUT = timedelta(minutes=10)
 
@@ -30,9 +27,9 @@ class LostContact(Exception):
 
 
 @contextmanager
-def in_contact(ranks: Ranks, where: Callable[[], str]) -> Iterator[None]:
-    """Turns what the backends raise when a rank is gone into LostContact, with the ranks that do not answer and the
-    lines of ours that waited for them; `where` says how far this rank came."""
+def in_contact(silent: Callable[[], list[int]], where: Callable[[], str]) -> Iterator[None]:
+    """Turns what the backends raise when a rank is gone into LostContact, with the `silent` ranks, which do not answer,
+    and the lines of ours that waited for them; `where` says how far this rank came."""
     try:
         yield
     except RuntimeError as error:  # NCCL, gloo and the store raise several kinds of it
@@ -44,8 +41,8 @@ def in_contact(ranks: Ranks, where: Callable[[], str]) -> Iterator[None]:
         ours = [frame for frame in frames if f"{os.sep}tagllm{os.sep}" in frame.filename]
         stack = [f"{f.filename}:{f.lineno} in {f.name}: {f.line}" for f in ours]
         phase = " > ".join(f.name for f in ours)
-        silent = ranks.silent()
-        who = f"no answer from rank {', '.join(map(str, silent))}" if silent else "all ranks wait, but not for the same"
+        gone = silent()
+        who = f"no answer from rank {', '.join(map(str, gone))}" if gone else "all ranks wait, but not for the same"
         raise LostContact(f"{where()}: {who}, while in {phase}: {first}", stack) from error
 
 
