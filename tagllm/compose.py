@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +16,7 @@ import yaml
 from tagllm.build import Built, build_on, open_backbone
 from tagllm.compose_config import CaseConfig, ComposeConfig, check_compose
 from tagllm.config import DataConfig, FieldConfig, OptimConfig, RunConfig, SourceConfig, Split, TagConfig, digest_of
-from tagllm.data.sources import load_rows
+from tagllm.data.sources import SourceRows, load_rows
 from tagllm.data.splits import drawn_from, split_by
 from tagllm.errors import UserError
 from tagllm.evaluate.answers import Answer, answers_of, chosen, copied_answers, scores_of, training_means, write_answers
@@ -77,7 +76,7 @@ class Composer(NamedTuple):
         settings["cases"] = {name: case.model_dump(mode="json")}
         libraries = [sha256_file(Path(path) / "library.json") for path in self.config.libraries]
         rows = load_rows(case.source, cache_folder())
-        self._refuse_seen(name, rows.given_splits)
+        self._refuse_seen(name, rows)
         file, digest = folder / "results.json", digest_of([settings, libraries, rows.file])
         if file.is_file() and (found := read_json(file)).get("config_digest") == digest:
             return found
@@ -182,12 +181,12 @@ class Composer(NamedTuple):
         used = parse_template(next(iter(case.prompts.values())).template, self.library.kinds).tags
         return [n for n in dict.fromkeys(used) if self.library.kinds[n] == kind]
 
-    def _refuse_seen(self, name: str, given: Sequence[Split]) -> None:
+    def _refuse_seen(self, name: str, rows: SourceRows) -> None:
         """Raises UserError where rows of a case may be some that its function tags were trained on."""
         case = self.config.cases[name]
-        if case.split in given:
+        mine = drawn_from(case.source, self._key(case), rows.given_splits)
+        if case.split in rows.given_splits or not {*mine["by"]} <= {*rows.columns}:
             return
-        mine = drawn_from(case.source, self._key(case), given)
         for tag in self._first(case, "function"):
             for held in self.library.tags[tag].about.get("held_out", []):
                 same = (held["by"], held["drawn"].get("seed")) == (mine["by"], mine["drawn"].get("seed"))

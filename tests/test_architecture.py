@@ -42,6 +42,11 @@ SCALED = [
 
 @pytest.mark.parametrize("config", SCALED, ids=lambda config: config.model_type)
 def test_logits_are_scaled_as_the_model_scales_its_own(config: PreTrainedConfig) -> None:
+    agrees_with_plain(config)
+
+
+def agrees_with_plain(config: PreTrainedConfig) -> None:
+    """In the loss of one row and its gradient."""
     torch.manual_seed(0)
     backbone = AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)
     for parameter in backbone.parameters():
@@ -63,14 +68,16 @@ def test_logits_are_scaled_as_the_model_scales_its_own(config: PreTrainedConfig)
     assert tiny.relative_error(found, tiny.gradients(tagged)["tags.learned_TD"]) < 1e-3
 
 
+FALCON = transformers.FalconConfig(vocab_size=96, hidden_size=32, num_hidden_layers=1, num_attention_heads=4)
 EXPERTS = [
     made("Mixtral", num_local_experts=4, num_experts_per_tok=2),
     made("Qwen3Moe", head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16),
+    made("Nemotron"),  # whose norms are a kind of their own
 ]
 
 
 @pytest.mark.parametrize("config", EXPERTS, ids=lambda config: config.model_type)
-def test_experts_take_a_stream_of_another_dtype_than_their_weights(config: PreTrainedConfig) -> None:
+def test_experts_and_norms_take_a_stream_of_another_dtype_than_their_weights(config: PreTrainedConfig) -> None:
     """As the backbone of a run has it in bf16: its residual stream is fp32."""
     torch.manual_seed(0)
     plain = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False).bfloat16()
@@ -96,7 +103,18 @@ REFUSED = [
     ("latent", made("DeepseekV3", q_lora_rank=None, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,
                     v_head_dim=8, n_routed_experts=4, num_experts_per_tok=2, n_group=1, topk_group=1,
                     moe_intermediate_size=16)),
-    ("LM head", made("Llama4Text", head_dim=8, num_local_experts=2, intermediate_size_mlp=64)),
+    ("its decoder from its LM head", made("Llama4Text", head_dim=8, num_local_experts=2, intermediate_size_mlp=64)),
+    ("maps between its decoder and its LM head", made("ModernBertDecoder", cls_token_id=1, sep_token_id=2)),
+    ("embeddings of the tokens in every layer", made("Gemma3nText", head_dim=8, hidden_size_per_layer_input=4,
+                                                     vocab_size_per_layer_input=tiny.VOCABULARY, laurel_rank=4,
+                                                     num_kv_shared_layers=0, layer_types=["full_attention"] * 2)),
+    ("maps between its decoder", transformers.RobertaConfig(vocab_size=96, hidden_size=32, num_hidden_layers=1,
+                                                            num_attention_heads=4, intermediate_size=32)),
+    ("takes no positions", transformers.BartConfig(vocab_size=96, d_model=32, decoder_layers=1, encoder_layers=1,
+                                                        decoder_attention_heads=4, decoder_ffn_dim=32)),
+    ("window of 12 positions", made("Qwen2Moe", use_sliding_window=True, sliding_window=12, max_window_layers=1,
+                                    num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16,
+                                    shared_expert_intermediate_size=16)),
 ]  # fmt: skip
 
 
@@ -129,12 +147,47 @@ def test_under_longrope_no_pass_crosses_the_switch() -> None:
 
 
 def test_attention_that_cannot_be_chosen_is_refused() -> None:
-    backbone = AutoModelForCausalLM.from_config(transformers.BloomConfig(vocab_size=96, hidden_size=32, n_layer=1))
+    backbone = AutoModelForCausalLM.from_config(FALCON)
     of = tiny.layout()
-    with pytest.raises(UserError, match="bloom does not let its attention be chosen, so prefixes cannot be frozen"):
+    with pytest.raises(UserError, match="falcon does not let its attention be chosen, so prefixes cannot be frozen"):
         TaggedModel(backbone, tiny.tags(of), of)
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 def test_others_are_not_refused(family: str) -> None:
     require_supported(tiny.plain_backbone(family))
+
+
+@pytest.mark.parametrize(
+    ("config", "told"),
+    [
+        (made("Gemma3Text", head_dim=8, use_bidirectional_attention=True), "looks at what stands behind, too"),
+        (made("DiffLlama"), "changes keys or values behind the cache"),
+        (made("JetMoe", num_local_experts=4, num_experts_per_tok=2), "changes keys or values behind the cache"),
+    ],
+    ids=lambda value: getattr(value, "model_type", None),
+)  # fmt: skip
+def test_what_attention_would_do_otherwise_is_refused(config: PreTrainedConfig, told: str) -> None:
+    torch.manual_seed(0)
+    backbone = AutoModelForCausalLM.from_config(config).float().eval().requires_grad_(False)
+    make_frozen_aware(backbone)
+    of = tiny.layout()
+    tagged = TaggedModel(backbone, tiny.tags(of), of, None)
+    with pytest.raises(UserError, match=f"backbone.model: .*{told}"):
+        tagged(tiny.collator(of)(tiny.rows(of)[:2]))
+
+
+def test_embeddings_may_be_narrower_than_states() -> None:
+    """OPT-350m's are half as wide, and maps lead from one to the other."""
+    config = transformers.OPTConfig(
+        vocab_size=tiny.VOCABULARY, hidden_size=64, word_embed_proj_dim=tiny.HIDDEN, num_hidden_layers=2, ffn_dim=64,
+        num_attention_heads=4, max_position_embeddings=256,
+    )  # fmt: skip
+    agrees_with_plain(config)
+
+
+def test_one_row_alone_is_laid_out_as_any(monkeypatch: pytest.MonkeyPatch) -> None:
+    """AFMoE looks at what attention gives as one row of memory."""
+    agrees_with_plain(
+        made("Afmoe", head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, num_dense_layers=1)
+    )

@@ -93,10 +93,31 @@ def names(document: Any) -> set[str]:
     return {name for value in document for name in names(value)} if isinstance(document, list) else set()
 
 
+EXAMPLES = {"epochs", "recipe", "target", "fields", "max_characters", "rows"}
+"""Keys of the reference that show what may be given, where the default is nothing."""
+
+
 def test_the_reference_names_every_key() -> None:
     document = yaml.safe_load((ROOT / "configs" / "reference.yaml").read_text())
     assert keys(RunConfig) <= names(document)
-    assert not keys(RunConfig) - names(document)
+
+
+def test_the_reference_has_the_defaults() -> None:
+    """As its first line says: what it gives for a key that need not be given is what holds without it."""
+    file = ROOT / "configs" / "reference.yaml"
+    others = []
+
+    def compare(model: BaseModel, given: dict[str, Any], at: str) -> None:
+        for name, field in type(model).model_fields.items():
+            value = getattr(model, name)
+            if isinstance(value, BaseModel):
+                compare(value, given.get(name, {}), f"{at}.{name}")
+            elif name in given and not field.is_required() and name not in EXAMPLES:
+                others.extend([f"{at}.{name}"] * (value != field.get_default(call_default_factory=True)))
+
+    loaded = load_config(file)
+    compare(loaded, yaml.safe_load(file.read_text()), "")
+    assert not others
 
 
 def test_the_reference_of_compose_names_every_key() -> None:

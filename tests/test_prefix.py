@@ -89,14 +89,29 @@ def test_attention_in_parts_equals_the_backbones_own(family: str) -> None:
 
 
 def test_nothing_of_the_prefix_is_in_the_graph() -> None:
-    """Saved tensors of the live pass do not grow with the prefix, but for its keys and values."""
+    """What is saved for backward grows with the prefix by no more than its keys and values in each layer, and a mark of
+    each position for each row of the tag."""
     of = tiny.layout()
-    row = tiny.rows(of)[0]
-    tagged = tiny.model(of)
-    saved: list[int] = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: saved.append(t.nbytes) or t, lambda t: t):
-        tagged.encode_prefix(tiny.collator(of)([row]))
-    assert saved == []
+    tagged, collate = tiny.model(of), tiny.collator(of)
+
+    def saved_bytes(length: int) -> int:
+        saved: dict[int, int] = {}
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            saved[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        row = tiny.example(of, (f"~{length}", "F"), np.random.default_rng(0))
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: saved.update({t.data_ptr(): t.nbytes}) or t, lambda t: t
+        ):
+            tagged(collate([row]))
+        return sum(saved.values())
+
+    config, more = tagged.backbone.config, 180
+    keys_and_values = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    scores = config.num_hidden_layers * config.num_attention_heads * len(of.ids("F")) * 4 * 2
+    assert saved_bytes(20 + more) - saved_bytes(20) <= more * (keys_and_values + scores)
 
 
 def test_padding_does_not_matter() -> None:
@@ -327,3 +342,24 @@ def test_flash_attn_gets_no_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
         loss, _ = tiny.loss_of(tagged, tiny.collator(of, frozen)(tiny.rows(of)[:1]))
         loss.backward()
     assert set(seen_dtypes) == {torch.bfloat16}
+
+
+def test_beginnings_that_differ_in_their_spans_alone_are_two() -> None:
+    """The same tokens and tags, of which one prompt has the last inside of a span."""
+    of = tiny.layout()
+    long = tiny.example(of, (3, "Frozen", "~9#1", 4, "Frozen", "~8", 2, "F"), np.random.default_rng(0))
+    ends = long.spans_at[1]
+    cut = np.r_[0 : ends[1] - 8, ends[1] + 2 : len(long.ids)]  # without the second field and the text behind it
+    short = long._replace(
+        ids=long.ids[cut],
+        marks=long.marks[cut],
+        pools=long.pools[cut],
+        spans_at=long.spans_at[:1],
+        read_at=long.read_at - 10,
+        function_at=long.function_at - 10,
+        fields_at=long.fields_at[:1],
+    )
+    tagged, collate = tiny.model(of, "gpt2"), tiny.collator(of, block=True)
+    together = tagged(collate([long, short])).values_BK
+    for row, example in enumerate((long, short)):
+        torch.testing.assert_close(together[row], tagged(collate([example])).values_BK[0], rtol=1e-5, atol=1e-6)

@@ -118,7 +118,7 @@ def test_intervals_are_students(config: Path) -> None:
     for point, value in zip(sweep.finals(), values, strict=False):
         finished(sweep, point, value, commit="a1b2c3d")
     (found,) = summaries(sweep)
-    assert found.origins == [{"commit": "a1b2c3d"}] * 3
+    assert [origin["commit"] for origin in found.origins] == ["a1b2c3d"] * 3
     low, high = stats.t.interval(0.95, 2, np.mean(values), stats.sem(values))
     assert found.runs == 3, "the fourth is not finished"
     assert found.metrics["mse"] == pytest.approx((np.mean(values), (high - low) / 2))

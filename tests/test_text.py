@@ -233,3 +233,10 @@ def test_digits_are_scored_as_numbers(run: Run, folder: Path) -> None:
 def test_commas_in_numbers() -> None:
     texts = ("1,234.5", "12,000 g", "0,5", "12,34", "7, 8", "1,234,567", "1.5,2")
     assert [number_in(text) for text in texts] == [1234.5, 12000.0, None, None, 7.0, 1234567.0, None]
+
+
+def test_an_answer_ends_where_the_backbone_takes_no_more_positions(tmp_path: Path) -> None:
+    of, tokenizer = tiny.layout(("Text",)), AutoTokenizer.from_pretrained(tiny.save_backbone(tmp_path))
+    model = tiny.model(of, "gpt2")
+    prompt = np.random.default_rng(0).integers(3, tiny.VOCABULARY, 253).astype(np.int32)
+    assert len(generate(model, tokenizer, [prompt, prompt[:20]], 16)) == 2

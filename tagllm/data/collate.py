@@ -106,7 +106,8 @@ class Collator(NamedTuple):
         for column in zip(*shares, strict=True):
             piece_B = []
             for example, (start, end, _) in zip(examples, column, strict=True):
-                key = digest(b"free" if free else b"", example.ids[start:end], example.pools[start:end])
+                inside = b"free" if free else self._spans(example)[start:end] if self.block else b""
+                key = digest(inside, example.ids[start:end], example.pools[start:end])
                 if end > start and key not in known:
                     known[key] = len(kept)
                     kept.append((example, np.arange(start, end)))

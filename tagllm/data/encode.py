@@ -221,7 +221,7 @@ class Encoder:
         numbers = [_number(value) for value in values]
         for column, value, number in zip(self.source.target, values, numbers, strict=True):
             if not abs(number) <= _LARGEST:  # NaN too
-                comma = isinstance(value, str) and math.isfinite(_number(value.replace(",", ".")))
+                comma = isinstance(value, str) and "," in value and math.isfinite(_number(value.replace(",", ".")))
                 way_out = "; decimals stand behind a point" if comma else ""
                 reasons[i] = reasons[i] or f"{column} is {value!r}; it must be a finite number{way_out}"
         return target if reasons[i] else np.array(numbers, np.float32)

@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from tagllm.model.attention import plain_attention
+from tagllm.model.backbone import longest_prompt
 from tagllm.model.tagged import TaggedModel
 
 
@@ -23,7 +24,8 @@ def generate(
     model: TaggedModel, tokenizer: Any, prompts: Sequence[NDArray[np.int32]], max_new_tokens: int, beams: int = 1,
     rows_per_batch: int = 32,
 ) -> list[str]:  # fmt: skip
-    """The text that follows each prompt (ids, tag rows included), in the order of the prompts, one line each."""
+    """The text that follows each prompt (ids, tag rows included), in the order of the prompts, one line each; shorter
+    where the backbone takes no more positions."""
     texts = [""] * len(prompts)
     by_length = sorted(range(len(prompts)), key=lambda at: len(prompts[at]))
     for start in range(0, len(prompts), rows_per_batch):
@@ -55,7 +57,7 @@ def _batch(
             past_key_values=_seen(model, embeds[:1, :common], len(prompts) * beams),
             attention_mask=mask,
             position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
-            max_new_tokens=max_new_tokens,
+            max_new_tokens=max(1, min(max_new_tokens, longest_prompt(model.backbone.config) - width)),
             do_sample=False,
             num_beams=beams,
             eos_token_id=[tokenizer.eos_token_id, *line_ends(tokenizer)],

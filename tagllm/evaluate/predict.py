@@ -90,7 +90,8 @@ class Predictor:
         fields = {n: field for tag in used.values() for n, field in tag.about.get("fields", {}).items()}
         fields = _renamed(fields | about.get("fields", {}), about.get("template"), self.template, kinds)
         source = SourceConfig(path="-", template=str(text), fields=fields)
-        limit = min(about.get("max_tokens") or backbone.max_tokens, backbone.max_tokens)
+        room = backbone.max_tokens - (0 if self.spec else self.max_new_tokens)
+        limit = min(about.get("max_tokens") or room, room)
         self.encoder = Encoder(self.template, source, layout, backbone.tokenizer, limit, labelled=False)
         width = max([spec.outputs for spec in heads.values()], default=0)
         block = about.get("mask") == "block"

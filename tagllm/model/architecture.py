@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
 from tagllm.errors import UserError
 
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+MASKED_WINDOWS = {"phimoe", "qwen2_moe"}
+"""Families that do not hand their window on to attention, which ours relies on: transformers makes no mask for it."""
 
 
 def require_supported(model: Any) -> None:
@@ -29,6 +32,11 @@ def not_supported(model: Any, why: str) -> UserError:
 
 def _unknown(model: Any) -> Iterator[str]:
     text = model.config.get_text_config()
+    if getattr(text, "is_heterogeneous", False):
+        yield "has layers of different shapes"
+        return  # which it does not answer questions about
+    if getattr(text, "hidden_size_per_layer_input", 0):
+        yield "adds embeddings of the tokens in every layer"
     others = sorted(set(getattr(text, "layer_types", None) or ()) - KNOWN_LAYERS)
     if others:
         yield f"has layers other than full and sliding attention ({', '.join(others)})"
@@ -40,6 +48,22 @@ def _unknown(model: Any) -> Iterator[str]:
         yield "has attention sinks"
     if model.base_model is model:
         yield "does not tell its decoder from its LM head"
+        return
+    if "position_ids" not in inspect.signature(model.base_model.forward).parameters:
+        yield "takes no positions"
+    known = {id(p) for module in (model.base_model, model.get_output_embeddings()) for p in module.parameters()}
+    if any(id(parameter) not in known for parameter in model.parameters()):
+        yield "has maps between its decoder and its LM head"
+    if model.config.model_type in MASKED_WINDOWS and _window(text):
+        yield f"has a window of {_window(text)} positions that only its own mask knows"
+
+
+def _window(text: Any) -> int:
+    """Of its sliding layers, if that is less than the longest prompt; else 0."""
+    types = getattr(text, "layer_types", None)
+    window = getattr(text, "sliding_window", None) or 0
+    slides = types is None or "sliding_attention" in types
+    return window if slides and window < text.max_position_embeddings else 0
 
 
 def logit_factor(config: Any) -> float:

@@ -123,7 +123,7 @@ class Pass(DynamicCache):
             key_states, value_states = key_states.to(self.keep), value_states.to(self.keep)
             self.keys.append(key_states)
             self.values.append(value_states)
-        return Keyed(self, layer_idx, key_states), value_states
+        return Keyed(self, layer_idx, key_states, value_states), value_states
 
     def is_plain(self, window: int | None) -> bool:
         """Whether every row sees all of its own earlier positions and nothing else."""
@@ -150,11 +150,16 @@ class Pass(DynamicCache):
 
 
 class Keyed(NamedTuple):
-    """The keys (1, G, N, E) of one layer of a pass."""
+    """The keys and values (1, G, N, E) of one layer of a pass, as its cache has them."""
 
     of: Pass
     layer: int
     keys: Tensor
+    values: Tensor
+
+    def __getattr__(self, name: str) -> Any:
+        """What attention would be asked of is a tensor elsewhere."""
+        raise _changed_behind("layer")
 
 
 class Rows:
@@ -194,7 +199,7 @@ class Rows:
         if not self.even:
             states = states.index_select(0, self.slot_N)
             states = functional.pad(states, (0, 0, 0, 0, 0, self.num_positions - len(self.slot_N)))
-        return states[None]
+        return states[None].contiguous()
 
 
 def use_parts_attention(model: Any) -> None:
@@ -236,6 +241,13 @@ def attend(
             f"backbone.model: its {type(module).__name__} adds something of its own to the scores of attention, which "
             "would be left out here. Take another architecture: Llama, Mistral, Qwen, Gemma, GPT-2 and most others."
         )
+    if getattr(module, "is_causal", True) is False:
+        raise UserError(
+            f"backbone.model: its {type(module).__name__} looks at what stands behind, too; tags are for models that "
+            "write from left to right. Take one of these."
+        )
+    if value is not key.values:
+        raise _changed_behind(type(module).__name__)
     this, rows = key.of, key.of.rows
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     query_1HNE, key_1GNE = query.to(value.dtype), key.keys.to(value.dtype)
@@ -266,6 +278,13 @@ def attend(
     live = Live(keys_BGSE, values_BGSE, *below)
     out_BGME = attend_parts(queries, sets, live, this.bias(sliding_window), softcap)
     return rows.join(out_BGME.view(B, H, S, E)).to(value.dtype), None
+
+
+def _changed_behind(what: str) -> UserError:
+    return UserError(
+        f"backbone.model: its {what} changes keys or values behind the cache, so prefixes cannot be frozen. Take "
+        "another architecture: Llama, Mistral, Qwen, Gemma, GPT-2 and most others."
+    )
 
 
 def _shared(this: Pass, layer: int, query_BHSE: Tensor) -> list[Shared]:

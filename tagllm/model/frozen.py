@@ -59,7 +59,8 @@ def _frozen(module: nn.Module, name: str, parent: nn.Module) -> nn.Module:
     offset = _rms_norm_offset(module)
     if offset is not None:
         return FrozenRMSNorm(module, offset)
-    if not isinstance(module, nn.Embedding) and any(p.ndim > 1 for p in module.parameters(recurse=False)):
+    own = list(module.parameters(recurse=False))
+    if isinstance(module, nn.LayerNorm) or (not isinstance(module, nn.Embedding) and any(p.ndim > 1 for p in own)):
         module.register_forward_pre_hook(_in_its_own_dtype)
     return module
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tagllm.config import Quantization
 from tagllm.errors import UserError
 from tagllm.model.allocator import return_freed_memory
+from tagllm.model.architecture import require_supported
 from tagllm.model.frozen import make_frozen_aware
 from tagllm.model.linear import FrozenLinear
 from tagllm.model.quantize import quantised
@@ -107,6 +108,7 @@ def skeleton(name: str, dtype: torch.dtype) -> Any:
     _refuse_quantised(name, config)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    require_supported(model)  # before gigabytes are read
     model.requires_grad_(False).eval()
     make_frozen_aware(model)
     return model

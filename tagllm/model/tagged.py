@@ -62,8 +62,9 @@ class TaggedModel(nn.Module):
         self.backbone, self.layout, self.memory = backbone, layout, memory
         self.reads_tokens, self.kernel = reads_tokens, kernel
         rows = {name: tags[name].rows_PD for name in layout.lengths}
-        hidden_size = backbone.config.get_text_config().hidden_size
-        empty = [torch.zeros(0, hidden_size)]
+        text = backbone.config.get_text_config()
+        width = backbone.get_input_embeddings().embedding_dim
+        empty = [torch.zeros(0, width)]
         self.tags = TagEmbedding(
             torch.cat([*empty, *(rows[name] for name in rows if name not in layout.learned)]),
             torch.cat([*empty, *(rows[name] for name in layout.learned)]),
@@ -73,7 +74,12 @@ class TaggedModel(nn.Module):
         heads = {name: head for name in layout.heads if (head := tags[name].head) is not None}
         for name, head in heads.items():
             if head.spec.reads != "last":
-                _require_readable(name, head, layout, backbone.config.get_text_config().num_hidden_layers)
+                _require_readable(name, head, layout, text.num_hidden_layers)
+            if head.spec.layers and width != text.hidden_size:
+                raise UserError(
+                    f"tags.{name}.head.layers is {head.spec.layers}; states inside {text.model_type} have "
+                    f"{text.hidden_size} numbers, its embeddings {width}. Leave it out, to read the last state."
+                )
         self.heads = nn.ModuleDict({n: HeadModule(h).requires_grad_(n in layout.learned) for n, h in heads.items()})
         self._num_computed = 0
         use_parts_attention(backbone)
