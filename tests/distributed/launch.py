@@ -128,11 +128,13 @@ def wait_until(done: Callable[[], bool], ranks: Sequence[subprocess.Popen[str]],
         time.sleep(0.02)
 
 
-def signal_after(run: Run, step: int, ranks: list[subprocess.Popen[str]]) -> None:
-    """SIGTERM to the last rank as soon as `step` is logged."""
+def signal_after(
+    run: Run, step: int, ranks: list[subprocess.Popen[str]], asked: signal.Signals = signal.SIGTERM
+) -> None:
+    """To the last rank as soon as `step` is logged."""
     log = run.path / "metrics.jsonl"
     wait_until(lambda: log.exists() and log.read_text().count("train/loss") >= step, ranks)
-    ranks[-1].send_signal(signal.SIGTERM)
+    ranks[-1].send_signal(asked)
 
 
 class Ranks:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 import pytest
 
 from tagllm.train.signals import EXIT_STOPPED
@@ -38,12 +40,14 @@ def assert_same_end(found: Run, expected: Run, relative: float) -> None:
     assert [line["step"] for line in found.metrics] == list(range(1, STEPS + 1))
 
 
-def test_the_command_itself_stops_and_goes_on(workspace: Workspace, undisturbed: Run) -> None:
-    """Two processes as torchrun starts them; SIGTERM to one; then the same command again."""
-    arguments, run = ["tagllm", *workspace.arguments("command", **LONG)], Run(workspace.folder / "command")
+@pytest.mark.parametrize("asked", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "Ctrl-C"])
+def test_the_command_itself_stops_and_goes_on(workspace: Workspace, undisturbed: Run, asked: signal.Signals) -> None:
+    """Two processes as torchrun starts them; a signal to one; then the same command again."""
+    name = f"command-{asked}"
+    arguments, run = ["tagllm", *workspace.arguments(name, **LONG)], Run(workspace.folder / name)
     ranks = start(arguments, 2, workspace.folder / "cache")
     try:
-        signal_after(run, 3, ranks)
+        signal_after(run, 3, ranks, asked)
     finally:
         outcome = finish(ranks)
     assert outcome.status == [EXIT_STOPPED, EXIT_STOPPED], outcome.stderr
