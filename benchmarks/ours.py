@@ -41,7 +41,7 @@ class Ours(LoopContestant[Batch]):
         self.budgets = workload.stage.config.remembered_bytes  # a user's defaults
         reads_tokens = bool(self.weights.span or self.weights.output)
         self.module = self.model = TaggedModel(
-            backbone.model, workload.tags, workload.layout, None, reads_tokens, backbone.kernel
+            backbone.model, workload.tags, workload.layout, None, reads_tokens, backbone.attention
         ).to(self.device)
         # `sharded` leaves out what merely happens to be alike, and without groups that is everything
         self.collate = workload.stage.collator(workload.layout, free_spans=False)._replace(

@@ -13,7 +13,7 @@ from benchmarks.models import Settings
 from tagllm.build import new_tag
 from tagllm.config_file import parse_config
 from tagllm.data.batch import in_chunks
-from tagllm.data.dataset import Examples, Prompts, prepare
+from tagllm.data.dataset import Examples, Prompts, tokenise
 from tagllm.data.encode import Example, TagLayout
 from tagllm.data.sampler import Sampler
 from tagllm.model.backbone import Backbone
@@ -79,7 +79,7 @@ def build_workload(name: str, settings: Settings, backbone: Backbone, scratch: P
     stage = read_stage(parse_config(config, name), name)
     layout = stage.layout(backbone.vocabulary_size)
     prompts = Prompts(layout, backbone.tokenizer, 240 if settings.quick else backbone.max_tokens)
-    data = prepare(stage.config.data, stage.templates, prompts, cache_folder(), ("train",))
+    data = tokenise(stage.config.data, stage.templates, prompts, cache_folder(), ("train",))
     tags = stage.loaded | {n: new_tag(stage, n, backbone, data) for n in stage.learned}
     choose = _grouped_steps if stage.config.data.sources[0].group_by else _steps
     chosen = choose(data.splits["train"][0], 8 if settings.quick else 32, num_steps)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tagllm.config import SPLITS, BackboneConfig, DataConfig, RunConfig, Split, digest_of
 from tagllm.data.collate import Collator
-from tagllm.data.dataset import Data, Examples, Prompts, prepare, tokenizer_digest
+from tagllm.data.dataset import Data, Examples, Prompts, tokenise, tokenizer_digest
 from tagllm.data.encode import Example, TagLayout
 from tagllm.data.sampler import Draw, all_draws
 from tagllm.errors import SharedError, UserError
@@ -118,12 +118,12 @@ def build_on(backbone: Backbone, stage: Stage, ranks: Ranks, splits: Sequence[Sp
     limit = config.data.max_tokens or backbone.max_tokens
     if limit > backbone.max_tokens:
         raise UserError(f"data.max_tokens is {limit}; the backbone takes at most {backbone.max_tokens}. Lower it.")
-    data = prepare_on_all(config.data, stage.templates, Prompts(layout, backbone.tokenizer, limit), ranks, splits)
+    data = tokenise_on_all(config.data, stage.templates, Prompts(layout, backbone.tokenizer, limit), ranks, splits)
     tags = stage.loaded | {
         name: new_tag(stage, name, backbone, data) for name in config.tags if name not in stage.loaded
     }
     reads_tokens = bool(stage.weights.span or stage.weights.output)
-    model = TaggedModel(backbone.model, tags, layout, empty_memory(config), reads_tokens, backbone.kernel)
+    model = TaggedModel(backbone.model, tags, layout, empty_memory(config), reads_tokens, backbone.attention)
     return Built(stage, backbone, layout, tags, data, model.to(ranks.device))
 
 
@@ -132,16 +132,16 @@ def empty_memory(config: RunConfig, keeps: bool = True) -> PrefixMemory | None:
     return PrefixMemory(*(config.remembered_bytes if keeps else (0, 0))) if config.remembers else None
 
 
-def prepare_on_all(
+def tokenise_on_all(
     config: DataConfig, templates: list[Template], prompts: Prompts, ranks: Ranks, splits: Sequence[Split] = SPLITS
 ) -> Data:
     """Rank 0 reads and tokenises; the others then map what it cached."""
 
     def first() -> None:
-        prepare(config, templates, prompts, cache_folder(), splits)
+        tokenise(config, templates, prompts, cache_folder(), splits)
 
     ranks.on_rank_zero(first)
-    return prepare(config, templates, prompts, cache_folder(), splits)
+    return tokenise(config, templates, prompts, cache_folder(), splits)
 
 
 def open_backbone(config: BackboneConfig, ranks: Ranks, place: Place | None = None) -> Backbone:

@@ -185,14 +185,13 @@ class Composer(NamedTuple):
         """Raises UserError where rows of a case may be some that its function tags were trained on."""
         case = self.config.cases[name]
         mine = drawn_from(case.source, self._key(case), rows.given_splits)
-        if case.split in rows.given_splits or not {*mine["by"]} <= {*rows.columns}:
+        share = mine["drawn"].get(case.split)  # none of train, which is asked for what it is
+        if share is None or not {*mine["by"]} <= {*rows.columns}:
             return
         for tag in self._first(case, "function"):
             for held in self.library.tags[tag].about.get("held_out", []):
                 same = (held["by"], held["drawn"].get("seed")) == (mine["by"], mine["drawn"].get("seed"))
-                if held["data"] == mine["data"] and not (
-                    same and mine["drawn"][case.split] <= held["drawn"].get(case.split, 0)
-                ):
+                if held["data"] == mine["data"] and not (same and share <= held["drawn"].get(case.split, 0)):
                     raise UserError(
                         f"cases.{name}: its {case.split} rows are drawn by {', '.join(mine['by'])} ({mine['drawn']}), "
                         f"those that <{tag}> was trained on by {', '.join(held['by'])} ({held['drawn']}), so some of "

@@ -53,9 +53,11 @@ class Tag:
 
     def answers_like(self, other: Tag) -> bool:
         """With the same rows and the same head, whatever is said about them."""
-        mine, its = ({} if tag.head is None else tag.head.tensors() for tag in (self, other))
-        same_head = mine.keys() == its.keys() and all(torch.equal(mine[part], its[part]) for part in mine)
-        return torch.equal(self.rows_PD, other.rows_PD) and same_head
+        if not torch.equal(self.rows_PD, other.rows_PD) or self.head is None or other.head is None:
+            return torch.equal(self.rows_PD, other.rows_PD) and self.head is other.head
+        mine, its = self.head.tensors(), other.head.tensors()
+        same = mine.keys() == its.keys() and all(torch.equal(mine[part], its[part]) for part in mine)
+        return same and (self.head.spec, self.head.pools) == (other.head.spec, other.head.pools)
 
 
 class BackboneIdentity(NamedTuple):

@@ -18,7 +18,7 @@ from scipy.stats import norm, spearmanr
 
 from tagllm.config import HeadConfig
 from tagllm.evaluate.censored import Limits, beyond_limits, noise_of
-from tagllm.evaluate.closed_form import answers_of, fit_head
+from tagllm.evaluate.closed_form import fit_head, predictions_of
 from tagllm.evaluate.kernel_ridge import KernelFits, Similarity
 from tagllm.evaluate.ridge import Rows, fit_ridge
 from tagllm.head import Head, measured
@@ -63,7 +63,7 @@ def test_what_cannot_be_measured_is_told_apart_and_what_can_is_answered_better(f
     features = torch.from_numpy(test.features_nF)
     better, worse = (mse((head.values(features) * 6 + 54).numpy(), test) for head in (censored, plain))
     assert better < 0.6 * worse, "below the limit, where nothing was seen"
-    answers, before = (answers_of(head, test.features_nF) for head in (censored, plain))
+    answers, before = (predictions_of(head, test.features_nF) for head in (censored, plain))
     assert answers.min() >= LIMIT and mse(answers, read(test)) < 0.9 * mse(before, read(test))
     under = test.targets_nK[:, 0] < LIMIT
     order, order_before = (spearmanr(found[under, 0], test.targets_nK[under, 0])[0] for found in (answers, before))
@@ -79,7 +79,9 @@ def test_above_is_below_upside_down(fit: str) -> None:
     below = fit_head(blank(fit, censored_below=LIMIT), train, valid)
     above = replace(blank(fit, censored_above=-LIMIT), mean_K=torch.tensor([-54.0]))
     above = fit_head(above, turned(train), turned(valid))
-    np.testing.assert_allclose(answers_of(above, valid.features_nF), -answers_of(below, valid.features_nF), rtol=1e-3)
+    np.testing.assert_allclose(
+        predictions_of(above, valid.features_nF), -predictions_of(below, valid.features_nF), rtol=1e-3
+    )
 
 
 def test_the_fit_is_the_likeliest_one() -> None:
@@ -129,7 +131,9 @@ def test_where_nothing_is_censored_nothing_changes(fit: str) -> None:
     train, valid = values(600, 0), values(300, 1)
     plain = fit_head(blank(fit), train, valid)
     censored = fit_head(blank(fit, censored_below=-1000), train, valid)
-    np.testing.assert_allclose(answers_of(censored, valid.features_nF), answers_of(plain, valid.features_nF), rtol=2e-3)
+    np.testing.assert_allclose(
+        predictions_of(censored, valid.features_nF), predictions_of(plain, valid.features_nF), rtol=2e-3
+    )
 
 
 @given(
@@ -179,7 +183,7 @@ def test_the_library_keeps_it_and_steps_go_on_from_it(tmp_path: Path, fit: str) 
     assert back.noise_K.equal(head.noise_K)
     module, features = HeadModule(back), torch.from_numpy(valid.features_nF)
     answers = module.unstandardise(module(features, features))
-    np.testing.assert_allclose(answers.detach(), answers_of(head, valid.features_nF), rtol=1e-4)
+    np.testing.assert_allclose(answers.detach(), predictions_of(head, valid.features_nF), rtol=1e-4)
     assert torch.equal(module.as_head().answer(features), back.answer(features))
     (answers - torch.from_numpy(valid.targets_nK)).square().sum().backward()
     assert module.weight_KF.grad is not None and module.weight_KF.grad.isfinite().all()

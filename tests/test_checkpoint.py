@@ -150,7 +150,7 @@ def test_manifest_says_where_the_state_comes_from(tmp_path: Path) -> None:
     manifest = json.loads((save(tmp_path / "a" / "b", state_of(20), keep=2) / checkpoint.MANIFEST).read_text())
     assert (manifest["format"], manifest["step"], manifest["parent"]) == (1, 20, 10)
     assert manifest["identity"] == IDENTITY
-    assert set(manifest["libraries"]) == {"python", "torch", "transformers", "deepspeed"}
+    assert {"python", "torch", "transformers", "deepspeed"} <= set(manifest["libraries"])
     assert set(manifest["files"]) == {checkpoint.STATE, checkpoint.PROGRESS}
 
 

@@ -14,7 +14,7 @@ from sklearn.model_selection import KFold
 from tagllm.config import HeadConfig
 from tagllm.data.batch import Counts
 from tagllm.evaluate import kernel_widths
-from tagllm.evaluate.closed_form import answers_of, fit_head
+from tagllm.evaluate.closed_form import fit_head, predictions_of
 from tagllm.evaluate.kernel_ridge import PENALTIES, RANK, KernelFits, Nystroem, Similarity
 from tagllm.evaluate.kernel_widths import SOME_PENALTIES, SPREADS, choose_widths
 from tagllm.evaluate.passes import Pass
@@ -41,7 +41,7 @@ def blank(kernel: str = "anova", landmarks: int = 400) -> Head:
 
 
 def error(head: Head, on: Rows) -> float:
-    return float(np.mean((answers_of(head, on.features_nF) - on.targets_nK) ** 2) / on.targets_nK.var())
+    return float(np.mean((predictions_of(head, on.features_nF) - on.targets_nK) ** 2) / on.targets_nK.var())
 
 
 def test_a_curve_is_learned_with_a_kernel_and_not_without() -> None:
@@ -155,7 +155,7 @@ def test_a_state_of_the_tag_that_does_harm_is_left_out(told: bool, monkeypatch: 
     assert fit.kernel is not None and error(fit, test) < 0.8
     traded = test.features_nF.copy()
     traded[:, :D] = traded[::-1, :D]
-    moved = np.abs(answers_of(fit, traded) - answers_of(fit, test.features_nF)).mean()
+    moved = np.abs(predictions_of(fit, traded) - predictions_of(fit, test.features_nF)).mean()
     assert moved > 1 if told else moved < 1e-3
     assert fit.reads_tag == told and ("QED" in fields_alone({"QED": fit, "SMILES": None})) == (not told)
 
@@ -251,7 +251,7 @@ def test_a_length_that_never_differed_says_nothing(kernel: str) -> None:
     head = replace(Head.new(spec, D), mean_K=torch.tensor([50.0]), std_K=torch.tensor([5.0]))
     fit = fit_head(head, with_length(train, 2.3), with_length(valid, 2.3))
     assert (fit.kernel is not None) == (kernel == "anova")
-    same, other = (answers_of(fit, with_length(valid, length).features_nF) for length in (2.3, 3.1))
+    same, other = (predictions_of(fit, with_length(valid, length).features_nF) for length in (2.3, 3.1))
     np.testing.assert_allclose(other, same, rtol=1e-3)
 
 
@@ -267,7 +267,7 @@ def test_answers_that_are_no_numbers_do_not_look_perfect() -> None:
     wild = np.where(np.arange(300)[:, None] % 2 == 0, np.nan, np.inf).astype(np.float32)
     trained = pass_of(valid, wild, np.inf)
     fitted = trained.answered_by(head, np.ones(300, bool))
-    expected = ((answers_of(head, valid.features_nF) - valid.targets_nK) / 5) ** 2
+    expected = ((predictions_of(head, valid.features_nF) - valid.targets_nK) / 5) ** 2
     assert np.isinf(trained.errors(head)).all()
     assert fitted.sums[2] == pytest.approx(float(expected.sum()), rel=1e-5)
     assert not clearly_better(trained.errors(head), fitted.errors(head))
@@ -286,6 +286,6 @@ def test_a_fit_changes_the_loss_by_its_own_rows() -> None:
     mine, values = np.arange(300) < 200, np.full((300, 1), 40, np.float32)
     errors = ((values - valid.targets_nK) / 5) ** 2
     fitted = pass_of(valid, values, float(errors.sum())).answered_by(head, mine)
-    own = ((answers_of(head, valid.features_nF) - valid.targets_nK) / 5) ** 2
+    own = ((predictions_of(head, valid.features_nF) - valid.targets_nK) / 5) ** 2
     assert fitted.sums[2] == pytest.approx(float(errors[~mine].sum() + own[mine].sum()), rel=1e-4)
     assert (fitted.values_nK[~mine] == 40).all()

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer
 
 from tagllm.config import DataConfig
 from tagllm.data import dataset
-from tagllm.data.dataset import Data, Prompts, prepare
+from tagllm.data.dataset import Data, Prompts, tokenise
 from tagllm.data.encode import TagLayout
 from tagllm.errors import UserError
 from tagllm.template import parse_template
@@ -40,7 +40,7 @@ def prepared(tmp_path: Path, tokenizer: Any, of: TagLayout, **changes: Any) -> D
         file.write_text("a,b,output\n" + "".join(f"x{i},y{i},z{i}\n" for i in range(40)))
     source = {"path": str(file), "template": TEMPLATE, "split": {"valid": 0.2, "test": 0.2}}
     given = DataConfig.model_validate({"sources": [source], **changes})
-    return prepare(given, [parse_template(TEMPLATE, KINDS)], Prompts(of, tokenizer, 100), tmp_path / "cache")
+    return tokenise(given, [parse_template(TEMPLATE, KINDS)], Prompts(of, tokenizer, 100), tmp_path / "cache")
 
 
 def test_tags_in_another_order_are_other_rows(tmp_path: Path, tokenizer: Any) -> None:

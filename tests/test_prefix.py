@@ -337,7 +337,7 @@ def test_flash_attn_gets_no_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(attention, "_flash", flash)
     tagged = tiny.model(of, dtype=torch.bfloat16)
-    tagged.kernel = "flash_attention_2"
+    tagged.attention = "flash_attention_2"
     for frozen in (False, True):
         loss, _ = tiny.loss_of(tagged, tiny.collator(of, frozen)(tiny.rows(of)[:1]))
         loss.backward()

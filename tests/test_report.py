@@ -291,6 +291,6 @@ def test_ends_of_lines_that_json_does_not_know_are_text(run: Path, tmp_path: Pat
 
 
 def test_how_a_rate_was_chosen_is_told() -> None:
-    assert _rate({"lr": 3e-4, "lr_at_edge": False}) == "lr 0.0003 as given"
+    assert _rate({"lr": 3e-4, "lr_at_edge": False, "tried": {}}) == "lr 0.0003 as given"
     told = _rate({"lr": 1e-3, "lr_at_edge": True, "tried": {"0.001": 0.25, "0.003": 0.5}})
     assert told == "lr 0.001 (loss on validation: 0.001 0.25, 0.003 0.5; the best is at the edge)"

@@ -11,7 +11,7 @@ import torch
 
 from tagllm.config import HeadConfig
 from tagllm.errors import UserError
-from tagllm.evaluate.closed_form import answers_of, fit_head
+from tagllm.evaluate.closed_form import fit_head, predictions_of
 from tagllm.evaluate.kernel_ridge import Similarity
 from tagllm.evaluate.ridge import Rows
 from tagllm.head import Head, States
@@ -87,8 +87,8 @@ def test_what_was_seen_one_way_is_known_the_other(landmarks: int) -> None:
         head = replace(head, std_K=torch.tensor([float(train.targets_nK.std())]))
         fit = fit_head(head, train, valid)
         assert fit.kernel is not None
-        answers = answers_of(fit, test.features_nF)
+        answers = predictions_of(fit, test.features_nF)
         found[symmetric] = float(np.mean((answers - test.targets_nK) ** 2) / test.targets_nK.var())
-        same = np.allclose(answers_of(fit, swapped(test).features_nF), answers, atol=1e-2)
+        same = np.allclose(predictions_of(fit, swapped(test).features_nF), answers, atol=1e-2)
         assert same == symmetric
     assert found[True] < 0.7 * found[False]

@@ -64,7 +64,7 @@ def test_a_column_of_several_types_is_text_in_parquet(values: list[Any], expecte
 class Fixed:
     """A predictor that always says 2."""
 
-    columns = ("P",)
+    columns, num_cut = ("P",), 0
     template = parse_template("{a}", {})
 
     def __init__(self, request: Any) -> None:
@@ -82,7 +82,7 @@ def test_predictions_of_uneven_objects_are_written(
     lines: list[dict[str, Any]] = [{"a": "x", "id": 1}, {"a": "y", "id": "two", "note": "z"}]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     request = predict.Request([], None, None, None, 1, 1)
-    assert predict.predict_file(request, tmp_path / "in.jsonl", tmp_path / f"out.{suffix}") == (2, 0)
+    assert predict.predict_file(request, tmp_path / "in.jsonl", tmp_path / f"out.{suffix}") == (2, 0, 0)
     first, second = (row.values for row in read_rows(tmp_path / f"out.{suffix}") if isinstance(row, Row))
     assert list(first) == ["a", "id", "P", "tagllm_error", "note"]
     assert (first["id"], second["id"], second["note"]) == ("1", "two", "z")

@@ -15,7 +15,7 @@ from tagllm.baselines.record import Record
 from tagllm.baselines.task import Task, open_tasks, read_asked
 from tagllm.baselines.train import LOOKS, Trained, see, train
 from tagllm.errors import UserError, did_you_mean
-from tagllm.evaluate.closed_form import FIT_ROWS, answers_of
+from tagllm.evaluate.closed_form import FIT_ROWS, predictions_of
 from tagllm.evaluate.metrics import intervals, value_metrics
 from tagllm.evaluate.results import FOLDER, update_results
 from tagllm.evaluate.seeds import bounds, over_seeds
@@ -157,7 +157,8 @@ def _final(task: Task, method: Method, record: Record, rate: float, seed: int) -
         settings = record.document["settings"]
         model, trained, head = _train(task, method, settings, rate, settings["budget_s"], seed)
         test = see(model, task.rows("test", method), task.config.evaluation.rows_per_batch).rows(head.spec.reads)
-        answer_nK, targets_nK, classes = answers_of(head, test.features_nF), test.targets_nK, bool(head.spec.classes)
+        answer_nK, targets_nK = predictions_of(head, test.features_nF), test.targets_nK
+        classes = bool(head.spec.classes)
         entry = trained._asdict() | {
             "metrics": value_metrics(answer_nK, targets_nK, classes),
             "intervals": intervals(answer_nK, targets_nK, classes),

@@ -10,7 +10,7 @@ import torch
 from tagllm.baselines.methods import Method
 from tagllm.baselines.plain import load_plain
 from tagllm.baselines.prompts import Row, Untagged
-from tagllm.build import prepare_on_all
+from tagllm.build import tokenise_on_all
 from tagllm.config import SPLITS, RunConfig, Split
 from tagllm.data.dataset import Data, Prompts
 from tagllm.data.encode import TagLayout
@@ -90,7 +90,7 @@ def open_tasks(run: Path) -> list[Task]:
     library.backbone.require_same(backbone.identity, str(folder.library))
     layout = stage.layout(backbone.vocabulary_size)
     limit = config.data.max_tokens or backbone.max_tokens
-    data = prepare_on_all(config.data, stage.templates, Prompts(layout, backbone.tokenizer, limit), ranks)
+    data = tokenise_on_all(config.data, stage.templates, Prompts(layout, backbone.tokenizer, limit), ranks)
     require_same_rows(folder, data, SPLITS)
     trained, num_rows = folder.training(), sum(map(len, data.splits["train"]))
     num_gpus = trained.get("ranks", 1) if ranks.device.type == "cuda" else 1  # CPU ranks shared what one now has

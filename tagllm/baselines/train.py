@@ -21,7 +21,7 @@ from tagllm.baselines.methods import Method
 from tagllm.baselines.prompts import Row, pad
 from tagllm.baselines.task import Task
 from tagllm.config import OptimConfig
-from tagllm.evaluate.closed_form import answers_of, fit_head, squared_errors
+from tagllm.evaluate.closed_form import fit_head, predictions_of, squared_errors
 from tagllm.evaluate.features import Features
 from tagllm.evaluate.ridge import clearly_better
 from tagllm.head import Head
@@ -171,7 +171,7 @@ def see(model: Adapted, rows: Sequence[Row], rows_per_batch: int) -> Features:
 def errors(head: Head, seen: Features) -> Floats:
     """Of each row (n): squared, standardised, averaged over outputs; of classes, nats."""
     features_nF, targets_nK = seen.rows(head.spec.reads)
-    answers_nK = answers_of(head, features_nF)
+    answers_nK = predictions_of(head, features_nF)
     errors_n: Floats
     if head.spec.classes:
         logits_nK, target_n1 = torch.from_numpy(answers_nK), torch.from_numpy(targets_nK)

@@ -27,7 +27,7 @@ CHUNK_ROWS = 1000
 _LISTED_ERRORS = 5
 
 
-class BadRow(NamedTuple):
+class RejectedRow(NamedTuple):
     file: str
     line: int
     reason: str
@@ -85,7 +85,7 @@ class Data(NamedTuple):
 
     splits: dict[Split, list[Examples]]
     record: dict[str, Any]
-    bad_rows: list[BadRow]
+    bad_rows: list[RejectedRow]
 
     @property
     def digest(self) -> str:
@@ -127,7 +127,7 @@ def tokenizer_digest(tokenizer: Any) -> str:
     return digest_of(backend.to_str() if backend else sorted(tokenizer.get_vocab().items()))
 
 
-def prepare(
+def tokenise(
     config: DataConfig,
     templates: Sequence[Template],
     prompts: Prompts,
@@ -142,7 +142,7 @@ def prepare(
     """
     splits: dict[Split, list[Examples]] = {split: [] for split in wanted}
     record: dict[str, Any] = {}
-    bad_rows: list[BadRow] = []
+    bad_rows: list[RejectedRow] = []
     loaded = [load_rows(source, cache) for source in config.sources]
     check_keys(config.sources, templates, [rows.given_splits for rows in loaded])
     for at, (source, template, rows) in enumerate(zip(config.sources, templates, loaded, strict=True)):
@@ -152,7 +152,7 @@ def prepare(
         keys = keys_of(table, split_by(source, template))
         found = split_rows(table, keys, source, f"{where} ({rows.name})", wanted)
         bad_rows += [
-            BadRow(row["_file"], row["_line"], row["_bad"])
+            RejectedRow(row["_file"], row["_line"], row["_bad"])
             for row in (table.filter(lambda bad: bad != "", input_columns="_bad") if rows.num_bad else [])
         ]
         encoder = Encoder(template, source, prompts.layout, prompts.tokenizer, prompts.max_tokens)
@@ -169,7 +169,7 @@ def prepare(
             if not file.exists():
                 _write_examples(file, table, found[split], encoder)
             examples, report = _read_examples(file, table, at)
-            bad_rows += [BadRow(*row) for row in report["bad_rows"]]
+            bad_rows += [RejectedRow(*row) for row in report["bad_rows"]]
             record[str(at)][split] = {"examples": len(examples), "sha256": file.stem.removeprefix("examples-")} | {
                 key: report[key] for key in ("unlabelled", "rows_cut", "tokens_cut")
             }
@@ -271,14 +271,16 @@ def _refuse_unlabelled(config: DataConfig, report: dict[str, Any], num_examples:
             "Raise data.max_tokens, shorten the template, or leave long rows out with max_characters."
         )
     if not num_examples and (total or report["bad_rows"]):
-        raise UserError(*_lines([BadRow(*row) for row in report["bad_rows"]]), f"{where}: no row gives an example.")
+        raise UserError(
+            *_lines([RejectedRow(*row) for row in report["bad_rows"]]), f"{where}: no row gives an example."
+        )
 
 
-def _lines(bad_rows: list[BadRow]) -> list[str]:
+def _lines(bad_rows: list[RejectedRow]) -> list[str]:
     return [f"{row.file}, line {row.line}: {row.reason}." for row in bad_rows[:_LISTED_ERRORS]]
 
 
-def _refuse(bad_rows: list[BadRow]) -> None:
+def _refuse(bad_rows: list[RejectedRow]) -> None:
     lines = _lines(bad_rows)
     more = f" (the first {_LISTED_ERRORS} are above)" if len(bad_rows) > _LISTED_ERRORS else ""
     raise UserError(

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tagllm.config import HeadConfig, Reads
 from tagllm.data.encode import TagLayout
-from tagllm.evaluate.closed_form import answers_of, fit_head
+from tagllm.evaluate.closed_form import fit_head, predictions_of
 from tagllm.evaluate.features import Features
 from tagllm.evaluate.passes import Floats, Pass
 from tagllm.head import Head
@@ -42,7 +42,7 @@ def value_baselines(
         for reads in get_args(Reads):
             spec = like.model_copy(update={**read, "reads": reads})
             probe = fit_head(_blank(spec, layout.pools, train), train.rows(reads), valid.rows(reads))
-            found[f"{name}_{reads}"] = answers_of(probe, held_out.rows(reads).features_nF)
+            found[f"{name}_{reads}"] = predictions_of(probe, held_out.rows(reads).features_nF)
     return found
 
 

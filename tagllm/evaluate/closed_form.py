@@ -86,7 +86,7 @@ def _fit_kernel(head: Head, train: Rows, valid: Rows) -> KernelFit | LandmarkFit
     return fitted.fit(best, train.targets_nK, float(error_P[best]))
 
 
-def answers_of(head: Head, features_nF: Floats) -> Floats:
+def predictions_of(head: Head, features_nF: Floats) -> Floats:
     """(n, K), in units of the data."""
     answer_nK: Floats = head.answer(torch.from_numpy(features_nF)).numpy()
     return answer_nK

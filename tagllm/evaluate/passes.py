@@ -18,7 +18,7 @@ from tagllm.data.dataset import Examples
 from tagllm.data.encode import Example
 from tagllm.data.sampler import Draw
 from tagllm.errors import SharedError
-from tagllm.evaluate.closed_form import answers_of, squared_errors
+from tagllm.evaluate.closed_form import predictions_of, squared_errors
 from tagllm.evaluate.features import Features
 from tagllm.evaluate.ridge import Rows
 from tagllm.head import Head
@@ -56,7 +56,7 @@ class Pass(NamedTuple):
     def answered_by(self, head: Head, mine_n: NDArray[np.bool_]) -> Pass:
         """The same with some rows answered by another head, from what was kept of features."""
         values_nK = self.values_nK.copy()
-        values_nK[mine_n, : head.spec.outputs] = answers_of(head, self.rows(head.spec).features_nF[mine_n])
+        values_nK[mine_n, : head.spec.outputs] = predictions_of(head, self.rows(head.spec).features_nF[mine_n])
         answered = self._replace(values_nK=values_nK)
         before, after = (float(one.errors(head)[mine_n].sum(dtype=np.float64)) for one in (self, answered))
         span, output, value = self.sums

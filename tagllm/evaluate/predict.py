@@ -78,7 +78,9 @@ class Predictor:
         lengths = {n: len(tag.rows_PD) for n, tag in used.items()}
         pools = all_pools([self.template], kinds, pool_of(heads.values()), pools_known(t.head for t in used.values()))
         layout = TagLayout.of(backbone.vocabulary_size, {n: kinds[n] for n in used}, lengths, [], heads, pools)
-        self.model = TaggedModel(backbone.model, used, layout, reads_tokens=False, kernel=backbone.kernel).to(device)
+        self.model = TaggedModel(backbone.model, used, layout, reads_tokens=False, attention=backbone.attention).to(
+            device
+        )
         if self.spec and self.spec.reads != "last":
             prompts = trained_with(tags[self.tag], kinds) | {"template": self.template}
             if problems := order_problems(self.tag, prompts, kinds, pool_of(heads.values())):

@@ -97,7 +97,7 @@ def _slice_if_adjacent(rows: list[int]) -> slice | list[int]:
     return slice(rows[0], rows[-1] + 1) if rows[-1] - rows[0] + 1 == len(rows) else rows
 
 
-class Pass(DynamicCache):
+class PassCache(DynamicCache):
     """One pass of the decoder over `tokens` on top of `parts`: all that attention must know, and where its keys stay.
 
     To transformers it is a cache: `update` hands the keys on together with this object. `keep` is the dtype in which
@@ -105,10 +105,10 @@ class Pass(DynamicCache):
     """
 
     def __init__(
-        self, tokens: Tokens, parts: Sequence[Part], keep: torch.dtype | None, kernel: str, rotation: Rotation | None
+        self, tokens: Tokens, parts: Sequence[Part], keep: torch.dtype | None, attention: str, rotation: Rotation | None
     ) -> None:
         super().__init__()
-        self.tokens, self.parts, self.keep, self.kernel = tokens, list(parts), keep, kernel
+        self.tokens, self.parts, self.keep, self.attention = tokens, list(parts), keep, attention
         self.keys: list[Tensor] = []
         self.values: list[Tensor] = []
         self.groups = [part.groups() for part in self.parts]
@@ -152,7 +152,7 @@ class Pass(DynamicCache):
 class Keyed(NamedTuple):
     """The keys and values (1, G, N, E) of one layer of a pass, as its cache has them."""
 
-    of: Pass
+    of: PassCache
     layer: int
     keys: Tensor
     values: Tensor
@@ -253,7 +253,7 @@ def attend(
     query_1HNE, key_1GNE = query.to(value.dtype), key.keys.to(value.dtype)
     if not rows.longest:
         return torch.zeros_like(query_1HNE).transpose(1, 2), None
-    explicit = query.device.type == "cpu" and this.kernel == "sdpa" and rows.longest <= EXPLICIT_UP_TO
+    explicit = query.device.type == "cpu" and this.attention == "sdpa" and rows.longest <= EXPLICIT_UP_TO
     if this.is_plain(sliding_window) and softcap is None and not explicit:
         return _plain(this, query_1HNE, key_1GNE, value, scale), None
     query_BHSE = rows.split(query_1HNE)
@@ -287,7 +287,7 @@ def _changed_behind(what: str) -> UserError:
     )
 
 
-def _shared(this: Pass, layer: int, query_BHSE: Tensor) -> list[Shared]:
+def _shared(this: PassCache, layer: int, query_BHSE: Tensor) -> list[Shared]:
     """What the rows of a prefix pass see beside their own positions: pieces that are placed, without their padding."""
     found = []
     for part, groups in zip(this.parts, this.groups, strict=True):
@@ -298,9 +298,11 @@ def _shared(this: Pass, layer: int, query_BHSE: Tensor) -> list[Shared]:
     return found
 
 
-def _plain(this: Pass, query_1HNE: Tensor, key_1GNE: Tensor, value_1GNE: Tensor, scale: float) -> Tensor:
+def _plain(this: PassCache, query_1HNE: Tensor, key_1GNE: Tensor, value_1GNE: Tensor, scale: float) -> Tensor:
     """Causal attention within each row: the kernels that are fastest for it. Pads stand behind, where nobody looks."""
-    if this.kernel == "flash_attention_2" and value_1GNE.dtype != torch.float32:  # live passes are fp32: not for flash
+    if (
+        this.attention == "flash_attention_2" and value_1GNE.dtype != torch.float32
+    ):  # live passes are fp32: not for flash
         return _flash(this.tokens, query_1HNE, key_1GNE, value_1GNE, scale)
     query, key, value = (this.rows.split(states) for states in (query_1HNE, key_1GNE, value_1GNE))
     out_BHSE = functional.scaled_dot_product_attention(

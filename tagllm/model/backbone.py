@@ -31,7 +31,7 @@ class Backbone(NamedTuple):
     model: Any
     tokenizer: Any
     identity: BackboneIdentity
-    kernel: str
+    attention: str
     """What computes plain attention: sdpa or flash_attention_2."""
     embedding: Callable[[], torch.Tensor]
     """Gives the token embedding (V, D), whole where the backbone is sharded too."""
@@ -91,7 +91,7 @@ def load_backbone(config: BackboneConfig, device: torch.device, place: Place | N
 
     disable_progress_bar()
     dtype = DTYPES[fastest_dtype(device) if config.dtype == "auto" else config.dtype]
-    kernel = _kernel(config, device, dtype)
+    attention = _attention(config, device, dtype)
     try:
         model, embedding = load_model(resolve(config.model), dtype, device, config.quantize, place)
     except (OSError, ValueError, ImportError, SafetensorError) as error:  # the last: a download that was cut off
@@ -103,7 +103,7 @@ def load_backbone(config: BackboneConfig, device: torch.device, place: Place | N
         multiply_fp32_in_onednn()
         pack_weights(model)
     identity = identify(config.model, model.config.model_type, embedding())
-    return Backbone(model, load_tokenizer(config.model), identity, kernel, embedding)
+    return Backbone(model, load_tokenizer(config.model), identity, attention, embedding)
 
 
 def checkpoint_layers(model: Any) -> None:
@@ -142,7 +142,7 @@ def pack_weights(model: Any) -> None:
             layer.packs = layer.weight.dtype == torch.bfloat16
 
 
-def _kernel(config: BackboneConfig, device: torch.device, dtype: torch.dtype) -> str:
+def _attention(config: BackboneConfig, device: torch.device, dtype: torch.dtype) -> str:
     """flash-attn where it is installed and can run: on CUDA, not in fp32."""
     usable = device.type == "cuda" and dtype != torch.float32 and find_spec("flash_attn") is not None
     if config.attention == "flash_attention_2" and not usable:

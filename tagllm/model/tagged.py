@@ -18,7 +18,7 @@ from tagllm.errors import UserError
 from tagllm.head import Head, fields_read
 from tagllm.model.allocator import give_back_freed_memory
 from tagllm.model.architecture import logit_factor
-from tagllm.model.attention import Part, Pass, use_parts_attention
+from tagllm.model.attention import Part, PassCache, use_parts_attention
 from tagllm.model.embedding import TagEmbedding
 from tagllm.model.lm_head import FrozenHead
 from tagllm.model.loss import Sums, value_losses
@@ -51,16 +51,16 @@ class TaggedModel(nn.Module):
         memory: where prefixes are remembered, be it none of them; None (a must under ZeRO-3): every rank computes
             them anew each time, all in one pass.
         reads_tokens: whether any token is supervised; decided by the config, so that all ranks call the LM head alike.
-        kernel: what computes attention where a row sees nothing but itself (`sdpa`, `flash_attention_2`).
+        attention: what computes it where a row sees nothing but itself (`sdpa`, `flash_attention_2`).
     """
 
     def __init__(
         self, backbone: Any, tags: dict[str, Tag], layout: TagLayout, memory: PrefixMemory | None = None,
-        reads_tokens: bool = True, kernel: str = "sdpa",
+        reads_tokens: bool = True, attention: str = "sdpa",
     ) -> None:  # fmt: skip
         super().__init__()
         self.backbone, self.layout, self.memory = backbone, layout, memory
-        self.reads_tokens, self.kernel = reads_tokens, kernel
+        self.reads_tokens, self.attention = reads_tokens, attention
         rows = {name: tags[name].rows_PD for name in layout.lengths}
         text = backbone.config.get_text_config()
         width = backbone.get_input_embeddings().embedding_dim
@@ -171,10 +171,10 @@ class TaggedModel(nn.Module):
 
     def _decode(
         self, tokens: Tokens, parts: list[Part], keep: torch.dtype | None = None
-    ) -> tuple[Tensor, list[Tensor], Pass]:
+    ) -> tuple[Tensor, list[Tensor], PassCache]:
         """Hidden states (N, D) of one pass of the backbone, those that means are taken of (of each layer), and its keys
         and values if kept. The residual stream is fp32."""
-        this = Pass(tokens, parts, keep, self.kernel, self.rotation)
+        this = PassCache(tokens, parts, keep, self.attention, self.rotation)
         out = self.backbone.base_model(
             inputs_embeds=self.tags(self.backbone.get_input_embeddings(), tokens.ids_N[None], torch.float32),
             position_ids=tokens.at_N[None],

@@ -224,9 +224,8 @@ def _notes(run: Run) -> list[str]:
 
 def _rate(trained: Mapping[str, Any]) -> str:
     """The learning rate, and how it was chosen."""
-    tried = trained.get("tried", {})
-    if not tried:
-        return f"lr {trained['lr']:g} as given"
+    if not (tried := trained.get("tried")):
+        return f"lr {trained['lr']:g}{'' if tried is None else ' as given'}"  # records of before do not say
     losses = ", ".join(f"{rate} {digits(loss, 4)}" for rate, loss in tried.items())
     edge = "; the best is at the edge" if trained["lr_at_edge"] else ""
     return f"lr {trained['lr']:g} (loss on validation: {losses}{edge})"

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from tagllm.config import RunConfig
-from tagllm.data.dataset import Prompts, prepare
+from tagllm.data.dataset import Prompts, tokenise
 from tagllm.errors import UserError
 from tagllm.model.backbone import DTYPES, fastest_dtype, load_tokenizer, longest_prompt, resolve
 from tagllm.model.loading import skeleton
@@ -74,7 +74,7 @@ def figures_of(stage: Stage, num_ranks: int) -> tuple[Shape, list[Load], int]:
     layout = stage.layout(shape.embedding // shape.hidden)
     limit = config.data.max_tokens or longest_prompt(model.config)
     prompts = Prompts(layout, load_tokenizer(config.backbone.model), limit)
-    data = prepare(config.data, stage.templates, prompts, cache_folder(), ("train",))
+    data = tokenise(config.data, stage.templates, prompts, cache_folder(), ("train",))
     rows = StepRows(config, data.splits["train"], 0, num_ranks)
     collate = stage.collator(layout, free_spans=False)
     found = [Load.of(collate(chunk)) for step in range(STEPS) for chunk in rows.micro_batches(step)]
