@@ -16,8 +16,8 @@ from tagllm.data.batch import in_chunks
 from tagllm.data.dataset import Examples, Prompts, tokenise
 from tagllm.data.encode import Example, TagLayout
 from tagllm.data.sampler import Sampler
+from tagllm.files import cache_folder
 from tagllm.model.backbone import Backbone
-from tagllm.model.smollm2 import cache_folder
 from tagllm.stage import Stage, read_stage
 from tagllm.tags import Tag, TagLibrary, initial_rows
 

@@ -79,7 +79,7 @@ part "evaluate ${configs[0]}" $python -m tagllm eval "${runs[0]}" --control "${r
 part "evaluate ${configs[1]}" $python -m tagllm eval "${runs[1]}" --control "${runs[0]}/library"
 part "evaluate ${configs[2]}" $python -m tagllm eval "${runs[2]}"
 part "evaluate ${configs[3]}" $python -m tagllm eval "${runs[3]}"
-part "table" $python -m tagllm.evaluate.report "$(dirname "${runs[0]}")"
+part "table" $python -m tagllm.report.terminal "$(dirname "${runs[0]}")"
 
 printf '\n'
 printf '%s\n' "${parts[@]}"

@@ -18,11 +18,11 @@ from tagllm.data.dataset import Data, Examples, Prompts, tokenise, tokenizer_dig
 from tagllm.data.encode import Example, TagLayout
 from tagllm.data.sampler import Draw, all_draws
 from tagllm.errors import SharedError, UserError
+from tagllm.files import cache_folder
 from tagllm.head import Head
 from tagllm.model.backbone import Backbone, fastest_dtype, load_backbone, resolve
 from tagllm.model.loading import Place
 from tagllm.model.prefix import PrefixMemory
-from tagllm.model.smollm2 import cache_folder
 from tagllm.model.tagged import TaggedModel
 from tagllm.ranks import Ranks
 from tagllm.stage import Stage

@@ -70,7 +70,7 @@ def prepare(
 
         from tagllm.data.prepare import describe, prepare, table_of
         from tagllm.data.recipes import recipe_of
-        from tagllm.model.smollm2 import cache_folder
+        from tagllm.files import cache_folder
 
         console = Console(highlight=False, markup=False, soft_wrap=True)
         if name is None:

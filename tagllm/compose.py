@@ -23,9 +23,8 @@ from tagllm.evaluate.answers import Answer, answers_of, chosen, copied_answers, 
 from tagllm.evaluate.metrics import intervals, value_metrics
 from tagllm.evaluate.scoring import score_pass
 from tagllm.evaluate.text import Scores
-from tagllm.files import json_bytes, read_json, sha256_file, write_durably, write_whole
+from tagllm.files import cache_folder, json_bytes, read_json, sha256_file, write_durably, write_whole
 from tagllm.model.backbone import Backbone
-from tagllm.model.smollm2 import cache_folder
 from tagllm.origin import origin
 from tagllm.ranks import Ranks
 from tagllm.stage import stage_of_run

@@ -11,7 +11,9 @@ import logging
 import os
 import shutil
 import socket
-from collections.abc import Mapping
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -25,6 +27,13 @@ MAX_JSON_BYTES = 16 << 20
 """Ours are kilobytes; a parsed hostile one takes some 25 times its size in memory."""
 _CANNOT_EXCHANGE = {errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP}
 _log = logging.getLogger(__name__)
+
+
+def cache_folder() -> Path:
+    """Where tagllm keeps what it can make again: $TAGLLM_CACHE, or tagllm below the user's cache folder."""
+    if given := os.environ.get("TAGLLM_CACHE"):
+        return Path(given)
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tagllm"
 
 
 class DamagedFile(UserError):
@@ -65,17 +74,23 @@ def fsync_folder(path: Path) -> None:
         os.close(folder)
 
 
-def replace_file(tmp: Path, final: Path) -> None:
-    """Gives `tmp`, written durably before, the name `final`: readers see the old file or the new one."""
-    os.replace(tmp, final)
-    fsync_folder(final.parent)
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """A name to write to. It becomes `path` if the block ends well, so that readers see the old file or the new one,
+    else it is removed. Any number may write the same."""
+    temporary = path.with_name(f".tmp-{uuid.uuid4().hex}-{path.name}")
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """`write_durably` and `replace_file`, for one writer at a time."""
-    temporary = path.with_name(f".tmp-{path.name}")
-    write_durably(temporary, data)
-    replace_file(temporary, path)
+    """`write_durably`, whole under its name or not there."""
+    with appearing(path) as temporary:
+        write_durably(temporary, data)
+    fsync_folder(path.parent)
 
 
 def replace_folder(tmp: Path, final: Path) -> None:

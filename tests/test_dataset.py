@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
+from tagllm import files
 from tagllm.config import DataConfig
-from tagllm.data import dataset
 from tagllm.data.dataset import Data, Prompts, tokenise
 from tagllm.data.encode import TagLayout
 from tagllm.errors import UserError
@@ -56,7 +56,7 @@ def test_tags_in_another_order_are_other_rows(tmp_path: Path, tokenizer: Any) ->
 def test_two_that_write_the_same_rows_at_once_leave_them_whole(
     tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    written, nested = dataset.write_durably, list[int]()
+    written, nested = files.write_durably, list[int]()
 
     def beside_another(path: Path, content: bytes) -> None:
         written(path, content)
@@ -64,7 +64,7 @@ def test_two_that_write_the_same_rows_at_once_leave_them_whole(
             nested.append(1)
             prepared(tmp_path, tokenizer, layout("A", "B", "F"))
 
-    monkeypatch.setattr(dataset, "write_durably", beside_another)
+    monkeypatch.setattr(files, "write_durably", beside_another)
     (tmp_path / "cache").mkdir()
     data = prepared(tmp_path, tokenizer, layout("A", "B", "F"))
     assert nested and sum(len(data.splits[split][0]) for split in data.splits) == 40
@@ -78,7 +78,7 @@ def test_a_full_disk_is_one_line_and_leaves_nothing(
         path.write_bytes(content[:1])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(dataset, "write_durably", full)
+    monkeypatch.setattr(files, "write_durably", full)
     with pytest.raises(UserError, match="cannot be written.*No space left.*Make room"):
         prepared(tmp_path, tokenizer, layout("A", "B", "F"))
     assert not list((tmp_path / "cache").glob("examples-*"))

@@ -136,9 +136,24 @@ def test_replace_folder_puts_the_new_one_in_place_of_the_old(
         files.replace_folder(tmp_path / ".tmp-1", tmp_path / "final")
         assert os.listdir(tmp_path) == ["final"]
         assert os.listdir(tmp_path / "final") == [content]
-    files.write_durably(tmp_path / "tmp", b"new")
-    files.replace_file(tmp_path / "tmp", tmp_path / "final" / "new")
-    assert (tmp_path / "final" / "new").read_bytes() == b"new"
+
+
+def half(path: Path) -> None:
+    path.write_bytes(b"half")
+    raise UserError("cut off")
+
+
+def test_a_file_appears_whole_or_not_at_all(tmp_path: Path) -> None:
+    """Whoever else writes the same."""
+    files.write_whole(tmp_path / "file", b"old")
+    with files.appearing(tmp_path / "file") as one, files.appearing(tmp_path / "file") as other:
+        one.write_bytes(b"one")
+        other.write_bytes(b"other")
+        assert (tmp_path / "file").read_bytes() == b"old"
+    assert (tmp_path / "file").read_bytes() == b"one", "the outer block ends last"
+    with pytest.raises(UserError), files.appearing(tmp_path / "file") as cut_off:
+        half(cut_off)
+    assert (tmp_path / "file").read_bytes() == b"one" and os.listdir(tmp_path) == ["file"]
 
 
 def test_what_cannot_be_removed_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -36,7 +36,8 @@ def test_a_disk_that_is_full_when_a_run_goes_on_is_told(
         patch.setattr(Trainer, "_finish", stopped)
         assert run("train", made).exit_code == EXIT_STOPPED
     with monkeypatch.context() as patch:
-        patch.setattr(*((files, "write_durably") if file == "config.yaml" else (Path, "write_text")), full)
+        write = files.write_durably
+        patch.setattr(files, "write_durably", lambda path, data: (full if file in path.name else write)(path, data))
         (line,) = fails(run("train", made), f"runs/full-{file}: cannot be written", "No space left", "Make room there")
         assert "start the same command again" in line
     assert run("train", made).exit_code == 0

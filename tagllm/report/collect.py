@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -84,14 +85,14 @@ def collect(path: Path) -> list[Run | Composed | Swept]:
     Raises:
         UserError: it holds none of them, or a file is damaged.
     """
-    found: list[Run | Composed | Swept] = [_run(path)] if (path / "results.json").is_file() else []
+    found: list[Run | Composed | Swept] = [read_run(path)] if (path / "results.json").is_file() else []
     found += [_swept(file) for file in sorted(path.glob("sweep*.json"))]
     for folders in ([path], sorted(path.glob("seed=*"))):
         files = [file for folder in folders for file in sorted(folder.glob("*/results.json"))]
         cases: dict[str, list[Run]] = {}
         for file in files:
             if "prompt" in read_json(file):
-                cases.setdefault(file.parent.name, []).append(_run(file.parent))
+                cases.setdefault(file.parent.name, []).append(read_run(file.parent))
         if cases:
             found.append(Composed(path.name, list(cases.values())))
     if not found:
@@ -110,7 +111,7 @@ def _swept(file: Path) -> Swept:
             _require_as_then(path / folder, results, then[at], file)
         for method, metrics in {**results["baselines"], **results["controls"]}.items():
             others.setdefault(method, []).append(metrics)
-    return Swept(path.name, document, _run(path / done[0]) if done else None, others)
+    return Swept(path.name, document, read_run(path / done[0]) if done else None, others)
 
 
 def _require_as_then(run: Path, results: dict[str, Any], then: dict[str, Any], file: Path) -> None:
@@ -129,7 +130,17 @@ def metrics_of(rows: dict[str, Metrics]) -> list[str]:
     return sorted(there, key=lambda name: (name.rpartition("/")[0], list(KINDS).index(without_head(name))))
 
 
-def _run(path: Path) -> Run:
+def headline(rows: Mapping[str, Metrics]) -> str:
+    """The metric that a table is known by."""
+    there = metrics_of(dict(rows))
+    return next(
+        (name for name in ("mse", "chrf++", "cross_entropy", "output_nats") if name in there), there[0] if there else ""
+    )
+
+
+def read_run(path: Path) -> Run:
+    """A run that `tagllm eval` has scored, or a case of compose."""
+
     def lines(name: str) -> list[Any]:
         file = path / name
         text = file.read_text(encoding="utf-8") if file.is_file() else ""

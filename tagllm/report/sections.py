@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 from tagllm.evaluate.metric_kinds import kind_of
 from tagllm.evaluate.seeds import bounds, over_seeds
-from tagllm.report.collect import Composed, Interval, Metrics, Run, Swept, metrics_of
+from tagllm.report.collect import Composed, Interval, Metrics, Run, Swept, headline, metrics_of
 from tagllm.report.figures import changes, dots, learning_curves, predicted_against_true, tag_similarity
 from tagllm.report.paper import published_of
 from tagllm.sweep.summary import digits
@@ -96,7 +96,7 @@ def _of_composed(composed: Composed) -> Section:
         means, spread = _means_and_spread(of_seeds)
         cases[first.name] = means, _or_of_rows(spread, first.intervals)
     seeds = max(map(len, composed.cases))
-    name = _headline(composed.cases[0][0].methods)
+    name = headline(composed.cases[0][0].methods)
     notes = [f"{name} of every prompt on the same rows; the other metrics are below."]
     if seeds > 1:
         notes.append(f"Mean over {seeds} seeds, {INTERVAL}; what is below is of the first of them.")
@@ -138,7 +138,7 @@ def _of_sweep(sweep: Swept) -> Section:
         beside, of_seeds = _means_and_spread(others)
         of_rows = _intervals_of_example(sweep)
         tables = [_table("", "run", means | beside, _or_of_rows(spread | of_seeds, of_rows))]
-        name = _headline(means)
+        name = headline(means)
         if len(means) > 1 and name:
             figures = [dots(name, {k: (v[name], spread[k].get(name)) for k, v in means.items() if name in v})]
     return Section(
@@ -184,16 +184,8 @@ def _best(metric: str, values: Sequence[float]) -> float:
     return max(values) if kind_of(metric).higher_is_better else min(values)
 
 
-def _headline(rows: Mapping[str, Metrics]) -> str:
-    """The metric that a table is known by."""
-    there = metrics_of(dict(rows))
-    return next(
-        (name for name in ("mse", "chrf++", "cross_entropy", "output_nats") if name in there), there[0] if there else ""
-    )
-
-
 def _changes(ablations: Mapping[str, Metrics]) -> str:
-    name = _headline(ablations)
+    name = headline(ablations)
     return changes(name, {k: metrics[name] for k, metrics in ablations.items() if name in metrics}) if name else ""
 
 

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import uuid
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from tagllm.errors import UserError
 from tagllm.evaluate.seeds import over_seeds
-from tagllm.files import json_bytes, read_json, replace_file, write_durably
+from tagllm.files import json_bytes, read_json, write_whole
 from tagllm.origin import ORIGIN, origin
 from tagllm.sweep.points import Sweep, written
 
@@ -65,9 +64,7 @@ def write_summary(sweep: Sweep, found: Sequence[Summary]) -> None:
     about = {"run": sweep.output.name, "seeds": list(range(sweep.seeds)), "tuned": sweep.tuned and sweep.tuned[0]}
     combinations = [summary._asdict() for summary in found]
     sweep.output.mkdir(parents=True, exist_ok=True)
-    temporary = sweep.output / f".tmp-{uuid.uuid4().hex}-{sweep.name}"  # tasks of an array write it at the same time
-    write_durably(temporary, json_bytes({**about, "combinations": combinations, **origin()}))
-    replace_file(temporary, sweep.output / sweep.name)
+    write_whole(sweep.output / sweep.name, json_bytes({**about, "combinations": combinations, **origin()}))
 
 
 def describe(found: Sequence[Summary]) -> list[str]:

@@ -22,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from tagllm.data.encode import TagLayout
+from tagllm.files import write_whole
 
 
 def row_norms(layout: TagLayout, learned: Mapping[str, Tensor]) -> dict[str, float]:
@@ -154,9 +155,7 @@ def _drop_after(path: Path, step: int) -> float:
         return 0.0
     lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
     kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
-    temporary = path.with_name(f".tmp-{path.name}")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    write_whole(path, "".join(kept).encode())
     return float(json.loads(kept[-1])["seconds"]) if kept else 0.0
 
 

@@ -11,9 +11,9 @@ import torch
 from tagllm.config import RunConfig
 from tagllm.data.dataset import Prompts, tokenise
 from tagllm.errors import UserError
+from tagllm.files import cache_folder
 from tagllm.model.backbone import DTYPES, fastest_dtype, load_tokenizer, longest_prompt, resolve
 from tagllm.model.loading import skeleton
-from tagllm.model.smollm2 import cache_folder
 from tagllm.plan import Hardware, Load, Placement, Shape, choose, estimate
 from tagllm.ranks import Ranks, ranks_per_node
 from tagllm.stage import Stage
