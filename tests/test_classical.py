@@ -165,3 +165,15 @@ def test_the_nearest_row_is_found_without_a_table_of_all_pairs() -> None:
         assert tracemalloc.get_traced_memory()[1] < 60e6, "all pairs would be 80 MB in fp32"
     finally:
         tracemalloc.stop()
+
+
+def test_very_many_names_take_no_more_room_than_a_fingerprint() -> None:
+    names = [f"patient {at // 3}" for at in range(6000)]
+    known = Table({"who": names}, RANDOM.normal(size=(6000, 1)).astype(np.float32))
+    tracemalloc.start()
+    try:
+        found = classical_baselines(known, NOTHING._replace(fields={"who": []}), {"who": names[:5]})
+        assert tracemalloc.get_traced_memory()[1] < 150e6, "one column each would be 48 MB, several times over"
+    finally:
+        tracemalloc.stop()
+    assert {len(values) for values in found.values()} == {5}

@@ -30,9 +30,9 @@ HELD_BACK = 0.2
 STEPS = 64
 """Of the ladder that tells how near numbers are."""
 MOST_BINS = 255
+"""That boosted trees take."""
 SOME = 64
 """Held-out rows at a time that are compared with all that training rows hold."""
-"""That boosted trees take."""
 
 
 class Table(NamedTuple):
@@ -161,13 +161,17 @@ def _bits(values: Sequence[str], kind: Kind) -> Any:
 
 
 def _features(values: Sequence[str], kind: Kind, bits_UF: Any) -> Any:
-    """Bits do not tell what is a matter of composition, of length, or of size."""
+    """Bits do not tell what is a matter of composition, of length, or of size; of very many categories several share
+    one, as in a hash."""
     from scipy.sparse import csr_matrix, hstack
 
     if kind == "number":
         number_U1 = np.array(values, float)[:, None]
         spread = number_U1.std() or 1.0
         return csr_matrix(((number_U1 - number_U1.mean()) / spread).astype(np.float32))
+    if kind == "category" and len(values) > BITS:
+        ones, at = np.ones(len(values), np.float32), np.arange(len(values))
+        return csr_matrix((ones, (at, at % BITS)), shape=(len(values), BITS))
     if kind != "sequence":
         return bits_UF
     from sklearn.feature_extraction.text import CountVectorizer

@@ -42,8 +42,7 @@ class Pass(NamedTuple):
     prefix_last_nD: Floats
 
     def loss(self, weights: Weights) -> float:
-        """The weighted loss, each term over its count."""
-        return sum(w * s / c for w, s, c in zip(weights, self.sums, self.counts, strict=True) if c)
+        return weights.of(self.sums, self.counts)
 
     def rows(self, spec: HeadConfig) -> Rows:
         """What a head is fitted on."""

@@ -5,6 +5,7 @@ B rows, K outputs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,10 @@ class Weights(NamedTuple):
     span: float
     output: float
     value: float
+
+    def of(self, sums: Sequence[float], counts: Sequence[int]) -> float:
+        """The weighted loss, each term over its count, those that have one."""
+        return sum(w * s / c for w, s, c in zip(self, sums, counts, strict=True) if c)
 
 
 def value_losses(values_BK: Tensor, target_BK: Tensor, num_classes: int) -> Tensor:

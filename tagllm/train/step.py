@@ -76,7 +76,7 @@ class Stepper:
         work = work_of(batches, self.built.model.take_computed())
         *totals, stops = self.ranks.sum([*sums, *work, float(self.stop.requested)])
         sums, work = totals[: len(sums)], Work(*totals[len(sums) :])
-        loss = sum(w * s / c for w, s, c in zip(self.built.stage.weights, sums, counts, strict=True) if c)
+        loss = self.built.stage.weights.of(sums, counts)
         norms, factor = _norms(self.engine.gradients(), self.built.layout), lr_factor(self.optim, step, self.total)
         done = Step(loss, sums, counts, math.hypot(*norms.values()), norms, factor, work, stops > 0, [])
         if done.finite:
