@@ -186,7 +186,7 @@ def test_embeddings_may_be_narrower_than_states() -> None:
     agrees_with_plain(config)
 
 
-def test_one_row_alone_is_laid_out_as_any(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_row_alone_is_laid_out_as_any() -> None:
     """AFMoE looks at what attention gives as one row of memory."""
     agrees_with_plain(
         made("Afmoe", head_dim=8, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, num_dense_layers=1)

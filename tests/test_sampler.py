@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from itertools import groupby, pairwise
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tagllm.data.sampler import Draw, Groups, Sampler, deal
+from tagllm.data.sampler import Draw, Groups, Sampler, all_draws, deal
 
 quick = settings(max_examples=50, deadline=None)
 sizes_st = st.lists(st.integers(1, 30), min_size=1, max_size=4)
@@ -154,3 +155,13 @@ def test_groups_come_together(group_n: list[int], together: int, seed: int, rows
         assert len(stretches) <= fewest
     if len(set(group_n)) > 5:
         assert [d.row for d in draws[: len(group_n)]] != [d.row for d in draws[len(group_n) :]]
+
+
+def test_a_limit_draws_from_all_of_sorted_data() -> None:
+    """The first rows of a file sorted by protein would be of one protein."""
+    sources: list[Any] = [range(600), range(400)]
+    draws = all_draws(sources, 100)
+    assert draws == sorted(set(draws)) == all_draws(sources, 100)
+    assert 40 < sum(draw.source == 0 for draw in draws) < 80
+    assert max(draw.row for draw in draws if draw.source == 0) > 500
+    assert len(all_draws(sources)) == len(all_draws(sources, 1000)) == len(all_draws(sources, 5000)) == 1000

@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from tagllm.data.recipes.labels import RESIDUES
 from tagllm.evaluate.ridge import ENOUGH_ROWS, Floats, Rows
 
 Fields = Mapping[str, Sequence[str]]
@@ -23,8 +24,8 @@ BITS, RADIUS, LETTERS = 1024, 2, 3
 """Morgan fingerprints of this size and radius; runs of so many letters hashed into as many bits, and shorter ones
 counted."""
 PENALTIES = (0.1, 1.0, 10.0, 100.0, 1000.0)
-MANY, RESIDUES = 50, frozenset("ACDEFGHIKLMNPQRSTVWY")
-"""So many distinct words of these letters are peptides rather than names."""
+MANY = 50
+"""So many distinct words of the letters of residues are peptides rather than names."""
 HELD_BACK = 0.2
 """Of the training rows, to choose a penalty by where validation has too few."""
 STEPS = 64

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
+
+from torch import Tensor, nn
 
 from tagllm.errors import UserError
 
+OTHERS = "Llama, Mistral, Qwen, Gemma, GPT-2 and most others"
+BESIDE = ("s_aux", "sinks", "position_bias", "indices", "block_indices")
+"""What architectures give to attention beside queries, keys and values. transformers makes no mask for ours, so one
+that comes is the model's own."""
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 MASKED_WINDOWS = {"phimoe", "qwen2_moe"}
 """Families that do not hand their window on to attention, which ours relies on: transformers makes no mask for it."""
@@ -25,8 +31,32 @@ def require_supported(model: Any) -> None:
 def not_supported(model: Any, why: str) -> UserError:
     return UserError(
         f"backbone.model: the architecture {model.config.model_type} {why}, so prefixes cannot be frozen. Take one "
-        "that uses transformers' attention interface and nothing beside it: Llama, Mistral, Qwen, Gemma, GPT-2 and "
-        "most others."
+        f"that uses transformers' attention interface and nothing beside it: {OTHERS}."
+    )
+
+
+def require_known(module: nn.Module, mask: Tensor | None, others: Mapping[str, Any]) -> None:
+    """What only a call of attention tells: `mask` and `others` are what came beside queries, keys and values.
+
+    Raises:
+        UserError: the layer adds to its scores, or looks at what stands behind.
+    """
+    if mask is not None or any(others.get(name) is not None for name in BESIDE):
+        raise UserError(
+            f"backbone.model: its {type(module).__name__} adds something of its own to the scores of attention, which "
+            f"would be left out here. Take another architecture: {OTHERS}."
+        )
+    if getattr(module, "is_causal", True) is False:
+        raise UserError(
+            f"backbone.model: its {type(module).__name__} looks at what stands behind, too; tags are for models that "
+            f"write from left to right. Take one of these: {OTHERS}."
+        )
+
+
+def changed_behind_the_cache(what: str) -> UserError:
+    return UserError(
+        f"backbone.model: its {what} changes keys or values behind the cache, so prefixes cannot be frozen. Take "
+        f"another architecture: {OTHERS}."
     )
 
 

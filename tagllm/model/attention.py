@@ -20,8 +20,7 @@ from torch.nn import functional
 from transformers import AttentionInterface, DynamicCache
 
 from tagllm.data.batch import Tokens
-from tagllm.errors import UserError
-from tagllm.model.architecture import not_supported, require_supported
+from tagllm.model.architecture import changed_behind_the_cache, not_supported, require_known, require_supported
 from tagllm.model.masks import seen
 from tagllm.model.merged_attention import EXPLICIT_UP_TO, Shared, attend_merged
 from tagllm.model.parts_function import Group, Groups, KeySet, Live, attend_parts
@@ -159,7 +158,7 @@ class Keyed(NamedTuple):
 
     def __getattr__(self, name: str) -> Any:
         """What attention would be asked of is a tensor elsewhere."""
-        raise _changed_behind("layer")
+        raise changed_behind_the_cache("layer")
 
 
 class Rows:
@@ -225,29 +224,15 @@ def plain_attention(model: Any) -> Iterator[None]:
         model.set_attn_implementation(NAME)
 
 
-UNKNOWN_TO_US = ("s_aux", "sinks", "position_bias", "indices", "block_indices")
-"""What architectures give to attention beside queries, keys and values. transformers makes no mask for ours, so one
-that comes is the model's own."""
-
-
 def attend(
     module: nn.Module, query: Tensor, key: Keyed, value: Tensor, attention_mask: Tensor | None,
     scaling: float | None = None, dropout: float = 0.0, softcap: float | None = None,
     sliding_window: int | None = None, **kwargs: Any,
 ) -> tuple[Tensor, None]:  # fmt: skip
     """The attention function of transformers' interface; gives (1, N, H, E). No dropout: the backbone is frozen."""
-    if attention_mask is not None or any(kwargs.get(name) is not None for name in UNKNOWN_TO_US):
-        raise UserError(
-            f"backbone.model: its {type(module).__name__} adds something of its own to the scores of attention, which "
-            "would be left out here. Take another architecture: Llama, Mistral, Qwen, Gemma, GPT-2 and most others."
-        )
-    if getattr(module, "is_causal", True) is False:
-        raise UserError(
-            f"backbone.model: its {type(module).__name__} looks at what stands behind, too; tags are for models that "
-            "write from left to right. Take one of these."
-        )
+    require_known(module, attention_mask, kwargs)
     if value is not key.values:
-        raise _changed_behind(type(module).__name__)
+        raise changed_behind_the_cache(type(module).__name__)
     this, rows = key.of, key.of.rows
     scale = query.shape[3] ** -0.5 if scaling is None else scaling
     query_1HNE, key_1GNE = query.to(value.dtype), key.keys.to(value.dtype)
@@ -278,13 +263,6 @@ def attend(
     live = Live(keys_BGSE, values_BGSE, *below)
     out_BGME = attend_parts(queries, sets, live, this.bias(sliding_window), softcap)
     return rows.join(out_BGME.view(B, H, S, E)).to(value.dtype), None
-
-
-def _changed_behind(what: str) -> UserError:
-    return UserError(
-        f"backbone.model: its {what} changes keys or values behind the cache, so prefixes cannot be frozen. Take "
-        "another architecture: Llama, Mistral, Qwen, Gemma, GPT-2 and most others."
-    )
 
 
 def _shared(this: PassCache, layer: int, query_BHSE: Tensor) -> list[Shared]:

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from tagllm.errors import UserError
 
 RESIDUES = frozenset("ACDEFGHIKLMNPQRSTVWY")
+"""The twenty standard ones."""
 
 
 class DrugLikeness(NamedTuple):
@@ -29,7 +30,8 @@ def drug_likeness(smiles: str) -> DrugLikeness | None:
 
 
 def protein_labels(recipe: str, sequence: str) -> dict[str, Any]:
-    """The first descriptor of the package `peptides`, and the isoelectric point (pH), of standard residues.
+    """The first descriptor of the package `peptides`, and the isoelectric point (pH); letters other than `RESIDUES`
+    have no properties there and count as residues all the same.
 
     Raises:
         UserError: it is not installed.
