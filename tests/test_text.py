@@ -144,6 +144,24 @@ def test_an_answer_ends_with_its_line(
         assert text.startswith(cut.rstrip(letter)) and letter not in cut[:-1]
 
 
+@pytest.mark.parametrize("family", sorted(tiny.FAMILIES))
+def test_answers_that_have_ended_change_no_other(
+    prompts: list[np.ndarray], tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They leave the batch, some early and some late; what is remembered of the others stays theirs."""
+    model = tiny.model(tiny.layout(), family)
+    tokenizer = AutoTokenizer.from_pretrained(tiny.save_backbone(tmp_path))
+    monkeypatch.setattr(generating, "STEP", 40)
+    whole = generate(model, tokenizer, prompts, 40)
+    letter = min((at for at in set("".join(whole)) if 0 < sum(at in text for text in whole) < len(whole)), key=ord)
+    ends = tokenizer(letter, add_special_tokens=False).input_ids
+    monkeypatch.setattr(generating, "line_ends", lambda _: tuple(ends))
+    alone = [generate(model, tokenizer, [prompt], 40)[0] for prompt in prompts]
+    assert len({len(text) for text in alone}) > 1
+    monkeypatch.setattr(generating, "STEP", 3)
+    assert generate(model, tokenizer, prompts, 40) == alone
+
+
 def test_eval_of_a_run_with_text_keeps_every_answer(run: Run, folder: Path) -> None:
     tags = {"FR": {"length": 2}, "T": {"kind": "function", "length": 2}}
     file = config(folder, "answers", tags=tags, data__template="{smiles} <T> <FR> {output}", data__target=[])

@@ -1,6 +1,6 @@
 """Text after a prompt with tags: greedy or beams, batched, up to the end of the line or of the sequence.
 
-D hidden size, p tokens that all prompts of a batch begin with.
+D hidden size, p tokens that all prompts of a batch begin with, R rows, L tokens before the answer, S new ones.
 """
 
 from __future__ import annotations
@@ -18,6 +18,9 @@ from transformers import DynamicCache
 from tagllm.model.attention import plain_attention
 from tagllm.model.backbone import longest_prompt
 from tagllm.model.tagged import TaggedModel
+
+STEP = 16
+"""Tokens after which answers that have ended leave the batch."""
 
 
 def generate(
@@ -49,22 +52,46 @@ def _batch(
         ids[row, at] = torch.from_numpy(prompt.astype(np.int64))
         mask[row, at] = 1
     device = model.tags.learned_TD.device
-    ids, mask = ids.to(device), mask.to(device)
-    embeds = model.tags(model.backbone.get_input_embeddings(), ids)
+    most = max(1, min(max_new_tokens, longest_prompt(model.backbone.config) - width))
     with plain_attention(model.backbone):
-        made = model.backbone.generate(
-            inputs_embeds=embeds,
-            past_key_values=_seen(model, embeds[:1, :common], len(prompts) * beams),
-            attention_mask=mask,
-            position_ids=(mask.cumsum(dim=1) - 1).clamp(min=0),
-            max_new_tokens=max(1, min(max_new_tokens, longest_prompt(model.backbone.config) - width)),
-            do_sample=False,
-            num_beams=beams,
-            eos_token_id=[tokenizer.eos_token_id, *line_ends(tokenizer)],
-            pad_token_id=tokenizer.pad_token_id,
-        )
+        made = _followed(model, tokenizer, ids.to(device), mask.to(device), common, most, beams)
     texts: list[str] = tokenizer.batch_decode(made, skip_special_tokens=True)
     return [text.lstrip().split("\n")[0].strip() for text in texts]
+
+
+def _followed(
+    model: TaggedModel, tokenizer: Any, ids_RL: Tensor, mask_RL: Tensor, common: int, most: int, beams: int
+) -> list[list[int]]:
+    """The tokens behind each of R prompts. Rows that have ended leave the batch every STEP tokens, so that one answer
+    without an end does not cost as many as there are rows; beams stay together."""
+    embed, ends = model.backbone.get_input_embeddings(), [tokenizer.eos_token_id, *line_ends(tokenizer)]
+    embeds_RLD = model.tags(embed, ids_RL)
+    cache = _seen(model, embeds_RLD[:1, :common], len(ids_RL) * beams)
+    made: list[list[int]] = [[] for _ in ids_RL]
+    going, step = torch.arange(len(ids_RL), device=ids_RL.device), most if beams > 1 else STEP
+    for done in range(0, most, step):
+        new_RS = model.backbone.generate(
+            inputs_embeds=embeds_RLD,
+            past_key_values=cache,
+            attention_mask=mask_RL,
+            position_ids=(mask_RL.cumsum(dim=1) - 1).clamp(min=0),
+            max_new_tokens=min(step, most - done),
+            do_sample=False,
+            num_beams=beams,
+            eos_token_id=ends,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        for row, tokens in zip(going.tolist(), new_RS.tolist(), strict=True):
+            made[row] += tokens
+        left = (~torch.isin(new_RS, torch.tensor(ends, device=new_RS.device)).any(dim=1)).nonzero()[:, 0]
+        if done + step >= most or not len(left):
+            break
+        going, new_RS = going[left], new_RS[left]
+        if len(left) < len(embeds_RLD):
+            cache.batch_select_indices(left)
+        embeds_RLD = torch.cat([embeds_RLD[left], model.tags(embed, new_RS)], dim=1)
+        mask_RL = torch.cat([mask_RL[left], torch.ones_like(new_RS)], dim=1)
+    return made
 
 
 def _common(prompts: Sequence[NDArray[np.int32]]) -> int:
