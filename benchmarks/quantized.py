@@ -20,7 +20,7 @@ from torch import Tensor
 
 from benchmarks.vs_peers import quiet
 from tagllm.build import build
-from tagllm.config_file import parse_config
+from tagllm.config_file import parse_as
 from tagllm.data.batch import count
 from tagllm.model.loss import total
 from tagllm.origin import commit, hardware
@@ -79,7 +79,7 @@ def main(
 
 
 def _measure(kind: str, steps: int, folder: Path, ranks: Ranks, gradients: dict[str, Tensor]) -> Figures:
-    config = parse_config(_config(kind, steps, folder / kind), kind)
+    config = parse_as(RunConfig, _config(kind, steps, folder / kind), kind)
     built = build(read_stage(config, kind), ranks)
     examples = built.examples("train")[0]
     batch = built.collator()([examples[i] for i in range(PROMPTS)])

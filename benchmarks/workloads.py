@@ -11,7 +11,7 @@ import numpy as np
 
 from benchmarks.models import Settings
 from tagllm.build import new_tag
-from tagllm.config_file import parse_config
+from tagllm.config_file import parse_as
 from tagllm.data.batch import in_chunks
 from tagllm.data.dataset import Examples, Prompts, tokenise
 from tagllm.data.encode import Example, TagLayout
@@ -76,7 +76,7 @@ def available() -> list[str]:
 def build_workload(name: str, settings: Settings, backbone: Backbone, scratch: Path, num_steps: int = 1) -> Workload:
     """Rows through tagllm's own `prepare`, cut into steps. `scratch` takes the library of frozen domain tags."""
     config = _config(name, settings, backbone, scratch)
-    stage = read_stage(parse_config(config, name), name)
+    stage = read_stage(parse_as(RunConfig, config, name), name)
     layout = stage.layout(backbone.vocabulary_size)
     prompts = Prompts(layout, backbone.tokenizer, 240 if settings.quick else backbone.max_tokens)
     data = tokenise(stage.config.data, stage.templates, prompts, cache_folder(), ("train",))

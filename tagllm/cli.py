@@ -188,7 +188,6 @@ def evaluate(
 
     def work() -> None:
         from tagllm.config import SPLITS
-        from tagllm.config_file import load_config
         from tagllm.errors import did_you_mean
         from tagllm.evaluate.held_out import describe
         from tagllm.evaluate.held_out import evaluate as run_evaluation
@@ -196,9 +195,7 @@ def evaluate(
 
         if split not in SPLITS:
             raise UserError(f"--split: {split!r} is no split. {did_you_mean(split, SPLITS)}")
-        read_config(run)  # says more than a missing file would
-        config = load_config(run / "config.yaml", overrides)
-        results = run_evaluation(run, config, split, control or [], ablate)
+        results = run_evaluation(run, read_config(run, overrides), split, control or [], ablate)
         if os.environ.get("RANK", "0") == "0":
             print("\n".join(describe(results)))
 

@@ -17,12 +17,12 @@ from tagllm.build import Built, build_on, open_backbone
 from tagllm.compose_config import CaseConfig, ComposeConfig, check_compose
 from tagllm.config import DataConfig, FieldConfig, OptimConfig, RunConfig, SourceConfig, Split, TagConfig, digest_of
 from tagllm.data.sources import SourceRows, load_rows
-from tagllm.data.splits import drawn_from, split_by
+from tagllm.data.splits import drawn_from, refuse_seen, split_by
 from tagllm.errors import UserError
 from tagllm.evaluate.answers import Answer, answers_of, chosen, copied_answers, scores_of, training_means, write_answers
 from tagllm.evaluate.metrics import intervals, value_metrics
 from tagllm.evaluate.scoring import score_pass
-from tagllm.evaluate.text import Scores
+from tagllm.evaluate.text import Scores, no_spbleu
 from tagllm.files import cache_folder, json_bytes, read_json, sha256_file, write_durably, write_whole
 from tagllm.model.backbone import Backbone
 from tagllm.origin import origin
@@ -91,7 +91,9 @@ class Composer(NamedTuple):
             "control_intervals": {other: asked[other].scores.intervals for other in others},
             "learned": self._first(case, "function"), "backbone": self.backbone.identity._asdict(),
             "config_digest": digest, "seconds": time.monotonic() - began, **origin(),
+            "libraries": {path: _trained(path) for path in self.config.libraries},
         }  # fmt: skip
+        results |= {"note": note} if (note := no_spbleu(asked[first].scores, self.config.evaluation)) else {}
         write_answers([answer for one in asked.values() for answer in one.answers], folder)
         write_durably(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode())
         write_whole(file, json_bytes(results))
@@ -184,18 +186,17 @@ class Composer(NamedTuple):
         """Raises UserError where rows of a case may be some that its function tags were trained on."""
         case = self.config.cases[name]
         mine = drawn_from(case.source, self._key(case), rows.given_splits)
-        share = mine["drawn"].get(case.split)  # none of train, which is asked for what it is
-        if share is None or not {*mine["by"]} <= {*rows.columns}:
-            return
-        for tag in self._first(case, "function"):
-            for held in self.library.tags[tag].about.get("held_out", []):
-                same = (held["by"], held["drawn"].get("seed")) == (mine["by"], mine["drawn"].get("seed"))
-                if held["data"] == mine["data"] and not (same and share <= held["drawn"].get(case.split, 0)):
-                    raise UserError(
-                        f"cases.{name}: its {case.split} rows are drawn by {', '.join(mine['by'])} ({mine['drawn']}), "
-                        f"those that <{tag}> was trained on by {', '.join(held['by'])} ({held['drawn']}), so some of "
-                        "them may be the same. Set source.split as it was in training."
-                    )
+        if {*mine["by"]} <= {*rows.columns}:
+            for tag in self._first(case, "function"):
+                held_out = self.library.tags[tag].about.get("held_out", [])
+                refuse_seen(tag, held_out, mine, case.split, f"cases.{name}")
+
+
+def _trained(library: str) -> dict[str, Any]:
+    """Which rows and heads these are, and where they come from if the library still lies in its run."""
+    origin_of_run = Path(library).parent / "origin.json"
+    trained = read_json(origin_of_run) if origin_of_run.is_file() else {}
+    return {"sha256": sha256_file(Path(library) / "library.json"), **trained}
 
 
 def _require_alike(asked: dict[str, Asked], where: str, generated_rows: int) -> None:

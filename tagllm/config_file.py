@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar, get_origin
 
@@ -16,13 +17,18 @@ from tagllm.errors import UserError, did_you_mean
 Config = TypeVar("Config", bound=Section)
 
 
-def load_config(path: str | Path, overrides: list[str] | None = None) -> RunConfig:
+def load_config(path: str | Path, overrides: Sequence[str] | None = None, resolve: bool = True) -> RunConfig:
     """`load_as` for the config of a run."""
-    return load_as(RunConfig, path, overrides)
+    return load_as(RunConfig, path, overrides, resolve)
 
 
-def load_as(model: type[Config], path: str | Path, overrides: list[str] | None = None) -> Config:
+def load_as(
+    model: type[Config], path: str | Path, overrides: Sequence[str] | None = None, resolve: bool = True
+) -> Config:
     """Reads a YAML config, applies `key=value` overrides and checks it.
+
+    Args:
+        resolve: what `${...}` stands for is put in its place. A run records it so, and then it is text.
 
     Raises:
         UserError: the file cannot be read, or any key or value is wrong; one problem per line, all of them.
@@ -36,22 +42,18 @@ def load_as(model: type[Config], path: str | Path, overrides: list[str] | None =
         raise UserError(f"{path}: not a readable YAML file: {error}") from None
     if not OmegaConf.is_dict(raw):
         raise UserError(f"{path}: a config is a mapping of keys to values, not a {type(raw).__name__}.")
-    for override in overrides or []:
+    for override in overrides or ():
         for each in _spread(raw, override):
             _apply(raw, each)
     try:
-        values = OmegaConf.to_container(raw, resolve=True)
+        values = OmegaConf.to_container(raw, resolve=resolve)
     except OmegaConfBaseException as error:
         raise UserError(f"{path}: {error}") from None
-    return _parse(model, values, str(path))
+    return parse_as(model, values, str(path))
 
 
-def parse_config(values: Any, where: str) -> RunConfig:
-    """Checks a plain mapping against `RunConfig`; `where` begins each error line."""
-    return _parse(RunConfig, values, where)
-
-
-def _parse(model: type[Config], values: Any, where: str) -> Config:
+def parse_as(model: type[Config], values: Any, where: str) -> Config:
+    """Checks a plain mapping; `where` begins each error line."""
     try:
         return model.model_validate(values)
     except ValidationError as error:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import yaml
 from pydantic import ValidationError
 
 from tagllm.config import BackboneConfig, Dtype, RunConfig, Split
-from tagllm.config_file import load_config, parse_config
+from tagllm.config_file import load_config
 from tagllm.data.dataset import Data
 from tagllm.errors import UserError
 from tagllm.files import json_bytes, read_json, write_whole
@@ -92,20 +92,16 @@ def _is_foreign(path: Path) -> bool:
     return path.name != ".lock" and not path.name.startswith(".tmp-")
 
 
-def read_config(run: Path) -> RunConfig:
-    """The resolved config of a run.
+def read_config(run: Path, overrides: Sequence[str] | None = None) -> RunConfig:
+    """The resolved config of a run, with `key=value` overrides.
 
     Raises:
-        UserError: the folder holds no run, or its config is of another version of tagllm.
+        UserError: the folder holds no run, its config is of another version, or an override cannot be applied.
     """
     file = run / "config.yaml"
     if not file.is_file():
         raise UserError(f"{run}: holds no run (no config.yaml). Train one with: tagllm train CONFIG")
-    try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read: {error}") from None
-    return parse_config(values, str(file))
+    return load_config(file, overrides, resolve=False)
 
 
 def backbone_config(source: Path, overrides: list[str]) -> BackboneConfig | None:
@@ -113,9 +109,8 @@ def backbone_config(source: Path, overrides: list[str]) -> BackboneConfig | None
     wrong = [each for each in overrides if not each.startswith("backbone.") or "=" not in each]
     if wrong:
         raise UserError(f"override {wrong[0]!r}: predict takes only backbone.KEY=VALUE.")
-    file = source / "config.yaml"
-    if file.is_file():
-        return load_config(file, overrides).backbone
+    if (source / "config.yaml").is_file():
+        return read_config(source, overrides).backbone
     if not overrides:
         return None
     values = dict(override.removeprefix("backbone.").split("=", 1) for override in overrides)

@@ -235,6 +235,16 @@ def test_a_split_without_rows_is_not_scored(run: Run, folder: Path) -> None:
     fails(run("eval", "runs/no_test"), "its test split has no rows", "--split")
 
 
+def test_rows_that_were_trained_on_are_not_scored(run: Run, folder: Path) -> None:
+    """Another share or another seed asks some of them; fewer held-out rows are still held-out rows."""
+    file = config(folder, "seen", data__split={"test": 0.2, "valid": 0.2})
+    assert run("train", file).exit_code == 0
+    for override in ("data.sources.0.split.test=0.5", "data.sources.0.split.seed=1", "data.sources.0.split.by=[name]"):
+        fails(run("eval", folder / "runs/seen", override), "<W> was trained on", "split as it was in training")
+    assert run("eval", folder / "runs/seen", "data.sources.0.rows={test: 3}").exit_code == 0
+    assert json.loads((folder / "runs/seen/results.json").read_text())["rows"] == 3
+
+
 def test_text_output_and_composition(run: Run, folder: Path) -> None:
     """A text task; then its function tag in a prompt it has never seen, with a tag of another library."""
     domain = config(folder, "domain", tags={"D": {"length": 2}}, data__template="A <D> {smiles}", data__target=[])

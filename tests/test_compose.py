@@ -63,7 +63,9 @@ def test_controls_are_asked_of_the_same_rows(folder: Path, run: Run, libraries: 
     assert told.exit_code == 0, told.output
     results, answers = results_of(folder, "same")
     assert results["prompt"] == "tags" and set(results["controls"]) == {"no tags", "copy", "examples"}
-    assert {"bleu", "chrf++", "exact", "in_language"} <= set(results["metrics"])
+    assert {"bleu", "chrf++", "exact", "in_language"} <= set(results["metrics"]) and "no spBLEU" in results["note"]
+    assert list(results["libraries"]) == libraries
+    assert all(one["command"].startswith("tagllm") and one["sha256"] for one in results["libraries"].values())
     asked = {name: [line["reference"] for line in answers if line["source"] == name] for name in prompts}
     assert len(asked["tags"]) == 3 and all(references == asked["tags"] for references in asked.values())
     assert all(line["generated"] == line["prompt"] for line in answers if line["source"] == "copy")

@@ -11,8 +11,9 @@ import yaml
 from pydantic import ValidationError
 
 from tagllm.config import HeadConfig, OptimConfig, RunConfig, SourceConfig, TagConfig
-from tagllm.config_file import load_config, parse_config
+from tagllm.config_file import load_config, parse_as
 from tagllm.errors import UserError, did_you_mean
+from tagllm.run_folder import read_config
 
 BASE: dict[str, Any] = {
     "output": "runs/x",
@@ -36,7 +37,7 @@ def changed(place: str, value: Any) -> dict[str, Any]:
 
 def problems(values: Any) -> list[str]:
     with pytest.raises(UserError) as raised:
-        parse_config(values, "c.yaml")
+        parse_as(RunConfig, values, "c.yaml")
     return raised.value.problems
 
 
@@ -287,7 +288,7 @@ def test_one_origin_of_the_rows(values: dict[str, Any]) -> None:
 
 
 def test_the_digest_is_of_what_shapes_the_rows_alone() -> None:
-    digest = parse_config(BASE, "").digest()
+    digest = parse_as(RunConfig, BASE, "").digest()
     for place, value in (
         ("output", "b"),
         ("checkpoint.keep", 5),
@@ -295,7 +296,7 @@ def test_the_digest_is_of_what_shapes_the_rows_alone() -> None:
         ("remember_gib", 0),
         ("evaluation.beams", 4),
     ):
-        assert parse_config(changed(place, value), "").digest() == digest, place
+        assert parse_as(RunConfig, changed(place, value), "").digest() == digest, place
     for place, value in (
         ("seed", 1),
         ("optim.tag_lr", 0.5),
@@ -303,16 +304,16 @@ def test_the_digest_is_of_what_shapes_the_rows_alone() -> None:
         ("data.sources.0.template", "N <SMILES> {smiles} <QED>"),
         ("loss.span", 1.0),
     ):
-        assert parse_config(changed(place, value), "").digest() != digest, place
-    assert parse_config(dict(reversed(BASE.items())), "").digest() == digest
-    assert parse_config(changed("seed", 0), "").digest() == digest, "a default said aloud is no change"
+        assert parse_as(RunConfig, changed(place, value), "").digest() != digest, place
+    assert parse_as(RunConfig, dict(reversed(BASE.items())), "").digest() == digest
+    assert parse_as(RunConfig, changed("seed", 0), "").digest() == digest, "a default said aloud is no change"
 
 
 def test_a_run_goes_on_under_a_version_with_more_keys() -> None:
     class Later(RunConfig):
         came_later: int = 0
 
-    values = parse_config(BASE, "").model_dump()
+    values = parse_as(RunConfig, BASE, "").model_dump()
     assert Later.model_validate(values).digest() == RunConfig.model_validate(values).digest()
     assert Later.model_validate({**values, "came_later": 1}).digest() != RunConfig.model_validate(values).digest()
 
@@ -323,12 +324,12 @@ def test_a_run_does_not_go_on_under_a_version_with_another_default() -> None:
     class Later(RunConfig):
         seed: int = 7
 
-    held = parse_config(BASE, "").model_dump()
+    held = parse_as(RunConfig, BASE, "").model_dump()
     assert Later.model_validate(held).digest() != Later.model_validate(BASE).digest()
 
 
 def test_a_config_cannot_be_changed_later_and_survives_json() -> None:
-    config = parse_config(BASE, "")
+    config = parse_as(RunConfig, BASE, "")
     with pytest.raises(ValueError, match="frozen"):
         config.seed = 3  # type: ignore[misc]
     assert RunConfig.model_validate_json(config.model_dump_json(exclude_unset=True)) == config
@@ -352,6 +353,19 @@ def test_labels_that_yaml_takes_for_something_else() -> None:
     for classes, told in (([True, False], "put labels in quotes"), (["a"], "two at least"), (["a", "a"], "different")):
         with pytest.raises(ValidationError, match=told):
             HeadConfig.model_validate({"classes": classes})
+
+
+def test_a_run_is_read_as_it_was_recorded(tmp_path: Path) -> None:
+    """What `${...}` stood for was put in its place then; what is left of it is text."""
+    file = tmp_path / "run.yaml"
+    file.write_text(
+        yaml.safe_dump(changed("data.sources.0.template", r"Costs \${price} in ${output}: <SMILES> {smiles}"))
+    )
+    config = load_config(file)
+    assert config.data.sources[0].template == f"Costs ${{price}} in {config.output}: <SMILES> {{smiles}}"
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    assert read_config(tmp_path) == config
+    assert read_config(tmp_path, ["seed=7"]) == config.model_copy(update={"seed": 7})
 
 
 def test_paths_are_taken_as_they_stand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

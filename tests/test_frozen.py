@@ -12,7 +12,7 @@ import torch
 
 from tagllm.build import Built, build
 from tagllm.config import RunConfig
-from tagllm.config_file import parse_config
+from tagllm.config_file import parse_as
 from tagllm.evaluate.closed_form import fit_head
 from tagllm.head import Head
 from tagllm.model.backbone import weights_digest
@@ -86,9 +86,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
         ranks = Ranks.start(60)
         for output in ("1", "2"):
             (folder / output).mkdir()
-        train(parse_config(first, "first"), ranks)
+        train(parse_as(RunConfig, first, "first"), ranks)
         domain = TagLibrary.load(folder / "1" / "library")
-        built, engine, before = train(parse_config(second, "second"), ranks)
+        built, engine, before = train(parse_as(RunConfig, second, "second"), ranks)
         yield Trained(built, engine, before, RunFolder(folder / "2"), domain, remembered)
 
 

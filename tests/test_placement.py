@@ -10,7 +10,8 @@ import torch
 from transformers import LlamaConfig
 
 from tagllm import plan
-from tagllm.config_file import parse_config
+from tagllm.config import RunConfig
+from tagllm.config_file import parse_as
 from tagllm.errors import UserError
 from tagllm.ranks import Ranks
 from tagllm.stage import Stage, read_stage
@@ -34,7 +35,7 @@ def stage(folder: Path, **engine: object) -> Stage:
         "data": {"sources": [{"path": str(folder / "rows.csv"), "template": "It is <S> {smiles}"}]},
         "optim": {"steps": 2, "rows_per_step": 32, "rows_per_micro_batch": 2}, "engine": engine, "remember_gib": 0,
     }  # fmt: skip
-    return read_stage(parse_config(values, "test"), "test")
+    return read_stage(parse_as(RunConfig, values, "test"), "test")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM, LlamaConfig
 
 from tagllm import plan
 from tagllm.config import RunConfig
-from tagllm.config_file import parse_config
+from tagllm.config_file import parse_as
 from tagllm.model.frozen import make_frozen_aware
 from tagllm.model.prefix import POSITIONS_AT_ONCE
 from tagllm.plan import Hardware, Load, Shape, choose, estimate
@@ -38,7 +38,7 @@ def config(**overrides: object) -> RunConfig:
         "output": "run", "backbone": {"model": "m"}, "tags": {"S": {}}, "remember_device_gib": 0, "remember_gib": 0,
         "data": {"sources": [{"path": "x.csv", "template": "<S> {s}"}]}, "optim": {"steps": 1}, **overrides,
     }  # fmt: skip
-    return parse_config(values, "test")
+    return parse_as(RunConfig, values, "test")
 
 
 def chosen(of: Shape, hardware: Hardware) -> tuple[str | None, str]:

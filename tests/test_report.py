@@ -85,10 +85,12 @@ def test_names_are_text_and_figures_are_there(page: str) -> None:
     assert page.count("<svg") == 4, "learning curve, predictions, ablations, tags"
     assert "The paper, on its own rows" in page and "<td>Tag-LLaMA-7B</td>" in page
     assert "without &lt;S&gt;" in page
+    assert page.count('<tr class="first"><td>tag</td>') == page.count('<tr class="first"><td>as learned</td>') == 1
 
 
 def test_markdown_has_the_same_numbers(run: Path, page: str) -> None:
     text = (run.parent / "out" / "report.md").read_text()
+    assert "| without \\<S> |" in text and "\\<QED>. `tagllm" in text, "Markdown would take names for tags of HTML"
     cells = re.findall(r"<td[^>]*>([0-9.e-]+)(?:<small>([^<]+)</small>)?</td>", page)
     assert len(cells) > 50 and any(interval for _, interval in cells)
     for value, interval in cells:
@@ -189,8 +191,21 @@ def test_compose_with_several_seeds_is_a_table_of_means(tmp_path: Path) -> None:
     assert "| FR-EN | 20 (19–21) | **25 (24–26)** |" in text, "bootstrapped, of the only seed"
     assert "Mean over 2 seeds" in text and "in_language:\n\n| case | tags |" in text
     sections = json.loads((tmp_path / "out" / "report.json").read_text())["sections"]
-    assert sections[0]["cases"]["EN-FR"]["tags"] == {"chrf++": 30.0, "in_language": 1.0}
+    case = sections[0]["cases"]["EN-FR"]
+    assert case["mean"]["tags"] == {"chrf++": 30.0, "in_language": 1.0}
+    assert [(seed["metrics"]["tags"]["chrf++"], seed["command"]) for seed in case["each"]] == [(29.0, "x"), (31.0, "x")]
+    assert "Of fewer seeds: FR-EN (1)." in text
     assert [section["run"] for section in sections] == ["composed", "EN-FR", "FR-EN"]
+
+
+def test_seeds_that_were_asked_otherwise_have_no_mean(tmp_path: Path) -> None:
+    for seed in range(2):
+        write_case(tmp_path / "composed" / f"seed={seed}" / "EN-FR", 29.0)
+    file = tmp_path / "composed" / "seed=1" / "EN-FR" / "results.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"split": "valid"}))
+    result = RUNNER.invoke(app, ["report", str(tmp_path / "composed"), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2 and "EN-FR was not asked the same" in result.stderr
+    assert "split test and valid" in result.stderr
 
 
 def test_compose_is_a_table_of_cases_and_shows_what_was_written(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from tagllm.config import HeadConfig, RunConfig
-from tagllm.config_file import parse_config
+from tagllm.config_file import parse_as
 from tagllm.errors import UserError
 from tagllm.head import Head
 from tagllm.model.loss import Weights
@@ -27,7 +27,7 @@ def config(
 ) -> RunConfig:
     sources = [{"path": "a.csv", "template": template, "target": target or [], **more} for template in templates]
     optim = {"steps": 1, "rows_per_step": 100, "rows_per_micro_batch": 4}
-    return parse_config(
+    return parse_as(RunConfig,
         {"output": "o", "backbone": {"model": "m"}, "tags": tags, "data": {"sources": sources}, "optim": optim,
          "loss": loss or {}}, "c.yaml",
     )  # fmt: skip
@@ -229,7 +229,7 @@ def tuned(source: dict[str, Any], **sections: Any) -> RunConfig:
     made["data"]["sources"][0]["split"] = {"valid": 0.0}
     made["data"]["sources"][1] |= {"split": {"valid": 0.0}} | source
     made["data"] |= sections.pop("data", {})
-    return parse_config({**made, **sections}, "c.yaml")
+    return parse_as(RunConfig, {**made, **sections}, "c.yaml")
 
 
 PATIENT = {"evaluation": {"patience": 3}}

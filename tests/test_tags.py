@@ -12,8 +12,8 @@ import torch
 
 from tagllm import files
 from tagllm.build import new_tag
-from tagllm.config import BackboneConfig, HeadConfig
-from tagllm.config_file import parse_config
+from tagllm.config import BackboneConfig, HeadConfig, RunConfig
+from tagllm.config_file import parse_as
 from tagllm.data.dataset import Data
 from tagllm.errors import UserError
 from tagllm.files import DamagedFile
@@ -295,7 +295,7 @@ def test_rows_begin_as_what_the_embedding_gives(tmp_path: Path) -> None:
     tags = {"S": {"kind": "domain", "length": 2, "init": "text:CN"}}
     source = {"path": "a.csv", "template": "<S> {smiles}"}
     values = {"output": "o", "backbone": {"model": str(folder)}, "tags": tags, "data": {"sources": [source]}}
-    config = parse_config({**values, "optim": {"steps": 1}}, "")
+    config = parse_as(RunConfig, {**values, "optim": {"steps": 1}}, "")
     rows_PD = new_tag(read_stage(config, "here"), "S", backbone, Data({}, {}, [])).rows_PD
     ids = torch.tensor(backbone.tokenizer("CN", add_special_tokens=False).input_ids)
     torch.testing.assert_close(rows_PD, backbone.model.get_input_embeddings()(ids))

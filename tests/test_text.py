@@ -96,6 +96,19 @@ def test_models_that_are_not_there_are_told_before_anything_is_generated() -> No
     assert problems_of(EvaluationConfig(), "evaluation") == []
 
 
+def test_a_file_that_is_no_model_is_told_as_well(tmp_path: Path) -> None:
+    pytest.importorskip("sentencepiece")
+    (tmp_path / "page.html").write_text("<html>not found</html>")
+    (problem,) = problems_of(EvaluationConfig(spbleu_model=str(tmp_path / "page.html")), "evaluation")
+    assert "that is no model of sentencepiece" in problem
+
+
+def test_intervals_end_where_the_metric_does() -> None:
+    made, wanted = ["the cat sat on the mat", "a dog"], ["the cat sat on the mat", "one bird flew away"]
+    scores = text_scores(made, wanted, [], EvaluationConfig())
+    assert all(0 <= low <= high <= 100 for low, high in scores.intervals.values())
+
+
 @pytest.fixture(scope="module")
 def prompts() -> list[np.ndarray]:
     random = np.random.default_rng(0)
@@ -104,13 +117,15 @@ def prompts() -> list[np.ndarray]:
     return [np.concatenate([some, list(of.ids("F"))]).astype(np.int32) for some in ids]
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("shared", [0, 1, 20])
 def test_answers_are_those_of_the_whole_prompt(
-    prompts: list[np.ndarray], tmp_path: Path, beams: int, shared: int, monkeypatch: pytest.MonkeyPatch
+    prompts: list[np.ndarray], tmp_path: Path, family: str, beams: int, shared: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What prompts have in common is computed once, before the padding of the shorter ones."""
-    model = tiny.model(tiny.layout())
+    """What prompts have in common is computed once, before the padding of the shorter ones; where layers have a window,
+    which counts padding, for each."""
+    model = tiny.model(tiny.layout(), family)
     tokenizer = AutoTokenizer.from_pretrained(tiny.save_backbone(tmp_path))
     examples = np.concatenate([[5], tiny.layout().ids("F"), np.arange(6, 30)])[:shared]
     whole = [np.concatenate([examples, prompt]).astype(np.int32) for prompt in prompts]
@@ -175,7 +190,7 @@ def test_eval_of_a_run_with_text_keeps_every_answer(run: Run, folder: Path) -> N
     assert {"bleu", "chrf++", "exact", "in_language"} <= set(
         results["sources"]["{smiles} <T> <FR> {output}"]["metrics"]
     )
-    assert "spBLEU" in results["note"]
+    assert "no spBLEU" in results["note"] and "answers in text: 3 of " in results["note"]
     fails(run("eval", folder / "runs/answers", "evaluation.spbleu_model=none.model"), "no such file")
 
 

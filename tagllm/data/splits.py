@@ -87,6 +87,26 @@ def drawn_from(source: RowsConfig, by: Sequence[str], given: Collection[Split]) 
     return {"data": data, "by": list(by), "drawn": _drawn(source, given)}
 
 
+def refuse_seen(tag: str, held_out: Sequence[dict[str, Any]], mine: dict[str, Any], split: Split, where: str) -> None:
+    """Raises UserError where rows of a split may be some that the tag was trained on.
+
+    Args:
+        held_out: what the tag keeps of the rows it was trained on (`drawn_from`).
+        mine: the same of the rows it is to be asked.
+    """
+    share = mine["drawn"].get(split)  # none of train, which is asked for what it is
+    if share is None:
+        return
+    for held in held_out:
+        same = (held["by"], held["drawn"].get("seed")) == (mine["by"], mine["drawn"].get("seed"))
+        if held["data"] == mine["data"] and not (same and share <= held["drawn"].get(split, 0)):
+            raise UserError(
+                f"{where}: its {split} rows are drawn by {', '.join(mine['by'])} ({mine['drawn']}), those that <{tag}> "
+                f"was trained on by {', '.join(held['by'])} ({held['drawn']}), so some of them may be the same. Set "
+                "source.split as it was in training."
+            )
+
+
 def _data_of(source: RowsConfig) -> Any:
     if source.path is None:
         return source.recipe, source.hub

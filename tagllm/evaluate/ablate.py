@@ -10,13 +10,15 @@ import torch
 from tagllm.evaluate.scoring import Evaluation, pass_metrics, score_pass, with_tags
 from tagllm.tags import Tag
 
+AS_LEARNED = "as learned"
+
 
 def ablations(evaluation: Evaluation) -> dict[str, dict[str, float]]:
-    """Metrics by what was done; first `as learned`, to compare with. Collective."""
+    """Metrics by what was done; first AS_LEARNED, to compare with. Collective."""
     built, ranks, split = evaluation
     used = {name for template in built.stage.templates for name in template.tags}
     tags = {name: tag for name, tag in built.tags.items() if name in used}
-    found = {"as learned": pass_metrics(evaluation, score_pass(built, ranks, split))}
+    found = {AS_LEARNED: pass_metrics(evaluation, score_pass(built, ranks, split))}
     for name, others in changes_of(tags).items():
         found[name] = pass_metrics(evaluation, with_tags(evaluation, others))
     return found

@@ -19,11 +19,11 @@ from tagllm.data.encode import Example
 from tagllm.errors import UserError
 from tagllm.evaluate.generate import generate
 from tagllm.evaluate.text import (
-    NO_SPBLEU,
     Scores,
     all_numbers,
     known_languages,
     language_scores,
+    no_spbleu,
     number_scores,
     problems_of,
     text_scores,
@@ -59,18 +59,23 @@ def text_results(built: Built, split: Split, ranks: Ranks, run: Path) -> dict[st
     held_out = built.examples(split)
     asked = [at for at, template in enumerate(templates) if template.has_output and len(held_out[at])]
     share = max(1, settings.generated_rows // len(asked))
-    sources, everything, source_of = dict[str, Any](), list[Answer](), list[int]()
+    answers = {
+        at: answers_of(built, templates[at], [held_out[at][row] for row in chosen(held_out[at], share)]) for at in asked
+    }
+    everything = [answer for mine in answers.values() for answer in mine]
+    ranks.on_rank_zero(lambda: write_answers(everything, run))
+    sources, source_of = dict[str, Any](), [at for at in asked for _ in answers[at]]
     for at in asked:
-        answers = answers_of(built, templates[at], [held_out[at][row] for row in chosen(held_out[at], share)])
-        language, mine = language_of(templates[at], built.layout.kinds), [at] * len(answers)
-        scores = scores_of(built, answers, language, built.tags, partial(training_means, built, mine))
+        mine, language = answers[at], language_of(templates[at], built.layout.kinds)
+        scores = scores_of(built, mine, language, built.tags, partial(training_means, built, [at] * len(mine)))
         name = templates[at].text
-        sources[f"{name} (data.sources.{at})" if name in sources else name] = {"rows": len(answers), **scores._asdict()}
-        everything, source_of = everything + answers, source_of + mine
+        sources[f"{name} (data.sources.{at})" if name in sources else name] = {"rows": len(mine), **scores._asdict()}
     if len(asked) > 1:
         scores = scores_of(built, everything, "", built.tags, partial(training_means, built, source_of))
-    ranks.on_rank_zero(lambda: write_answers(everything, run))
-    about = {} if settings.spbleu_model else {"note": NO_SPBLEU}
+    total, notes = sum(len(held_out[at]) for at in asked), [no_spbleu(scores, settings)]
+    if len(everything) < total:
+        notes.append(f"answers in text: {len(everything):,} of {total:,} rows (evaluation.generated_rows)")
+    about = {"note": "; ".join(filter(None, notes))} if any(notes) else {}
     metrics = {**scores.metrics, "generated_rows": len(everything)}
     return {"metrics": metrics, "intervals": scores.intervals, "sources": sources, **about}
 

@@ -44,7 +44,9 @@ def generate(
 def _batch(
     model: TaggedModel, tokenizer: Any, prompts: Sequence[NDArray[np.int32]], max_new_tokens: int, beams: int
 ) -> list[str]:
-    width, common = max(map(len, prompts)), _common(prompts)
+    width = max(map(len, prompts))
+    most = max(1, min(max_new_tokens, longest_prompt(model.backbone.config) - width))
+    common = _common(prompts) if _all_see(model, width + most) else 0
     ids = torch.zeros(len(prompts), width, dtype=torch.long)
     mask = torch.zeros(len(prompts), width, dtype=torch.long)
     for row, prompt in enumerate(prompts):
@@ -52,7 +54,6 @@ def _batch(
         ids[row, at] = torch.from_numpy(prompt.astype(np.int64))
         mask[row, at] = 1
     device = model.tags.learned_TD.device
-    most = max(1, min(max_new_tokens, longest_prompt(model.backbone.config) - width))
     with plain_attention(model.backbone):
         made = _followed(model, tokenizer, ids.to(device), mask.to(device), common, most, beams)
     texts: list[str] = tokenizer.batch_decode(made, skip_special_tokens=True)
@@ -99,6 +100,12 @@ def _common(prompts: Sequence[NDArray[np.int32]]) -> int:
     most = min(map(len, prompts)) - 1
     same = np.all([prompt[:most] == prompts[0][:most] for prompt in prompts], axis=0)
     return int(np.argmin(np.append(same, False)))
+
+
+def _all_see(model: TaggedModel, tokens: int) -> bool:
+    """Whether no layer has a window shorter than this: windows count padding, which stands behind what is common."""
+    layers: list[Any] = DynamicCache(config=model.backbone.config).layers
+    return all(layer.sliding_window >= tokens for layer in layers if layer.is_sliding)
 
 
 def _seen(model: TaggedModel, embeds_1pD: Tensor, rows: int) -> DynamicCache:

@@ -14,6 +14,7 @@ import torch
 from tagllm.build import Built, build, new_tag
 from tagllm.config import RunConfig, Split
 from tagllm.data.dataset import Data
+from tagllm.data.splits import refuse_seen
 from tagllm.errors import UserError
 from tagllm.evaluate.ablate import ablations
 from tagllm.evaluate.answers import text_results
@@ -57,7 +58,9 @@ def evaluate(
     if controls and not stage.terms:
         raise UserError(f"--control: {run} answers with a head and has no loss over tokens to compare. Leave it out.")
     built = build(stage, ranks)
-    if not overridden:
+    if overridden:
+        _refuse_seen(built, library, split)
+    else:
         require_same_rows(folder, built.data, ("train", "valid", split))
     if not any(map(len, built.examples(split))):
         raise UserError(f"{run}: its {split} split has no rows; score another one with --split.")
@@ -88,6 +91,15 @@ def evaluate(
     return results
 
 
+def _refuse_seen(built: Built, library: TagLibrary, split: Split) -> None:
+    """Raises UserError where overrides may ask learned tags what they were trained on."""
+    for at, template in enumerate(built.stage.templates):
+        mine = built.data.record[str(at)]["held_out"]
+        for name in dict.fromkeys(template.tags):
+            if name in built.stage.learned:
+                refuse_seen(name, library.tags[name].about.get("held_out", []), mine, split, f"data.sources.{at}")
+
+
 def require_same_rows(folder: RunFolder, data: Data, splits: Sequence[Split]) -> None:
     """Raises UserError where these splits are not those that training recorded."""
     recorded = read_json(folder.path / "splits.json")
@@ -108,7 +120,7 @@ def _score_values(evaluation: Evaluation, folder: RunFolder, overridden: bool, r
     held_out = score_pass(built, ranks, split, probing=True)
     results["metrics"] |= by_head(built, split, held_out, value_metrics)
     results["intervals"] = ranks.on_rank_zero(lambda: by_head(built, split, held_out, intervals))
-    pairs = {"values_nK": torch.from_numpy(held_out.values_nK), "targets_nK": torch.from_numpy(held_out.targets_nK)}
+    pairs = by_head(built, split, held_out, _pairs)
     ranks.on_rank_zero(lambda: write_whole(folder.path / "held_out.safetensors", tensor_bytes(pairs)))
     heads = built.layout.heads
     probes = _Probes(evaluation, None if overridden or len(heads) > 1 else folder, held_out)
@@ -124,6 +136,10 @@ def _score_values(evaluation: Evaluation, folder: RunFolder, overridden: bool, r
             for method, values in of_methods.items():
                 told = {f"{at}{metric}": value for metric, value in values.items()}
                 results.setdefault(part, {}).setdefault(method, {}).update(told)
+
+
+def _pairs(values_nK: Floats, targets_nK: Floats, classes: bool) -> dict[str, torch.Tensor]:
+    return {"values_nK": torch.tensor(values_nK), "targets_nK": torch.tensor(targets_nK)}
 
 
 class _Probes(NamedTuple):

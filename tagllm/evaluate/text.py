@@ -6,7 +6,7 @@ n rows.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,11 +14,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tagllm.config import EvaluationConfig
+from tagllm.evaluate.metric_kinds import kind_of
 from tagllm.evaluate.metrics import intervals, value_metrics
 
 DRAWS = 200
 """Bootstrap draws of rows for an interval."""
 NO_SPBLEU = "no spBLEU: evaluation.spbleu_model names no sentencepiece model; BLEU and chrF++ stand for it"
+_COMET_APART = (
+    "Its releases want transformers before 5, so it cannot stand beside tagllm: leave the key out, and score "
+    "generated.jsonl (prompt, given, reference, generated) in an environment of its own."
+)
 _NUMBER = re.compile(r"[-+]?(\d*\.\d+([eE][-+]?\d+)?|\d+\.?([eE][-+]?\d+)?(?![\w.]*\w))(?!,\d)")
 """A unit may stand right behind a decimal point's digits (7.5kcal); behind others it may be a word (7th). A comma and
 digits behind it make it another number."""
@@ -47,12 +52,33 @@ def problems_of(config: EvaluationConfig, where: str) -> list[str]:
                 f"{where}.{key} is {path!r}; there is no such file, and nothing is downloaded. Give the path of the "
                 "model, or leave the key out."
             )
+        elif path is not None and find_spec(module) is not None and not _WELL_FORMED[module](Path(path)):
+            problems.append(f"{where}.{key} is {path!r}; that is no model of {package}. Give another file.")
         if path is not None and find_spec(module) is None:
-            problems.append(
-                f"{where}.{key} is {path!r}; it needs the package {package}, which is not installed. Run: pip install "
-                f"{package}, or leave the key out."
-            )
+            out = _COMET_APART if module == "comet" else f"Run: pip install {package}, or leave the key out."
+            problems.append(f"{where}.{key} is {path!r}; it needs the package {package}, which is not installed. {out}")
     return problems
+
+
+def _is_sentencepiece(file: Path) -> bool:
+    try:
+        _processor(str(file))
+    except (OSError, RuntimeError):
+        return False
+    return True
+
+
+def _is_comet(file: Path) -> bool:
+    return (file.parent.parent / "hparams.yaml").is_file()
+
+
+_WELL_FORMED: dict[str, Callable[[Path], bool]] = {"sentencepiece": _is_sentencepiece, "comet": _is_comet}
+"""By package; what is wrong with a file is told before hours of generating."""
+
+
+def no_spbleu(scores: Scores, config: EvaluationConfig) -> str:
+    """What is to be said of a translation that is measured without the metric of the paper."""
+    return NO_SPBLEU if "bleu" in scores.metrics and config.spbleu_model is None else ""
 
 
 def text_scores(made: Sequence[str], wanted: Sequence[str], sources: Sequence[str], config: EvaluationConfig) -> Scores:
@@ -118,10 +144,10 @@ def all_numbers(texts: Sequence[str]) -> bool:
 
 
 def _corpus(name: str, metric: Any, made: Sequence[str], wanted: Sequence[str]) -> Scores:
-    """A metric of sacrebleu with its own bootstrap interval, as wide below as above but cut off at 0. The draws are the
-    same for the same number of rows, so two systems are compared on the same draws."""
+    """A metric of sacrebleu with its own bootstrap interval, as wide below as above but cut off at 0 and 100. The draws
+    are the same for the same number of rows, so two systems are compared on the same draws."""
     score = metric.corpus_score(made, [wanted], n_bootstrap=DRAWS)
-    low, high = max(score._mean - score._ci, 0.0), score._mean + score._ci
+    low, high = max(score._mean - score._ci, 0.0), min(score._mean + score._ci, kind_of(name).most)
     return Scores({name: float(score.score)}, {name: (float(low), float(high))})
 
 
@@ -134,11 +160,16 @@ def _mean(name: str, values: Sequence[float]) -> Scores:
 
 def _pieces(texts: Sequence[str], model: str) -> list[str]:
     """As sacrebleu's own tokenizer flores101 or flores200 cuts them, which would download its model."""
+    processor = _processor(model)
+    return [" ".join(processor.EncodeAsPieces(text.rstrip())) for text in texts]
+
+
+def _processor(model: str) -> Any:
     import sentencepiece
 
     processor = sentencepiece.SentencePieceProcessor()
     processor.Load(model)
-    return [" ".join(processor.EncodeAsPieces(text.rstrip())) for text in texts]
+    return processor
 
 
 def _comet(made: Sequence[str], wanted: Sequence[str], sources: Sequence[str], config: EvaluationConfig) -> list[float]:

@@ -28,8 +28,8 @@ class Run(NamedTuple):
     """As YAML."""
     log: list[dict[str, float]]
     library: TagLibrary | None
-    pairs: dict[str, Tensor] | None
-    """`values_nK` and `targets_nK` of the held-out rows; None without a head."""
+    pairs: dict[str, Tensor]
+    """`values_nK` and `targets_nK` of the held-out rows, with the name of the head in front where there are several."""
     answers: list[dict[str, str]]
     """What was generated: prompt, reference, generated."""
 
@@ -41,7 +41,9 @@ class Run(NamedTuple):
     @property
     def recipes(self) -> set[str]:
         """Named data sets that its rows are of."""
-        sources = (yaml.safe_load(self.config).get("data") or {}).get("sources", [])
+        config = yaml.safe_load(self.config)
+        of_cases = [case["source"] for case in config.get("cases", {}).values()]
+        sources = [*(config.get("data") or {}).get("sources", ()), *of_cases]
         return {source["recipe"] for source in sources if source.get("recipe")}
 
     @property
@@ -94,6 +96,8 @@ def collect(path: Path) -> list[Run | Composed | Swept]:
             if "prompt" in read_json(file):
                 cases.setdefault(file.parent.name, []).append(read_run(file.parent))
         if cases:
+            for runs in cases.values():
+                _require_one_question(runs, path)
             found.append(Composed(path.name, list(cases.values())))
     if not found:
         raise UserError(f"{path}: has no results.json. Score it first: tagllm eval {path}")
@@ -124,6 +128,19 @@ def _require_as_then(run: Path, results: dict[str, Any], then: dict[str, Any], f
         )
 
 
+def _require_one_question(seeds: list[Run], path: Path) -> None:
+    """Raises UserError where a case was asked of other rows or in other prompts with the tags of another seed."""
+    asked = [
+        {"split": one.results["split"], "rows": one.results["rows"], "prompts": ", ".join(one.methods)} for one in seeds
+    ]
+    for one in asked[1:]:
+        if other := [f"{key} {value} and {one[key]}" for key, value in asked[0].items() if value != one[key]]:
+            raise UserError(
+                f"{path}: {seeds[0].name} was not asked the same with the tags of each seed ({'; '.join(other)}), so "
+                "there is no mean. Start tagllm compose again for each of them: what is scored as now is kept."
+            )
+
+
 def metrics_of(rows: dict[str, Metrics]) -> list[str]:
     """Those of the tables, in their order; of several heads, one head after the other."""
     there = sorted({name for metrics in rows.values() for name in metrics if without_head(name) in KINDS})
@@ -147,7 +164,7 @@ def read_run(path: Path) -> Run:
         return [json.loads(line) for line in text.split("\n") if line]  # splitlines would split texts at U+2028 too
 
     config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-    pairs = load_tensors(path / "held_out.safetensors") if (path / "held_out.safetensors").is_file() else None
+    pairs = load_tensors(path / "held_out.safetensors") if (path / "held_out.safetensors").is_file() else {}
     shown = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
     library = TagLibrary.load(path / "library") if (path / "library").is_dir() else None
     results = read_json(path / "results.json")

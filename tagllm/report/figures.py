@@ -6,6 +6,9 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from tagllm.report.collect import Interval, Run
 from tagllm.report.tags import cosine_of_means
 from tagllm.tags import Tag
@@ -31,17 +34,27 @@ def learning_curves(run: Run) -> str:
     return _svg(figure)
 
 
-def predicted_against_true(run: Run) -> str:
-    """Of the first output; empty for classes or without a head."""
-    if run.pairs is None or "mse" not in run.results["metrics"]:
+def predicted_against_true(run: Run) -> list[str]:
+    """Of the first output of each head that answers with numbers."""
+    figures = []
+    for name, values_nK in run.pairs.items():
+        head = name.removesuffix("values_nK")
+        if head != name and f"{head}mse" in run.results["metrics"]:
+            figures.append(_against_true(head, values_nK[:, 0], run.pairs[f"{head}targets_nK"][:, 0]))
+    return figures
+
+
+def _against_true(head: str, values_n: Tensor, targets_n: Tensor) -> str:
+    """Evenly drawn rows, if there are very many; empty where none is labelled."""
+    known_n = targets_n.isfinite().nonzero().flatten()
+    if not len(known_n):
         return ""
-    values_n, targets_n = run.pairs["values_nK"][:, 0], run.pairs["targets_nK"][:, 0]
-    known_n = targets_n.isfinite().nonzero().flatten()[:MOST_POINTS]
+    known_n = known_n[torch.linspace(0, len(known_n) - 1, min(len(known_n), MOST_POINTS)).long()]
     figure, axes = _figure()
     axes.scatter(targets_n[known_n], values_n[known_n], s=8, alpha=0.4, linewidths=0)
     low, high = float(targets_n[known_n].min()), float(targets_n[known_n].max())
     axes.plot([low, high], [low, high], color="0.4", linewidth=1, linestyle="--")
-    axes.set(xlabel="true", ylabel="predicted", title=f"held-out rows ({len(known_n)})")
+    axes.set(xlabel="true", ylabel="predicted", title=f"{head.replace('/', ', ')}held-out rows ({len(known_n)})")
     return _svg(figure)
 
 

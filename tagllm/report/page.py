@@ -42,17 +42,21 @@ def html(sections: Sequence[Section]) -> str:
 
 def markdown(sections: Sequence[Section]) -> str:
     """The notes and tables alone."""
-    return "\n".join(
-        "\n\n".join([f"## {section.title}", *section.notes, *map(_markdown_table, section.tables)]) + "\n"
-        for section in sections
-    )
+    texts = ([*map(_shown, (f"## {one.title}", *one.notes)), *map(_markdown_table, one.tables)] for one in sections)
+    return "\n".join("\n\n".join(text) + "\n" for text in texts)
+
+
+def _shown(text: str) -> str:
+    """With the names of tags, which Markdown would take for tags of HTML; between backticks it takes nothing."""
+    parts = text.split("`")
+    return "`".join(part if at % 2 else part.replace("<", "\\<") for at, part in enumerate(parts))
 
 
 def _markdown_table(table: Table) -> str:
     def line(cells: Sequence[str]) -> str:
-        return f"| {' | '.join(cell.replace('|', chr(92) + '|').replace(chr(10), ' ') for cell in cells)} |"
+        return f"| {' | '.join(_shown(cell).replace('|', chr(92) + '|').replace(chr(10), ' ') for cell in cells)} |"
 
-    lines = [f"{table.title}:\n"] if table.title else []
+    lines = [f"{_shown(table.title)}:\n"] if table.title else []
     lines += [line([table.corner, *table.columns]), f"|---|{'---:|' * len(table.columns)}"]
     for name, cells in table.rows.items():
         lines.append(line([name, *(f"**{cell}**" if cell.best and str(cell) else str(cell) for cell in cells)]))

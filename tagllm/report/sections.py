@@ -6,8 +6,10 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from tagllm.evaluate.ablate import AS_LEARNED
 from tagllm.evaluate.metric_kinds import kind_of
 from tagllm.evaluate.seeds import bounds, over_seeds
+from tagllm.origin import ORIGIN
 from tagllm.report.collect import Composed, Interval, Metrics, Run, Swept, headline, metrics_of
 from tagllm.report.figures import changes, dots, learning_curves, predicted_against_true, tag_similarity
 from tagllm.report.paper import published_of
@@ -75,12 +77,12 @@ def _of_run(run: Run) -> Section:
         sources = {name: source["metrics"] for name, source in results["sources"].items()}
         intervals = {name: source["intervals"] for name, source in results["sources"].items()}
         tables.append(_table("By source", "source", sources, intervals))
-    ablations = results.get("ablations", {})
-    if ablations:
+    if ablations := results.get("ablations", {}):
+        ablations = {AS_LEARNED: ablations[AS_LEARNED], **ablations}  # JSON has sorted them
         tables.append(_table("With other rows in the place of a tag's, nothing trained anew", "change", ablations, {}))
     tags = list(run.library.tags.values()) if run.library else []
     figures = [
-        learning_curves(run), predicted_against_true(run), _changes(ablations), tag_similarity(tags) if tags else "",
+        learning_curves(run), *predicted_against_true(run), _changes(ablations), tag_similarity(tags) if tags else "",
     ]  # fmt: skip
     return Section(
         run.name, _notes(run), tables, [figure for figure in figures if figure], _texts(run),
@@ -90,19 +92,28 @@ def _of_run(run: Run) -> Section:
 
 def _of_composed(composed: Composed) -> Section:
     """Cases down, prompts across, in the metric that they are known by and in whether the language is right."""
-    cases = dict[str, MeansAndSpread]()
+    cases, documents = dict[str, MeansAndSpread](), dict[str, Any]()
     for first, *others in composed.cases:
         of_seeds = {p: over_seeds([run.methods.get(p, {}) for run in (first, *others)]) for p in first.methods}
         means, spread = _means_and_spread(of_seeds)
         cases[first.name] = means, _or_of_rows(spread, first.intervals)
+        each = [{"metrics": run.methods, **_where_from(run.results)} for run in (first, *others)]
+        documents[first.name] = {"mean": means, "intervals": cases[first.name][1], "each": each}
     seeds = max(map(len, composed.cases))
     name = headline(composed.cases[0][0].methods)
     notes = [f"{name} of every prompt on the same rows; the other metrics are below."]
     if seeds > 1:
         notes.append(f"Mean over {seeds} seeds, {INTERVAL}; what is below is of the first of them.")
-    tables = [table for metric in (name, "in_language") if (table := _of_prompts(metric, cases)).columns]
-    document = {"run": composed.name, "seeds": seeds, "cases": {case: means for case, (means, _) in cases.items()}}
+        fewer = [f"{first.name} ({1 + len(others)})" for first, *others in composed.cases if 1 + len(others) < seeds]
+        notes += [f"Of fewer seeds: {', '.join(fewer)}."] if fewer else []
+    told = dict.fromkeys((name, "bleu", "spbleu", "comet", "in_language"))
+    tables = [table for metric in told if (table := _of_prompts(metric, cases)).columns]
+    document = {"run": composed.name, "seeds": seeds, "cases": documents}
     return Section(composed.name, notes, tables, [], [], {}, document)
+
+
+def _where_from(results: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: results[key] for key in (*ORIGIN, "config_digest", "libraries") if key in results}
 
 
 def _of_prompts(metric: str, cases: Mapping[str, MeansAndSpread]) -> Table:

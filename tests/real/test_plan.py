@@ -13,7 +13,7 @@ from torch.utils.flop_counter import flop_registry
 from benchmarks.measure import held_bytes, peak_tensor_bytes
 from tagllm.build import build
 from tagllm.config import BackboneConfig, RunConfig
-from tagllm.config_file import parse_config
+from tagllm.config_file import parse_as
 from tagllm.data.batch import count
 from tagllm.model.backbone import load_backbone, resolve
 from tagllm.model.linear import FrozenLinear
@@ -109,4 +109,4 @@ def run_config(output: Path, rows: int, head: dict[str, Any] | None = None) -> R
         "tags": {"QED": {"kind": "function", "head": head or {}}}, "data": {"sources": [source]},
         "optim": {"steps": 1, "rows_per_step": rows, "rows_per_micro_batch": rows},
     }  # fmt: skip
-    return parse_config(values, "test")
+    return parse_as(RunConfig, values, "test")

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from tagllm.build import Built, build
-from tagllm.config_file import parse_config
+from tagllm.config import RunConfig
+from tagllm.config_file import parse_as
 from tagllm.data.batch import count
 from tagllm.model.linear import FrozenLinear
 from tagllm.model.loss import total
@@ -70,7 +71,7 @@ def built(case: str, how: str, output: Path, ranks: Ranks) -> Built:
     config = {"output": str(output), "tags": tags, "data": {"sources": [source]}, "optim": optim}
     plain = how in ("fp32", "bf16")
     backbone = {"model": "smollm2", "dtype": how if plain else "bf16", "quantize": "none" if plain else how}
-    return build(read_stage(parse_config({**config, "backbone": backbone}, case), case), ranks)
+    return build(read_stage(parse_as(RunConfig, {**config, "backbone": backbone}, case), case), ranks)
 
 
 def with_weights_of(reference: Built, other: Built) -> Built:
