@@ -20,6 +20,7 @@ from torch import Tensor
 
 from benchmarks.vs_peers import quiet
 from tagllm.build import build
+from tagllm.config import RunConfig
 from tagllm.config_file import parse_as
 from tagllm.data.batch import count
 from tagllm.model.loss import total

@@ -11,6 +11,7 @@ import numpy as np
 
 from benchmarks.models import Settings
 from tagllm.build import new_tag
+from tagllm.config import RunConfig
 from tagllm.config_file import parse_as
 from tagllm.data.batch import in_chunks
 from tagllm.data.dataset import Examples, Prompts, tokenise

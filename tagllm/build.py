@@ -76,6 +76,12 @@ class Built(NamedTuple):
         }
 
 
+def loaded_digest(stage: Stage) -> str:
+    """Of the rows of all tags that a stage takes as they are."""
+    taken = {name: _sha256(tag.rows_PD) for name, tag in stage.loaded.items() if name not in stage.learned}
+    return digest_of(taken)
+
+
 def _sha256(rows_PD: Tensor) -> str:
     return hashlib.sha256(rows_PD.numpy().tobytes()).hexdigest()
 

@@ -81,6 +81,19 @@ class RunFolder:
         rows = "".join(json.dumps(row._asdict()) + "\n" for row in data.bad_rows)
         write_whole(self.path / "bad_rows.jsonl", rows.encode())
 
+    def require_same_rows(self, data: Data, splits: Sequence[Split]) -> None:
+        """Raises UserError where these splits are not those that training recorded."""
+        recorded = read_json(self.path / "splits.json")
+        for source, now in data.record.items():
+            for name in splits:
+                then = recorded.get(source, {}).get("splits", {}).get(name)
+                here = now["splits"][name]
+                if then is None or then != {key: here[key] for key in then}:  # records of before have no `answers`
+                    raise UserError(
+                        f"{self.path}/splits.json: the {name} rows of source {source} were {then}, now they are "
+                        f"{here}; the data changed since training. Restore it, or train anew."
+                    )
+
     def training(self) -> dict[str, Any]:
         """Where the tags come from: `origin` and ranks of the last process that trained them, the seconds of all."""
         file = self.path / "origin.json"  # runs of version 0.1 have none

@@ -65,7 +65,7 @@ class Stage(NamedTuple):
             frozen_prefix=self.config.prefix == "frozen",
             block=self.config.mask == "block",
             free_spans=free_spans,
-            sharded=self.config.engine.zero_stage == 3,
+            sharded=self.config.engine.stage == 3,
             grouped=any(source.group_by for source in self.config.data.sources),
         )
 

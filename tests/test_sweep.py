@@ -223,6 +223,10 @@ def test_the_command_goes_on_where_it_was_cut_off(config: Path) -> None:
     for count, summary in zip((1, 2), found, strict=True):
         (told,) = [line for line in whole.stdout.splitlines() if f"tags.Size.length={count} " in line]
         assert all(f"{name} {digits(mean, 4)}" in told for name, (mean, _) in summary["metrics"].items())
+    rows = config.parent / "rows.csv"
+    rows.write_text(rows.read_text().replace(",1\n", ",1.5\n", 1))
+    corrected = RUNNER.invoke(app, arguments)
+    assert corrected.exit_code == 2 and "the data changed since" in corrected.stderr
 
 
 @pytest.mark.slow

@@ -16,7 +16,6 @@ from tagllm.data.dataset import Data, Prompts
 from tagllm.data.encode import TagLayout
 from tagllm.data.sampler import all_draws
 from tagllm.errors import UserError
-from tagllm.evaluate.held_out import require_same_rows
 from tagllm.head import Head
 from tagllm.model.backbone import Backbone
 from tagllm.ranks import Ranks
@@ -91,7 +90,7 @@ def open_tasks(run: Path) -> list[Task]:
     layout = stage.layout(backbone.vocabulary_size)
     limit = config.data.max_tokens or backbone.max_tokens
     data = tokenise_on_all(config.data, stage.templates, Prompts(layout, backbone.tokenizer, limit), ranks)
-    require_same_rows(folder, data, SPLITS)
+    folder.require_same_rows(data, SPLITS)
     trained, num_rows = folder.training(), sum(map(len, data.splits["train"]))
     num_gpus = trained.get("ranks", 1) if ranks.device.type == "cuda" else 1  # CPU ranks shared what one now has
     seconds = trained["seconds"] * num_gpus

@@ -15,7 +15,7 @@ import numpy as np
 
 from tagllm.config import SPLITS, DataConfig, SourceConfig, Split, digest_of
 from tagllm.data.encode import Encoder, Example, TagLayout, Unusable
-from tagllm.data.sources import load_rows
+from tagllm.data.sources import SourceRows, load_rows
 from tagllm.data.splits import answers_in, check_keys, drawn_from, keys_of, split_by, split_record, split_rows
 from tagllm.errors import UserError
 from tagllm.files import appearing, write_whole
@@ -142,14 +142,10 @@ def tokenise(
     splits: dict[Split, list[Examples]] = {split: [] for split in wanted}
     record: dict[str, Any] = {}
     bad_rows: list[RejectedRow] = []
-    loaded = [load_rows(source, cache) for source in config.sources]
-    check_keys(config.sources, templates, [rows.given_splits for rows in loaded])
-    for at, (source, template, rows) in enumerate(zip(config.sources, templates, loaded, strict=True)):
+    for at, (source, template, (rows, table, found, of_splits)) in enumerate(
+        zip(config.sources, templates, _divided(config, templates, cache, wanted), strict=True)
+    ):
         where = f"data.sources.{at}"
-        check_columns(source, template, rows.columns, f"{where} ({rows.name})")
-        table = rows.table.select(_short_enough(rows.table, source))
-        keys = keys_of(table, split_by(source, template))
-        found = split_rows(table, keys, source, f"{where} ({rows.name})", wanted)
         bad_rows += [
             RejectedRow(row["_file"], row["_line"], row["_bad"])
             for row in (table.filter(lambda bad: bad != "", input_columns="_bad") if rows.num_bad else [])
@@ -157,11 +153,11 @@ def tokenise(
         encoder = Encoder(template, source, prompts.layout, prompts.tokenizer, prompts.max_tokens)
         stem = [
             digest_of([source.model_dump(exclude={"weight", "rows_per_group"}), prompts.digest()]),
-            split_record(found, keys, answers_in(table, source, template)),
+            of_splits,
         ]
         record[str(at)] = {
             "name": rows.name, "rows": len(rows.table), "left_out_by_max_characters": len(rows.table) - len(table),
-            "splits": stem[1], "held_out": drawn_from(source, split_by(source, template), rows.given_splits),
+            "splits": of_splits, "held_out": drawn_from(source, split_by(source, template), rows.given_splits),
         }  # fmt: skip
         for split in wanted:
             file = cache / f"examples-{digest_of([*stem, split, rows.file])}.arrow"
@@ -177,6 +173,35 @@ def tokenise(
     if bad_rows and config.on_bad_row == "error":
         _refuse(bad_rows)
     return Data(splits, record, bad_rows)
+
+
+class _Divided(NamedTuple):
+    """The rows of a source and of them those short enough, with the indices and the record of each split."""
+
+    rows: SourceRows
+    table: Any
+    found: dict[Split, np.ndarray]
+    record: dict[str, dict[str, Any]]
+
+
+def _divided(
+    config: DataConfig, templates: Sequence[Template], cache: Path, wanted: Sequence[Split]
+) -> Iterator[_Divided]:
+    """Each source, after all of them were checked against each other."""
+    loaded = [load_rows(source, cache) for source in config.sources]
+    check_keys(config.sources, templates, [rows.given_splits for rows in loaded])
+    for at, (source, template, rows) in enumerate(zip(config.sources, templates, loaded, strict=True)):
+        where = f"data.sources.{at} ({rows.name})"
+        check_columns(source, template, rows.columns, where)
+        table = rows.table.select(_short_enough(rows.table, source))
+        keys = keys_of(table, split_by(source, template))
+        found = split_rows(table, keys, source, where, wanted)
+        yield _Divided(rows, table, found, split_record(found, keys, answers_in(table, source, template)))
+
+
+def split_records(config: DataConfig, templates: Sequence[Template], cache: Path) -> dict[str, dict[str, Any]]:
+    """What results keep of the rows of each source: the record of its splits, as the data is now."""
+    return {str(at): of.record for at, of in enumerate(_divided(config, templates, cache, SPLITS))}
 
 
 def check_columns(source: SourceConfig, template: Template, columns: Sequence[str], where: str) -> None:

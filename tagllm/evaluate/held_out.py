@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from tagllm.build import Built, build, new_tag
+from tagllm.build import Built, build, loaded_digest, new_tag
 from tagllm.config import RunConfig, Split
-from tagllm.data.dataset import Data
 from tagllm.data.splits import refuse_seen
 from tagllm.errors import UserError
 from tagllm.evaluate.ablate import ablations
@@ -27,7 +26,7 @@ from tagllm.evaluate.metrics import intervals, value_metrics
 from tagllm.evaluate.passes import Floats, Pass
 from tagllm.evaluate.results import write_results
 from tagllm.evaluate.scoring import Evaluation, by_head, nats, score_pass, with_tags
-from tagllm.files import read_json, tensor_bytes, write_whole
+from tagllm.files import tensor_bytes, write_whole
 from tagllm.head import fields_alone
 from tagllm.origin import origin, peak_memory_gib
 from tagllm.ranks import Ranks
@@ -61,7 +60,7 @@ def evaluate(
     if overridden:
         _refuse_seen(built, library, split)
     else:
-        require_same_rows(folder, built.data, ("train", "valid", split))
+        folder.require_same_rows(built.data, ("train", "valid", split))
     if not any(map(len, built.examples(split))):
         raise UserError(f"{run}: its {split} split has no rows; score another one with --split.")
     evaluation = Evaluation(built, ranks, split)
@@ -70,6 +69,7 @@ def evaluate(
         "learned": stage.learned, "backbone": built.backbone.identity._asdict(), "config_digest": config.digest(),
         "scoring": config.scoring(),
         "data": {source: about["splits"] for source, about in built.data.record.items()},
+        "loaded_tags": loaded_digest(stage),
         "ranks": ranks.size, "rows": sum(map(len, built.examples(split))), "training": folder.training(), **origin(),
     }  # fmt: skip
     if built.layout.heads:
@@ -98,20 +98,6 @@ def _refuse_seen(built: Built, library: TagLibrary, split: Split) -> None:
         for name in dict.fromkeys(template.tags):
             if name in built.stage.learned:
                 refuse_seen(name, library.tags[name].about.get("held_out", []), mine, split, f"data.sources.{at}")
-
-
-def require_same_rows(folder: RunFolder, data: Data, splits: Sequence[Split]) -> None:
-    """Raises UserError where these splits are not those that training recorded."""
-    recorded = read_json(folder.path / "splits.json")
-    for source, now in data.record.items():
-        for name in splits:
-            then = recorded.get(source, {}).get("splits", {}).get(name)
-            here = now["splits"][name]
-            if then is None or then != {key: here[key] for key in then}:  # records of before have no `answers`
-                raise UserError(
-                    f"{folder.path}/splits.json: the {name} rows of source {source} were {then}, now they are "
-                    f"{here}; the data changed since training. Restore it, or train anew."
-                )
 
 
 def _score_values(evaluation: Evaluation, folder: RunFolder, overridden: bool, results: dict[str, Any]) -> None:

@@ -13,11 +13,14 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from tagllm.build import loaded_digest
 from tagllm.config import RunConfig
 from tagllm.config_file import load_config
+from tagllm.data.dataset import split_records
 from tagllm.errors import UserError
-from tagllm.files import read_json
+from tagllm.files import cache_folder, read_json
 from tagllm.run_folder import best_valid_loss, read_config
+from tagllm.stage import read_stage
 
 
 class Point(NamedTuple):
@@ -102,7 +105,7 @@ class Sweep(NamedTuple):
         """Whether its folder holds this very run, scored on the rows to test; `train` refuses what else it may hold.
 
         Raises:
-            UserError: it was scored in another way.
+            UserError: it was scored in another way, or of other rows.
         """
         if not (point.folder / "results.json").is_file():
             return False
@@ -119,7 +122,20 @@ class Sweep(NamedTuple):
                 f"{point.folder}: is trained already, and was scored with {told}. Give another output, or score it "
                 f"anew: tagllm eval {point.folder} {' '.join(f'{key}={written(asked[key])}' for key in other)}"
             )
+        self._require_same_rows(point, config, found)
         return True
+
+    def _require_same_rows(self, point: Point, config: RunConfig, found: dict[str, Any]) -> None:
+        """Raises UserError where the data or a tag that is loaded changed since these results (not all kept them)."""
+        if "data" not in found:
+            return
+        stage = read_stage(config, str(self.path))
+        now = {"data": split_records(config.data, stage.templates, cache_folder()), "loaded_tags": loaded_digest(stage)}
+        if other := [key.replace("_", " ") for key in now if found.get(key, now[key]) != now[key]]:
+            raise UserError(
+                f"{point.folder}: is trained and scored already, and the {' and the '.join(other)} changed since. "
+                "Restore what was there, or give another output."
+            )
 
     @property
     def name(self) -> str:
