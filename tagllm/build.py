@@ -20,7 +20,7 @@ from tagllm.data.sampler import Draw, all_draws
 from tagllm.errors import SharedError, UserError
 from tagllm.files import cache_folder
 from tagllm.head import Head
-from tagllm.model.backbone import Backbone, fastest_dtype, load_backbone, resolve
+from tagllm.model.backbone import Backbone, download, fastest_dtype, load_backbone
 from tagllm.model.loading import Place
 from tagllm.model.prefix import PrefixMemory
 from tagllm.model.tagged import TaggedModel
@@ -154,7 +154,7 @@ def open_backbone(config: BackboneConfig, ranks: Ranks, place: Place | None = No
     """Rank 0 downloads or converts before the others read, and its measured dtype is everybody's."""
 
     def first() -> BackboneConfig:
-        resolve(config.model)
+        download(config.model)
         dtype = fastest_dtype(ranks.device) if config.dtype == "auto" else config.dtype
         return config.model_copy(update={"dtype": dtype})
 

@@ -24,7 +24,7 @@ from tagllm.evaluate.metrics import intervals, value_metrics
 from tagllm.evaluate.scoring import score_pass
 from tagllm.evaluate.text import Scores, no_spbleu
 from tagllm.files import cache_folder, json_bytes, read_json, sha256_file, write_durably, write_whole
-from tagllm.model.backbone import Backbone
+from tagllm.model.backbone import Backbone, as_trained
 from tagllm.origin import origin
 from tagllm.ranks import Ranks
 from tagllm.stage import stage_of_run
@@ -60,9 +60,7 @@ class Composer(NamedTuple):
             )
         library = TagLibrary.load_all([Path(path) for path in config.libraries])
         check_compose(config, library)
-        dtypes = {tag.about.get("dtype", "auto") for tag in library.tags.values()}
-        if config.backbone.dtype == "auto" and len(dtypes) == 1:  # measured anew it may be another one
-            config = config.model_copy(update={"backbone": config.backbone.model_copy(update={"dtype": dtypes.pop()})})
+        config = config.model_copy(update={"backbone": as_trained(config.backbone, [*library.tags.values()])})
         ranks = Ranks.start(1800)
         backbone = open_backbone(config.backbone, ranks)
         library.backbone.require_same(backbone.identity, config.libraries[0])
@@ -122,15 +120,19 @@ class Composer(NamedTuple):
         return Asked(scores, answers, [numbers[at] for at in rows], cut)
 
     def _worked(self, name: str, text: str, shots: int) -> str:
-        """The first training rows as they stand in the prompt, tags and all, as a piece of a template."""
-        built = self._built(name, text, "train")
+        """The first training rows (of data that has none, as FLORES: validation rows) as they stand in the prompt, tags
+        and all, as a piece of a template."""
+        case = self.config.cases[name]
+        given = load_rows(case.source, cache_folder()).given_splits
+        split: Split = "train" if "train" in given or not given else "valid"
+        built = self._built(name, text, split)
         source, (template,) = built.config.data.sources[0], built.stage.templates
         wanted = dict.fromkeys([*template.fields, source.output])
-        (examples,) = built.examples("train")
-        if shots > len(examples):
+        (examples,) = built.examples(split)
+        if shots > (there := 0 if split == case.split else len(examples)):
             raise UserError(
-                f"cases.{name}: shots is {shots}, but there are {len(examples)} training rows to take worked examples "
-                "from. Ask for fewer, or raise source.rows.train."
+                f"cases.{name}: shots is {shots}, but there are {there} {split} rows to take worked examples from. Ask "
+                f"for fewer, or raise source.rows.{split}."
             )
         rows = examples.columns(list(wanted), shots)
         pieces = []

@@ -75,15 +75,47 @@ def fsync_folder(path: Path) -> None:
 
 
 @contextmanager
-def appearing(path: Path) -> Iterator[Path]:
+def appearing(path: Path, first_stays: bool = False) -> Iterator[Path]:
     """A name to write to. It becomes `path` if the block ends well, so that readers see the old file or the new one,
-    else it is removed. Any number may write the same."""
+    else it is removed. Any number may write the same.
+
+    Args:
+        first_stays: whoever finishes later leaves the file that is there, since others may have mapped it (over NFS a
+            replaced file is gone for them too).
+    """
     temporary = path.with_name(f".tmp-{uuid.uuid4().hex}-{path.name}")
     try:
         yield temporary
-        os.replace(temporary, path)
+        if not (first_stays and _linked(temporary, path)):
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _linked(file: Path, path: Path) -> bool:
+    """Whether `path` is there now, be it this file or an earlier one; not every file system has links."""
+    try:
+        os.link(file, path)
+    except OSError:
+        return path.exists()
+    return True
+
+
+@contextmanager
+def appearing_folder(final: Path, first_stays: bool = False) -> Iterator[Path]:
+    """An empty folder to write into, files durably. It becomes `final` if the block ends well, else it is removed.
+
+    Args:
+        first_stays: as for `appearing`.
+    """
+    temporary = final.with_name(f".tmp-{final.name}-{uuid.uuid4().hex}")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        if not (first_stays and final.exists()):
+            replace_folder(temporary, final)
+    finally:
+        remove_folder(temporary)
 
 
 def write_whole(path: Path, data: bytes) -> None:

@@ -6,7 +6,6 @@ Shapes: p rows of a tag, D hidden size.
 from __future__ import annotations
 
 import re
-import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -15,15 +14,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from tagllm import __version__
 from tagllm.config import HeadConfig
 from tagllm.errors import UserError, did_you_mean
 from tagllm.files import (
     DamagedFile,
+    appearing_folder,
     json_bytes,
     load_tensors,
     read_json,
-    remove_folder,
-    replace_folder,
     save_tensors,
     sha256_file,
     write_durably,
@@ -31,7 +30,7 @@ from tagllm.files import (
 from tagllm.head import Head, fields_alone, num_states
 from tagllm.kernel import Kernel, Landmarks
 
-FORMAT, OLDER_FORMATS = 2, (1,)
+FORMAT, OLDER_FORMATS = 3, (1, 2)
 MOST_POOLS = 255
 """Means over fields that heads read side by side: a position has the number of its own in one byte."""
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
@@ -61,21 +60,27 @@ class Tag:
 
 
 class BackboneIdentity(NamedTuple):
-    """What a tag must know of the LLM it was trained for. `fingerprint` is a hash over the token embedding."""
+    """What a tag must know of the LLM it was trained for. `fingerprint` is a hash over the token embedding, `decoder`
+    over its maps, `tokenizer` over what that makes of a text; empty where nobody looked (libraries of before)."""
 
     name: str
     architecture: str
     hidden_size: int
     vocabulary_size: int
     fingerprint: str
+    decoder: str = ""
+    tokenizer: str = ""
 
     def require_same(self, other: BackboneIdentity, where: str) -> None:
         """Raises UserError unless `other` is the same backbone, whatever name or path it was loaded from."""
-        if self[1:] == other[1:]:
+        differ = [key for key in self._fields[5:] if "" != getattr(self, key) != getattr(other, key) != ""]
+        if self[1:5] == other[1:5] and not differ:
             return
+        besides = f"whose {' and '.join(differ)} {'is' if len(differ) == 1 else 'are'} not the same" if differ else ""
         raise UserError(
-            f"{where}: its tags were trained for {_identity(self)} but the backbone is {_identity(other)}; tags fit "
-            "only the backbone they were trained on. Load that backbone, or train the tags anew."
+            f"{where}: its tags were trained for {_identity(self)} but the backbone is {_identity(other)}"
+            f"{', ' * bool(besides)}{besides}; tags fit only the backbone they were trained on, with its tokenizer. "
+            "Load that backbone, or train the tags anew."
         )
 
 
@@ -108,14 +113,8 @@ class TagLibrary:
 
     def save(self, folder: Path) -> None:
         """Writes the folder whole or not at all; an older library of the same name is replaced."""
-        temporary = folder.parent / f".tmp-{folder.name}-{uuid.uuid4().hex}"
-        try:
-            temporary.mkdir(parents=True)
-            self._write(temporary)
-        except BaseException:
-            remove_folder(temporary)
-            raise
-        replace_folder(temporary, folder)
+        with appearing_folder(folder) as unfinished:
+            self._write(unfinished)
 
     def _write(self, folder: Path) -> None:
         tensors = {}
@@ -128,6 +127,7 @@ class TagLibrary:
         save_tensors(folder / "tags.safetensors", tensors)
         document = {
             "format": FORMAT,
+            "tagllm": __version__,
             "backbone": self.backbone._asdict(),
             "sha256": {"tags.safetensors": sha256_file(folder / "tags.safetensors")},
             "tags": {name: _describe(tag) for name, tag in self.tags.items()},
@@ -183,6 +183,8 @@ class TagLibrary:
         if expected != found:
             raise DamagedFile(file, f"sha256 is {found[:12]}, library.json says {expected[:12]}")
         identity = BackboneIdentity(**document["backbone"])
+        if identity.hidden_size < 1:
+            raise ValueError(f"hidden_size is {identity.hidden_size}")
         if backbone is not None:
             identity.require_same(backbone, str(folder))
         tensors = load_tensors(file)
@@ -224,6 +226,11 @@ def _rebuild(
     rows_PD = stored.tensor("rows", described["length"], backbone.hidden_size)
     head = None
     if described["head"] is not None:
+        if unknown := [key for key in described["head"] if key not in HeadConfig.model_fields]:
+            raise UserError(
+                f"{folder}/library.json: the head of <{name}> has {', '.join(unknown)}, which this version "
+                f"({__version__}) does not know; a later one wrote it. Update tagllm."
+            )
         head = stored.head(HeadConfig(**described["head"]), _pools(described.get("pools", 1)))
     return Tag(name, described["kind"], rows_PD, head, dict(described["about"]))
 

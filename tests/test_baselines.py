@@ -12,10 +12,12 @@ import pytest
 import torch
 
 from tagllm.baselines.adapt import Adapted
+from tagllm.baselines.command import Request, _beside, _tuned
 from tagllm.baselines.methods import METHODS
 from tagllm.baselines.prompts import Row, pad
+from tagllm.baselines.record import Record
 from tagllm.baselines.task import Task, open_tasks
-from tagllm.baselines.train import Clock, Look, _warming_up, errors, refit, see, step, train
+from tagllm.baselines.train import Clock, Look, Trained, _warming_up, errors, in_room, refit, see, step, train
 from tagllm.config import BackboneConfig, OptimConfig
 from tagllm.evaluate.closed_form import FIT_ROWS, fit_head
 from tagllm.evaluate.results import write_results
@@ -304,10 +306,33 @@ def test_the_backbone_is_as_transformers_makes_it(folder: Path) -> None:
     assert all(p.data_ptr() in shared and not p.requires_grad for p in mine.parameters())
 
 
-def test_row_padding_is_right_and_zero() -> None:
-    import numpy as np
+def row(tokens: int) -> Row:
+    return Row(np.arange(1, tokens + 1), np.ones(tokens, np.uint8), np.zeros(1, np.float32))
 
-    short, long = (Row(np.arange(1, n + 1), np.ones(n, np.uint8), np.zeros(1, np.float32)) for n in (2, 4))
+
+def test_a_micro_batch_is_cut_into_what_there_is_room_for() -> None:
+    """With its padding; a row that alone is too long stands alone."""
+    rows = [row(tokens) for tokens in (3, 50, 4, 9, 10, 2, 5)]
+    pieces = in_room(rows, 20)
+    assert sorted(len(one.ids) for piece in pieces for one in piece) == [2, 3, 4, 5, 9, 10, 50]
+    assert all(len(piece) == 1 or pad(piece).ids_BS.numel() <= 20 for piece in pieces) and len(pieces) == 3
+    assert len(in_room(rows, 10**6)) == 1
+
+
+def test_while_the_best_rate_is_at_the_edge_further_ones_are_tried(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    def rising(*given: Any, **_: Any) -> tuple[None, Trained, None]:
+        return None, Trained(given[3], 1, False, 1, 1, 0, 1.0, 1), None
+
+    monkeypatch.setattr("tagllm.baselines.command._train", rising)
+    for rates, tried in (([], [3e-5, 1e-5, 1e-4, 3e-4, 1e-3]), ([1e-3, 3e-3], [1e-3, 3e-3])):
+        request = Request(["lora"], rates, 1.0, 0.5, 1, None, None)
+        record = Record(task.run, METHODS["lora"], f"edge{len(rates)}", {})
+        assert sorted(_tuned(task, METHODS["lora"], record, request, 1.0)) == sorted(tried)
+    assert _beside(3e-4) == (1e-4, 1e-3) and _beside(1e-3) == (3e-4, 3e-3)
+
+
+def test_row_padding_is_right_and_zero() -> None:
+    short, long = row(2), row(4)
     batch = pad([short, long])
     assert batch.ids_BS.tolist() == [[1, 2, 0, 0], [1, 2, 3, 4]] and batch.last_B.tolist() == [1, 3]
     assert batch.pools_BS.sum(1).tolist() == [2, 4]

@@ -89,6 +89,22 @@ def test_rows_to_score_are_those_that_a_run_over_these_columns_holds_out(folder:
     assert [data.splits["test"][0].row_numbers()] * 2 == list(held_out.values())
 
 
+def test_where_there_are_no_training_rows_examples_are_of_validation(folder: Path, libraries: list[str]) -> None:
+    """As FLORES is given: two splits, and none to train on."""
+    lines = (folder / "rows.csv").read_text().splitlines()
+    (folder / "dev.csv").write_text("\n".join(lines[:11]) + "\n")
+    (folder / "devtest.csv").write_text("\n".join([lines[0], *lines[11:31]]) + "\n")
+    path = {"valid": str(folder / "dev.csv"), "test": str(folder / "devtest.csv")}
+    source = {"path": path, "output": "name", "split": {"by": ["smiles"]}}
+    prompts = {"tags": "{smiles} <T> <FR> {output}", "shown": {"template": "{smiles}: {output}", "shots": 2}}
+    composer = Composer.open(load_as(ComposeConfig, composed(folder, libraries, prompts, source=source)))
+    examples = {line.split(",")[0] for line in lines[1:11]}
+    assert {
+        shown.split(":")[0] for shown in composer._worked("case", "{smiles}: {output}", 2).split("\n\n")[:2]
+    } <= examples
+    assert composer.score("case")["controls"]["shown"]
+
+
 def test_worked_examples_are_training_rows_as_they_stand_in_the_prompt(folder: Path, libraries: list[str]) -> None:
     file = composed(folder, libraries, {"tags": {"template": "a {smiles} <T> <FR> {output}", "shots": 2}})
     composer = Composer.open(load_as(ComposeConfig, file))
@@ -235,7 +251,7 @@ def test_answers_that_are_no_numbers_count_as_the_mean_of_training_rows(folder: 
         ({"tags": {"copies": "smiles"}}, ("cases.case.prompts", "give it a template")),
         (
             {"tags": {"template": "{smiles} <T> <FR> {output}", "shots": 99}},
-            ("cases.case: shots is 99", "training rows", "Ask for fewer"),
+            ("cases.case: shots is 99", "train rows", "Ask for fewer"),
         ),
         ({"tags": {"template": "{smiles}", "copies": "smiles"}}, ("exactly one of template and copies",)),
         ({"tags": {"templat": "{smiles}"}}, ("templat is no key", "Did you mean template?")),

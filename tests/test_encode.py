@@ -207,6 +207,9 @@ def test_numbers_in_many_forms(tokenizer: Any, given: Any, target: float) -> Non
 def test_classes(tokenizer: Any) -> None:
     built = encoder(tokenizer, "{x} <Class>", target="y")
     assert [one(built, x="a", y=y).target.tolist() for y in ("no", "yes", 1)] == [[0], [1], [2]]
+    assert [one(built, x="a", y=y).target.tolist() for y in (1.0, "1.0", " yes")] == [[2], [2], [1]], (
+        "as tables have it"
+    )
     assert one(built, x="a", y="no").head == 1
     assert refused(built, x="a", y="maybe") == Unusable("y is 'maybe'; it must be one of no, yes, 1")
 

@@ -9,10 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers.processors import TemplateProcessing
 from torch import nn
-from transformers import AutoModelForCausalLM, Glm4MoeConfig, Qwen3MoeConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, Glm4MoeConfig, Qwen3MoeConfig
 
 from tagllm.errors import UserError
+from tagllm.model.backbone import identify
 from tagllm.model.linear import FrozenLinear
 from tagllm.model.lm_head import FrozenHead
 from tagllm.model.loading import load_model
@@ -28,12 +30,33 @@ def saved(folder: Path, family: str = "llama", shard: str = "1GB") -> str:
     return str(folder)
 
 
+def test_the_digest_is_of_the_decoder_however_it_is_kept(tmp_path: Path) -> None:
+    name = saved(tmp_path / "one")
+    tiny.plain_backbone().bfloat16().save_pretrained(tmp_path / "bf16")
+    merged = tiny.plain_backbone()
+    merged.model.layers[1].self_attn.q_proj.weight.data += 0.05 * torch.randn(tiny.HIDDEN, tiny.HIDDEN)
+    merged.save_pretrained(tmp_path / "merged")
+    of = load_model(name, torch.float32, CPU).decoder
+    assert of == load_model(name, torch.bfloat16, CPU, "int8").decoder
+    assert of == load_model(str(tmp_path / "bf16"), torch.float32, CPU).decoder
+    assert of != load_model(str(tmp_path / "merged"), torch.float32, CPU).decoder
+
+
+def test_a_tokenizer_is_what_it_makes_of_text(tmp_path: Path) -> None:
+    folder = tiny.save_backbone(tmp_path)
+    embedding, tokenizer = torch.zeros(96, 8), AutoTokenizer.from_pretrained(folder)
+    before = identify("x", "llama", embedding, tokenizer).tokenizer
+    assert before == identify("y", "llama", embedding, AutoTokenizer.from_pretrained(folder)).tokenizer
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="a $A", special_tokens=[("a", 5)])
+    assert before != identify("x", "llama", embedding, tokenizer).tokenizer
+
+
 @pytest.mark.parametrize("family", tiny.FAMILIES)
 @pytest.mark.parametrize("shard", ["1GB", "10KB"])
 def test_it_is_the_model_of_transformers(family: str, shard: str, tmp_path: Path) -> None:
     name = saved(tmp_path, family, shard)
     assert (shard == "10KB") == (tmp_path / "model.safetensors.index.json").exists()
-    found, embedding = load_model(name, torch.float32, CPU)
+    found, embedding, _ = load_model(name, torch.float32, CPU)
     expected = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32).eval()
     assert not [n for n, tensor in [*found.named_parameters(), *found.named_buffers()] if tensor.is_meta]
     theirs = expected.state_dict()
@@ -61,7 +84,7 @@ def test_what_routers_keep_beside_parameters_is_loaded(tmp_path: Path) -> None:
     (name,) = (name for name, _ in model.named_buffers() if name.endswith("e_score_correction_bias"))
     model.get_buffer(name).copy_(torch.tensor([9.0, 0.0, 0.0, 5.0]))
     model.save_pretrained(tmp_path)
-    found, _ = load_model(str(tmp_path), torch.float32, CPU)
+    found, *_ = load_model(str(tmp_path), torch.float32, CPU)
     assert found.get_buffer(name).tolist() == [9.0, 0.0, 0.0, 5.0]
 
 
@@ -69,7 +92,7 @@ def test_weights_that_are_no_safetensors(tmp_path: Path) -> None:
     model = tiny.plain_backbone()
     model.config.save_pretrained(tmp_path)
     torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
-    found, _ = load_model(str(tmp_path), torch.float32, CPU)
+    found, *_ = load_model(str(tmp_path), torch.float32, CPU)
     torch.testing.assert_close(found(IDS).logits, model(IDS).logits, rtol=1e-4, atol=1e-4)
 
 
@@ -77,8 +100,8 @@ def test_weights_that_are_no_safetensors(tmp_path: Path) -> None:
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_only_the_maps_of_the_decoder_are_quantised(family: str, quantize: str, kind: type, tmp_path: Path) -> None:
     name = saved(tmp_path, family)
-    found, _ = load_model(name, torch.bfloat16, CPU, quantize)  # type: ignore[arg-type]
-    plain, _ = load_model(name, torch.bfloat16, CPU)
+    found, *_ = load_model(name, torch.bfloat16, CPU, quantize)  # type: ignore[arg-type]
+    plain, *_ = load_model(name, torch.bfloat16, CPU)
     maps = {n for n, layer in plain.base_model.named_modules() if isinstance(layer, FrozenLinear)}
     assert {n for n, layer in found.base_model.named_modules() if type(layer) is kind} == maps
     assert type(found.get_output_embeddings()) is FrozenHead
@@ -99,7 +122,7 @@ def test_modules_are_placed_one_by_one(tmp_path: Path) -> None:
         assert all(child in placed for child in module.children())
         placed.append(module)
 
-    found, embedding = load_model(saved(tmp_path), torch.float32, CPU, "int8", place)
+    found, embedding, _ = load_model(saved(tmp_path), torch.float32, CPU, "int8", place)
     assert set(found.modules()) == set(placed)
     assert embedding().equal(found.get_input_embeddings().weight)
 
@@ -140,7 +163,7 @@ def test_floats_of_any_usual_width_are_loaded(dtype: torch.dtype, tmp_path: Path
     name = saved(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     save_file({n: t.to(dtype) for n, t in tensors.items()}, tmp_path / "model.safetensors", {"format": "pt"})
-    found, _ = load_model(name, torch.float32, CPU)
+    found, *_ = load_model(name, torch.float32, CPU)
     assert all(found.get_parameter(n).equal(t.to(dtype).float()) for n, t in tensors.items())
 
 

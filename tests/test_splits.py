@@ -222,6 +222,8 @@ def test_the_default_key_does_not_depend_on_the_order_of_the_prompt() -> None:
     assert split_by(chosen, template) == ["fr", "de"]
     table = datasets.Dataset.from_dict({"de": ["a", None], "fr": ["b", "c"]})
     assert keys_of(table, ["de", "fr"]) == ["a\0b", "\0c"] and keys_of(table, ["de"]) == ["a", ""]
+    table = datasets.Dataset.from_dict({"de": ["CCO", "CCO "], "fr": [" b", "b"]})
+    assert len({*keys_of(table, ["de", "fr"])}) == 1, "what a spreadsheet leaves behind a value is no other molecule"
 
 
 @pytest.mark.parametrize(

@@ -192,7 +192,7 @@ def test_not_a_library(tmp_path: Path) -> None:
         {"tags": ["QED"]},
         {"tags__QED": None},
         {"tags__QED__kind": "noun"},
-        {"tags__QED__head": {"outputz": 3}},
+        {"backbone__hidden_size": 0},
         {"tags__QED__pools": 10**12},
         {"tags__QED__pools": []},
         {"tags__QED__about": 5},
@@ -216,9 +216,28 @@ def test_means_are_a_number_in_libraries_of_before(folder: Path) -> None:
 
 
 def test_a_newer_format(folder: Path) -> None:
-    edit(folder, format=3)
-    with pytest.raises(UserError, match=r"format is 3; this version reads format 2\. Update tagllm\."):
+    edit(folder, format=4)
+    with pytest.raises(UserError, match=r"format is 4; this version reads format 3\. Update tagllm\."):
         TagLibrary.load(folder)
+
+
+def test_a_head_of_a_later_version_is_no_damage(folder: Path) -> None:
+    edit(folder, tags__QED__head={"outputs": 2, "wavelets": 3})
+    with pytest.raises(
+        UserError, match=r"the head of <QED> has wavelets, .* a later one wrote it\. Update tagllm"
+    ) as told:
+        TagLibrary.load(folder)
+    assert not isinstance(told.value, DamagedFile)
+
+
+@pytest.mark.parametrize("part", ["decoder", "tokenizer"])
+def test_what_was_looked_at_on_both_sides_must_be_the_same(folder: Path, part: str) -> None:
+    """Weights merged with an adapter keep their embedding; another export of a tokenizer may begin texts otherwise."""
+    mine, other = (BACKBONE._replace(**{part: value}) for value in ("a" * 64, "b" * 64))
+    TagLibrary(mine, library().tags).save(folder)
+    assert TagLibrary.load(folder, BACKBONE).backbone == mine, "of a library of before nothing is known"
+    with pytest.raises(UserError, match=f"whose {part} is not the same; tags fit only"):
+        TagLibrary.load(folder, other)
 
 
 def test_the_card_lists_the_tags(folder: Path) -> None:

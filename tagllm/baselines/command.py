@@ -24,6 +24,9 @@ from tagllm.head import Head
 from tagllm.origin import origin, peak_memory_gib
 from tagllm.side_by_side import Work, run_side_by_side
 
+FURTHER = 2
+"""Rates beyond those of a method, while the best is at the edge."""
+
 
 class Request(NamedTuple):
     """`methods`: all that fit the run if empty. `rates`: those of the method if empty. `budget_s`: seconds of one
@@ -118,20 +121,11 @@ def _compare(task: Task, method: Method, request: Request) -> None:
             f"--virtual is {virtual}; with the longest prompt of {longest} tokens that is more than the "
             f"{task.backbone.max_tokens} the backbone takes. Take {task.backbone.max_tokens - longest} at most."
         )
-    rates, losses = sorted(request.rates or method.rates), dict[float, float]()
-    for rate in rates if len(rates) > 1 else ():
-        entry = record.entry("tuning", str(rate))
-        if entry is None:
-            seconds = budget_s * request.tune_share
-            _, trained, _ = _train(task, method, settings, rate, seconds, task.config.seed, looks=1)
-            entry = trained._asdict()
-            record.add("tuning", str(rate), entry)
-        losses[rate] = entry["valid_loss"]
-        print(f"{record.title}: lr {rate:g}  valid loss {entry['valid_loss']:.4f}  {_pace(entry)}", flush=True)
-    best = min(losses, key=losses.__getitem__, default=rates[0])
-    at_edge = len(rates) > 1 and best in (rates[0], rates[-1])
+    losses = {} if len(request.rates) == 1 else _tuned(task, method, record, request, budget_s)
+    best = min(losses, key=losses.__getitem__, default=next(iter(request.rates), method.rates[0]))
+    at_edge = bool(losses) and best in (min(losses), max(losses))
     if at_edge:
-        print(f"{record.title}: {best:g} is the {'lowest' if best == rates[0] else 'highest'} rate tried; see --lr")
+        print(f"{record.title}: {best:g} is the {'lowest' if best == min(losses) else 'highest'} rate tried; see --lr")
     finals = [_final(task, method, record, best, task.config.seed + k) for k in range(request.seeds)]
     of_seeds = over_seeds([one["metrics"] for one in finals])
     metrics = {name: mean for name, (mean, _) in of_seeds.items()}
@@ -147,6 +141,35 @@ def _compare(task: Task, method: Method, request: Request) -> None:
     )  # fmt: skip
     shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
     print(f"{record.title}: lr {best:g}  test: {shown}  {_pace(finals[0])}", flush=True)
+
+
+def _tuned(task: Task, method: Method, record: Record, request: Request, budget_s: float) -> dict[float, float]:
+    """The loss on validation at each rate. Where nobody named the rates, FURTHER ones are tried while the best is at
+    the edge."""
+    losses: dict[float, float] = {}
+    wanted = sorted(request.rates or method.rates)
+    while wanted:
+        rate = wanted.pop(0)
+        entry = record.entry("tuning", str(rate))
+        if entry is None:
+            seconds = budget_s * request.tune_share
+            _, trained, _ = _train(task, method, record.document["settings"], rate, seconds, task.config.seed, looks=1)
+            entry = trained._asdict()
+            record.add("tuning", str(rate), entry)
+        losses[rate] = entry["valid_loss"]
+        print(f"{record.title}: lr {rate:g}  valid loss {entry['valid_loss']:.4f}  {_pace(entry)}", flush=True)
+        best = min(losses, key=losses.__getitem__)
+        if not wanted and not request.rates and len(losses) < len(method.rates) + FURTHER:
+            wanted = [beside for beside in _beside(best) if beside not in losses and best in (min(losses), max(losses))]
+    return losses
+
+
+def _beside(rate: float) -> tuple[float, float]:
+    """The rates next to one on the ladder 1e-4, 3e-4, 1e-3, 3e-3 and so on."""
+    digit, power = f"{rate:.0e}".split("e")
+    first = digit == "1"
+    down, up = f"{3 if first else 1}e{int(power) - first}", f"{3 if first else 1}e{int(power) + (not first)}"
+    return float(down), float(up)
 
 
 def _final(task: Task, method: Method, record: Record, rate: float, seed: int) -> dict[str, Any]:

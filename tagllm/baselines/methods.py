@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 
 class Method(NamedTuple):
-    """`rates`: learning rates to choose from. `virtual`: learns rows in front of the prompt, else low-rank updates."""
+    """`rates`: learning rates to begin with. `virtual`: learns rows in front of the prompt, else low-rank updates."""
 
     key: str
     name: str
@@ -20,7 +20,7 @@ METHODS = {
     method.key: method
     for method in (
         Method("prompt_tuning", "prompt tuning + head", (1e-3, 3e-3, 1e-2), virtual=True, names_domains=False),
-        Method("lora", "LoRA + head", (3e-4, 1e-3, 3e-3), virtual=False, names_domains=False),
-        Method("lora_text", "LoRA + head + domain as text", (3e-4, 1e-3, 3e-3), virtual=False, names_domains=True),
+        Method("lora", "LoRA + head", (1e-4, 3e-4, 1e-3), virtual=False, names_domains=False),
+        Method("lora_text", "LoRA + head + domain as text", (1e-4, 3e-4, 1e-3), virtual=False, names_domains=True),
     )
 }

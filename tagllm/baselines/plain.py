@@ -38,7 +38,7 @@ def load_plain(config: BackboneConfig, device: torch.device) -> Backbone:
     if device.type == "cpu":
         keep_freed_memory()
     embedding_VD = model.get_input_embeddings().weight.detach()
-    identity = identify(config.model, model.config.model_type, embedding_VD)
+    identity = identify(config.model, model.config.model_type, embedding_VD, tokenizer)
     return Backbone(model, tokenizer, identity, "sdpa", lambda: embedding_VD)
 
 

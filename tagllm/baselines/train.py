@@ -26,6 +26,7 @@ from tagllm.evaluate.features import Features
 from tagllm.evaluate.ridge import clearly_better
 from tagllm.head import Head
 from tagllm.model.loss import value_losses
+from tagllm.train.placement import host_memory
 from tagllm.train.rows import StepRows
 from tagllm.train.schedule import lr_factor, total_steps
 from tagllm.train.validation import SCALE_ROWS, SOME_ROWS
@@ -35,6 +36,10 @@ MOST_EPOCHS = 4
 """Times those of the run: more would only overfit what time is left over."""
 WARM_UP, MEASURED = 1, 3
 """Steps that are not timed, and after how many more the length of the run is known."""
+SAVED_BYTES = 60
+"""Kept for backward for each token, layer and unit of the hidden state, at most (SmolLM2 under LoRA: 55 in fp32)."""
+SHARE = 3
+"""Of the memory that is no weights, the part that backward may take: another process may run beside."""
 LOOKS = 4
 """At the validation split, the end among them; each costs a pass over the training rows too."""
 
@@ -95,7 +100,7 @@ def train(
     rows = StepRows(config.model_copy(update={"seed": seed}), task.data.splits["train"], 0, 1)
     optimizer = torch.optim.AdamW(model.groups(rate, optim.head_lr), betas=optim.betas, weight_decay=0.0)
     steps_of_run = total_steps(optim, rows.rows_per_epoch)
-    clock = Clock(budget_s, MOST_EPOCHS * steps_of_run)
+    clock, most_tokens = Clock(budget_s, MOST_EPOCHS * steps_of_run), tokens_in_memory(model)
     scale_head(model, task, method)
 
     def look(limit: int) -> Look:
@@ -109,7 +114,9 @@ def train(
         factor = lr_factor(_warming_up(optim, total, steps_of_run), at, total)
         for group in optimizer.param_groups:
             group["lr"] = group["base_lr"] * factor
-        skipped += not step(model, optimizer, batches, optim.clip)
+        skipped += not step(
+            model, optimizer, [few for rows in batches for few in in_room(rows, most_tokens)], optim.clip
+        )
         clock.seconds.append(time.perf_counter() - began)
         done, total = at + 1, clock.total()
         if done < total and done * looks >= (evaluated + 1) * total:
@@ -127,6 +134,30 @@ def train(
     learns = sum(p.numel() for p in model.parameters() if p.requires_grad)
     rows_seen, seconds = steps * optim.rows_per_step, sum(clock.seconds)
     return Trained(last.loss, best_step, last.refitted, steps, rows_seen, skipped, seconds, learns), last.head
+
+
+def tokens_in_memory(model: Adapted) -> int:
+    """How many tokens a backward pass may see: the run's own, which sees the live part alone, may take larger
+    micro-batches than whole prompts with padding leave room for."""
+    sizes, device = model.adapted.config.get_text_config(), next(model.parameters()).device
+    if device.type == "cuda":
+        free = torch.cuda.mem_get_info(device)[0]
+    else:
+        free = host_memory() - sum(p.nbytes for p in model.parameters())
+    return int(free / SHARE / (SAVED_BYTES * sizes.num_hidden_layers * sizes.hidden_size))
+
+
+def in_room(rows: Sequence[Row], most_tokens: int) -> list[list[Row]]:
+    """A micro-batch in pieces of so many tokens with their padding, or of one row."""
+    pieces: list[list[Row]] = []
+    longest = 0
+    for row in sorted(rows, key=lambda row: len(row.ids), reverse=True):
+        if pieces and longest * (len(pieces[-1]) + 1) <= most_tokens:
+            pieces[-1].append(row)
+        else:
+            longest = len(row.ids)
+            pieces.append([row])
+    return pieces
 
 
 def _warming_up(optim: OptimConfig, total: int, steps_of_run: int) -> OptimConfig:

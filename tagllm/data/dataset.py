@@ -240,7 +240,7 @@ def _write_examples(file: Path, table: Any, indices: np.ndarray, encoder: Encode
     schema = pa.schema([*columns, ("origin", pa.string())])
     report: dict[str, Any] = {"bad_rows": [], "unlabelled": 0, "rows_cut": 0, "tokens_cut": 0}
     try:
-        with appearing(file) as unfinished:
+        with appearing(file, first_stays=True) as unfinished:
             with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
                 for chunk in _encoded(table, indices, encoder, report):
                     writer.write_batch(pa.RecordBatch.from_pylist(chunk, schema=schema))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,7 +25,6 @@ from tagllm.template import (
     Template,
     field_text,
     fit,
-    is_missing,
     marks_of,
     pool_of,
     pools_of,
@@ -212,12 +211,13 @@ class Encoder:
             return target
         values = [row.get(column) for column in self.source.target]
         if self.spec.classes:
-            if is_missing(values[0]) or str(values[0]) not in self.spec.classes:
+            label = _label(values[0], self.spec.classes)
+            if label not in self.spec.classes:
                 reasons[i] = reasons[i] or (
                     f"{self.source.target[0]} is {values[0]!r}; it must be one of {', '.join(self.spec.classes)}"
                 )
                 return target
-            return np.array([self.spec.classes.index(str(values[0]))], np.float32)
+            return np.array([self.spec.classes.index(label)], np.float32)
         numbers = [_number(value) for value in values]
         for column, value, number in zip(self.source.target, values, numbers, strict=True):
             if not abs(number) <= _LARGEST:  # NaN too
@@ -270,6 +270,12 @@ class Encoder:
         if mark == OUTPUT:
             return values[part]
         return [] if mark in (SPAN, FIELD) else self.fixed[part.value]
+
+
+def _label(value: Any, classes: Collection[str]) -> str:
+    """As the classes have it: a column of whole numbers with a gap holds 1.0, and so does the file made of it."""
+    text = written(value, FieldConfig()).strip()
+    return text if text in classes else text.removesuffix(".0")
 
 
 def _number(value: Any) -> float:

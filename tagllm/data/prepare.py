@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import time
-import uuid
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
@@ -16,7 +15,7 @@ from tagllm import __version__
 from tagllm.config import SPLITS, Split
 from tagllm.data.recipes import RECIPES, Recipe, RecipeRow
 from tagllm.errors import UserError
-from tagllm.files import DamagedFile, json_bytes, read_json, remove_folder, replace_folder, sha256_file, write_durably
+from tagllm.files import DamagedFile, appearing_folder, json_bytes, read_json, sha256_file, write_durably
 
 BATCH_ROWS = 10_000
 
@@ -60,22 +59,18 @@ def prepare(recipe: Recipe, origin: Path | None, cache: Path) -> Prepared:
             return _opened(folder)
     except DamagedFile:  # or not there; written anew below
         pass
-    temporary = folder.with_name(f".tmp-{recipe.name}-{uuid.uuid4().hex}")
     try:
-        temporary.mkdir(parents=True)
-        counts = _write(recipe, origin, temporary)
-        about = {
-            "name": recipe.name, "description": recipe.description, "licence": recipe.licence, "source": recipe.source,
-            "made_from": made_from, "rows": counts, "columns": list(recipe.columns), "tagllm": __version__,
-            "sha256": {f"{name}.parquet": sha256_file(temporary / f"{name}.parquet") for name in counts},
-            "date": time.strftime("%Y-%m-%d"),
-        }  # fmt: skip
-        write_durably(temporary / "recipe.json", json_bytes(about))
-        replace_folder(temporary, folder)
+        with appearing_folder(folder) as unfinished:
+            counts = _write(recipe, origin, unfinished)
+            about = {
+                "name": recipe.name, "description": recipe.description, "licence": recipe.licence,
+                "source": recipe.source, "made_from": made_from, "rows": counts, "columns": list(recipe.columns),
+                "sha256": {f"{name}.parquet": sha256_file(unfinished / f"{name}.parquet") for name in counts},
+                "tagllm": __version__, "date": time.strftime("%Y-%m-%d"),
+            }  # fmt: skip
+            write_durably(unfinished / "recipe.json", json_bytes(about))
     except OSError as error:
         raise UserError(f"{folder}: cannot be written: {error}. Make room, or set TAGLLM_CACHE.") from None
-    finally:
-        remove_folder(temporary)
     return _opened(folder)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import uuid
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -25,7 +24,7 @@ from tagllm.data.readers import (
 from tagllm.data.recipes import recipe_of
 from tagllm.data.recipes.hub import load_hub
 from tagllm.errors import UserError
-from tagllm.files import sha256_file
+from tagllm.files import appearing, sha256_file
 
 if TYPE_CHECKING:
     import datasets
@@ -152,17 +151,15 @@ def _write(name: str, parts: list[_Part], file: Path) -> None:
     types = _types(name, parts)
     arrow = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
     schema = pa.schema([(column, arrow[kind]) for column, kind in {**types, **OWN_COLUMNS}.items()])
-    unfinished = file.with_name(f"{file.stem}.tmp-{uuid.uuid4().hex}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-                for columns in _batches(parts, types):
-                    writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=schema))
-            if not file.exists():
-                unfinished.replace(file)
-        finally:
-            unfinished.unlink(missing_ok=True)
+        with (
+            appearing(file, first_stays=True) as unfinished,
+            pa.OSFile(str(unfinished), "wb") as sink,
+            pa.ipc.new_stream(sink, schema) as writer,
+        ):
+            for columns in _batches(parts, types):
+                writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=schema))
     except OSError as error:  # reading has its own errors, so this one is the cache's
         raise UserError(
             f"{file.parent}: cannot be written: {error}; rows are cached there. Make room or name another folder."

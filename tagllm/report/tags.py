@@ -35,13 +35,11 @@ class Vocabulary(NamedTuple):
         Raises:
             UserError: another backbone than its own.
         """
-        from tagllm.config import BackboneConfig
-        from tagllm.model.backbone import load_backbone
+        from tagllm.model.backbone import load_vocabulary
 
-        config = BackboneConfig(model=model or library.backbone.name, dtype="fp32")
-        backbone = load_backbone(config, torch.device("cpu"))
-        library.backbone.require_same(backbone.identity, str(path))
-        return cls(backbone.embedding().float() * backbone.token_scale, backbone.tokenizer)
+        embedding_VD, tokenizer, identity = load_vocabulary(model or library.backbone.name)
+        library.backbone.require_same(identity, str(path))
+        return cls(embedding_VD, tokenizer)
 
     def text(self, token: int) -> str:
         return repr(self.tokenizer.decode([token]))

@@ -59,6 +59,7 @@ def _history(built: Built, name: str) -> dict[str, Any]:
         "max_new_tokens": built.config.evaluation.max_new_tokens,
         "beams": built.config.evaluation.beams,
         "dtype": next(name for name, dtype in DTYPES.items() if dtype == built.backbone.model.dtype),
+        "quantize": built.config.backbone.quantize,
         "trained_with": list(built.tags),
         "config_digest": built.config.digest(),
         "created": time.strftime("%Y-%m-%d"),

@@ -87,15 +87,11 @@ def _benchmark(recipe: str, origin: Path | None, stem: str) -> Path:
 
 def _bindingdb_patent(origin: Path | None) -> Iterator[RecipeRow]:
     for stem, split in _TRAIN_TEST.items():
-        seen: set[str] = set()
         for row in whole_rows(_benchmark("bindingdb-patent", origin, stem)):
-            key = pair_key(row["Drug"], row["Target"])
-            if key not in seen:
-                yield split, {
-                    "smiles": row["Drug"], "sequence": row["Target"], "affinity": float(row["Y"]),
-                    "year": int(float(row["Year"])), "key": f"{key}/{split}",
-                }  # fmt: skip
-            seen.add(key)
+            yield split, {
+                "smiles": row["Drug"], "sequence": row["Target"], "affinity": float(row["Y"]),
+                "year": int(float(row["Year"])), "key": f"{pair_key(row['Drug'], row['Target'])}/{split}",
+            }  # fmt: skip
 
 
 def _name(value: Any) -> str | None:

@@ -73,8 +73,13 @@ def _flores(origin: Path | None) -> Iterator[RecipeRow]:
 
 
 def _binding_affinity(origin: Path | None) -> Iterator[RecipeRow]:
-    """Of the hub's own copy as parquet: the repository has a loader script, which `datasets` no longer runs."""
-    for row in _loaded("jglaser/binding_affinity", origin, None, revision="refs/convert/parquet")["train"]:
+    """Of the hub's own copy as parquet, or the table in a clone: the repository has a loader script, which is not
+    run any more."""
+    if origin is not None and (table := origin / "data" / "all.parquet").is_file():
+        splits = load_hub("parquet", None, data_files=str(table), download_mode="force_redownload")
+    else:
+        splits = _loaded("jglaser/binding_affinity", origin, None, revision="refs/convert/parquet")
+    for row in splits["train"]:
         smiles = row.get("smiles_can") or row["smiles"]
         yield None, {
             "sequence": row["seq"], "smiles": smiles, "affinity": float(row["neg_log10_affinity_M"]),
