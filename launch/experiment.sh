@@ -3,14 +3,15 @@
 # NAME: qed  descriptor  isoelectric_point  molecular_weight  binding_affinity  drug_combination  synergy_loewe  translate
 # Without a folder, rows are those that were prepared before (or the proteins of Debian's mmseqs2-examples).
 # The tables go to results/NAME/ (report.md, report.json, report.html). What is finished is not done again.
-# SEEDS=3 JOBS=1 TUNE="optim.tag_lr=3e-3,1e-2,3e-2" BASELINES="prompt_tuning lora" in the environment change what runs.
+# SEEDS=3 JOBS=1 TUNE="optim.tag_lr=3e-3,1e-2,3e-2" BASELINES="prompt_tuning lora" ABLATE=1 in the environment change what
+# runs. A method of BASELINES takes the seconds of a run for each seed and half of them for each of three to five rates.
 set -euo pipefail
 unset CDPATH
 data=${2:+$(realpath -m -- "$2")}
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 name=${1:?"name an experiment: qed, descriptor, isoelectric_point, molecular_weight, binding_affinity, drug_combination, synergy_loewe, translate"}
-seeds=${SEEDS:-3} jobs=${JOBS:-1} tune=${TUNE:-} out=${OUT:-results/$name}
+seeds=${SEEDS:-3} jobs=${JOBS:-1} tune=${TUNE:-} ablate=${ABLATE:-} out=${OUT:-results/$name}
 methods=()
 if [[ $name != translate ]]; then read -r -a methods <<<"${BASELINES-prompt_tuning lora}"; fi # those have a head
 if [[ -x .venv/bin/python ]]; then python=.venv/bin/python; else python=python3; fi
@@ -45,6 +46,7 @@ key=${tune%%=*} # what the sweep varies is in the name of what it writes
 folders=$("$python" -c 'import json, sys; print(*json.load(open(sys.argv[1]))["combinations"][0]["folders"], sep="\n")' \
     "${runs[0]}/sweep${key:+_$key}.json")
 mapfile -t of_seeds <<<"$folders"
+if [[ -n $ablate ]]; then tagllm eval "${runs[0]}/${of_seeds[0]}" --ablate; fi # tags taken out, reordered, swapped
 if ((${#methods[@]})); then
     tagllm baseline "${runs[0]}/${of_seeds[0]}" "${methods[@]/#/--method=}" --seeds "$seeds" --jobs "$jobs"
 fi

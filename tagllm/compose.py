@@ -15,7 +15,17 @@ import yaml
 
 from tagllm.build import Built, build_on, open_backbone
 from tagllm.compose_config import CaseConfig, ComposeConfig, check_compose
-from tagllm.config import DataConfig, FieldConfig, OptimConfig, RunConfig, SourceConfig, Split, TagConfig, digest_of
+from tagllm.config import (
+    DataConfig,
+    EngineConfig,
+    FieldConfig,
+    OptimConfig,
+    RunConfig,
+    SourceConfig,
+    Split,
+    TagConfig,
+    digest_of,
+)
 from tagllm.data.sources import SourceRows, load_rows
 from tagllm.data.splits import drawn_from, refuse_seen, split_by
 from tagllm.errors import UserError
@@ -61,7 +71,7 @@ class Composer(NamedTuple):
         library = TagLibrary.load_all([Path(path) for path in config.libraries])
         check_compose(config, library)
         config = config.model_copy(update={"backbone": as_trained(config.backbone, [*library.tags.values()])})
-        ranks = Ranks.start(1800)
+        ranks = Ranks.start(EngineConfig().timeout_s)
         backbone = open_backbone(config.backbone, ranks)
         library.backbone.require_same(backbone.identity, config.libraries[0])
         return cls(config, library, backbone, ranks)

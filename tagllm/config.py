@@ -54,7 +54,7 @@ class HeadConfig(Section):
     outputs: Count = 1
     classes: list[str] | None = None
     reads: Reads = "last"
-    """The hidden state of the tag's last row, the mean over the domain spans before it, or both side by side."""
+    """The hidden state of the tag's last row, the mean over the fields, or both side by side."""
     pool: Pool = "together"
     """One mean over all fields, or one over those behind each domain tag (a field without a tag by itself), side by
     side: a small molecule does not vanish beside a protein. `each`: one over each field, so that two drugs stay two."""
@@ -298,7 +298,7 @@ class EvaluationConfig(Section):
     spbleu_model: str | None = None
     """The sentencepiece model of FLORES, for spBLEU. Nothing is downloaded; without it there are BLEU and chrF++."""
     comet_model: str | None = None
-    """A COMET checkpoint; needs the package unbabel-comet."""
+    """A COMET checkpoint; needs the package unbabel-comet (whose releases so far want transformers before 5)."""
 
 
 class CheckpointConfig(Section):

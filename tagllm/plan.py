@@ -17,11 +17,12 @@ from tagllm.model.linear import PACK_UP_TO, FrozenLinear, cpu_multiplies_bf16
 from tagllm.model.lm_head import CHUNK_BYTES
 from tagllm.model.prefix import POSITIONS_AT_ONCE
 from tagllm.model.quantize import bytes_per_weight
+from tagllm.train.deepspeed_settings import BUCKET_ELEMENTS
 
 Placement = Literal["replicate", "shard in a node", "shard"]
 FP32 = 4
-BUCKET_BYTES = 4_000_000
-"""DeepSpeed's buffers for gradients, as our settings size them."""
+BUCKET_BYTES = FP32 * BUCKET_ELEMENTS
+"""DeepSpeed's buffers for gradients."""
 ROOM = 0.9
 """Of the memory may be planned for; the rest is for the context, fragments and other formulas than these."""
 

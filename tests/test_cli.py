@@ -226,7 +226,7 @@ def test_classification(run: Run, folder: Path) -> None:
     assert "accuracy" in json.loads((folder / "runs/classes/results.json").read_text())["metrics"]
     assert run("predict", "runs/classes", folder / "rows.csv", folder / "k.jsonl").exit_code == 0
     rows = [json.loads(line) for line in (folder / "k.jsonl").read_text().splitlines()]
-    assert len(rows) == 60 and all(row["K"] in "ab" and 0 < row["K_probability"] <= 1 for row in rows)
+    assert len(rows) == 60 and all(row["K"] in "ab" and 0.5 <= row[f"K_probability_{row['K']}"] <= 1 for row in rows)
 
 
 def test_a_split_without_rows_is_not_scored(run: Run, folder: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import pytest
 from tests.test_cli import Run, config, fails, folder, run
 
 __all__ = ["folder", "run"]  # fixtures
+ROOT = Path(__file__).parents[1]
 
 
 def rows_of(file: Path) -> list[dict[str, str]]:
@@ -83,6 +85,40 @@ def test_a_row_with_a_cell_too_many_keeps_the_others(run: Run, folder: Path, spa
     first, second = rows_of(folder / "wide_out.csv")
     assert first["W"] and second["W"] == "" and (second["id"], second["smiles"]) == ("2", "CCN")
     assert "4 columns where the header has 3" in second["tagllm_error"]
+
+
+def test_readme_s_way_from_python(run: Run, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", config(folder, "served")).exit_code == 0
+    capsys.readouterr()
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    assert "runs/solubility/library" in block
+    exec(block.replace("runs/solubility/library", str(folder / "runs/served/library")), {})
+    shown = capsys.readouterr().out
+    assert re.match(r"\['W'\] \[\[-?\d", shown) and shown.endswith("'smiles is empty; the template needs it']\n")
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_a_library_is_asked_of_weights_as_it_was_trained_on(run: Run, folder: Path, kind: str) -> None:
+    trained = run("train", config(folder, kind), f"backbone.quantize={kind}")
+    assert trained.exit_code == 0, trained.stderr
+    answers = {}
+    for name, asked in (("run", [f"runs/{kind}"]), ("library", [f"runs/{kind}/library"])):
+        told = run("predict", *asked, folder / "rows.csv", folder / f"{kind}_{name}.csv")
+        assert told.exit_code == 0, told.stderr
+        answers[name] = [row["W"] for row in rows_of(folder / f"{kind}_{name}.csv")]
+    whole = folder / f"{kind}_whole.csv"
+    assert run("predict", f"runs/{kind}/library", folder / "rows.csv", whole, "backbone.quantize=none").exit_code == 0
+    assert answers["run"] == answers["library"] != [row["W"] for row in rows_of(whole)]
+
+
+def test_classes_have_a_probability_each(run: Run, folder: Path) -> None:
+    tags = {"K": {"kind": "function", "length": 2, "head": {"classes": ["b", "a"]}}}
+    file = config(folder, "probable", tags=tags, data__template="{smiles} is <K>", data__target="kind")
+    assert run("train", file).exit_code == 0
+    assert run("predict", "runs/probable", folder / "rows.csv", folder / "probable.csv").exit_code == 0
+    for row in rows_of(folder / "probable.csv"):
+        each = {name: float(row[f"K_probability_{name}"]) for name in ("b", "a")}
+        assert sum(each.values()) == pytest.approx(1) and row["K"] == max(each, key=each.__getitem__)
 
 
 def test_an_override_without_a_value_is_told(run: Run, folder: Path, spaced: Path) -> None:

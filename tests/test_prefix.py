@@ -26,7 +26,9 @@ def test_frozen_prefix_equals_full_backward(family: str, learned: tuple[str, ...
     of = tiny.layout(learned)
     rows = tiny.rows(of)
     if "Learned" in learned:
-        rows = [row for row in rows if row.function_at > 0][:3]
+        random = np.random.default_rng(1)
+        prompts = (3, "Frozen", "~5", "Learned", "~4", "F"), (2, "Learned", "~6", "F"), (4, "Frozen", "~9", 3, "F")
+        rows = [tiny.example(of, prompt, random) for prompt in prompts]
     tagged = tiny.model(of, family)
     found = {}
     for frozen in (False, True):
@@ -36,6 +38,7 @@ def test_frozen_prefix_equals_full_backward(family: str, learned: tuple[str, ...
         found[frozen] = (loss.item(), tiny.gradients(tagged), output.values_BK, output.mean_BD.detach())
     full, cut = found[False], found[True]
     assert cut[0] == pytest.approx(full[0], rel=1e-5)
+    assert full[1]["tags.learned_TD"].norm() > 0 and cut[1].keys() == full[1].keys()
     for name, gradient in full[1].items():
         if gradient.norm() > 0:
             assert tiny.relative_error(cut[1][name], gradient) < 1e-5, name

@@ -1,4 +1,4 @@
-"""The door to DeepSpeed: `deepspeed_settings.py` says what it is told, nothing else imports it.
+"""The door to DeepSpeed: `deepspeed_settings.py` says what it is told, nothing but these two imports it.
 
 DeepSpeed runs in its fp32 mode at every ZeRO stage and never casts: frozen weights keep their own dtype, learned rows,
 heads and moments are fp32.
