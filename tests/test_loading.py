@@ -17,7 +17,7 @@ from tagllm.errors import UserError
 from tagllm.model.backbone import identify
 from tagllm.model.linear import FrozenLinear
 from tagllm.model.lm_head import FrozenHead
-from tagllm.model.loading import load_model
+from tagllm.model.loading import _sample, load_model
 from tagllm.model.quantize import Int8Linear, Nf4Linear
 from tests import tiny
 
@@ -40,6 +40,13 @@ def test_the_digest_is_of_the_decoder_however_it_is_kept(tmp_path: Path) -> None
     assert of == load_model(name, torch.bfloat16, CPU, "int8").decoder
     assert of == load_model(str(tmp_path / "bf16"), torch.float32, CPU).decoder
     assert of != load_model(str(tmp_path / "merged"), torch.float32, CPU).decoder
+
+
+@pytest.mark.parametrize("size", [1, 63, 28_311_552, 2**31 + 7])
+def test_a_map_of_any_size_has_a_sample(size: int) -> None:
+    """Beyond 2**24 not every index is a number of 32 bits."""
+    stored = torch.zeros(1, dtype=torch.bfloat16).expand(size)
+    assert len(_sample(stored)) == 2 * min(64, size)
 
 
 def test_a_tokenizer_is_what_it_makes_of_text(tmp_path: Path) -> None:

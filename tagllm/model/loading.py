@@ -252,7 +252,7 @@ def _fill(
 
 def _sample(stored: Tensor) -> bytes:
     """Evenly spaced, rounded to bf16, so that it is the same in files of every dtype."""
-    at = torch.linspace(0, stored.numel() - 1, min(SAMPLED, stored.numel())).long()
+    at = torch.linspace(0, stored.numel() - 1, min(SAMPLED, stored.numel()), dtype=torch.float64).long()
     return stored.reshape(-1)[at].to(torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()
 
 
