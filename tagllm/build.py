@@ -26,7 +26,7 @@ from tagllm.model.prefix import PrefixMemory
 from tagllm.model.tagged import TaggedModel
 from tagllm.ranks import Ranks
 from tagllm.stage import Stage
-from tagllm.tags import Tag, initial_rows
+from tagllm.tags import Tag
 from tagllm.template import Template
 
 
@@ -189,3 +189,25 @@ def _targets_of(stage: Stage, name: str, data: Data, source: int) -> np.ndarray:
     if name not in stage.templates[source].tags:
         return np.zeros((0, outputs), np.float32)
     return data.splits["train"][source].targets().reshape(-1, outputs)
+
+
+def initial_rows(init: str, length: int, embedding_VD: Tensor, text_ids: list[int], seed: int) -> Tensor:
+    """First values of a new tag, fp32 (length, D).
+
+    `mean`: the direction of the mean token embedding at the mean token norm, plus a little noise so that rows differ
+    (the authors' fixed ratio belongs to LLaMA-7B; here both are measured). `vocabulary`: random tokens. `normal`:
+    Gaussian with the spread of the embedding. `text:…`: the tokens of a text, repeated to the length.
+    """
+    random = torch.Generator().manual_seed(seed)
+    vocabulary = len(embedding_VD)
+    if init == "vocabulary":
+        return embedding_VD[torch.randint(vocabulary, (length,), generator=random)].float()
+    if init.startswith("text:"):
+        return embedding_VD[torch.tensor([text_ids[i % len(text_ids)] for i in range(length)])].float()
+    sample_ND = embedding_VD[torch.randperm(vocabulary, generator=random)[:20_000]].float()
+    noise_PD: Tensor = torch.randn(length, sample_ND.shape[1], generator=random) * sample_ND.std(dim=0)
+    if init == "normal":
+        return noise_PD
+    mean_D: Tensor = sample_ND.mean(dim=0)
+    rows_PD: Tensor = mean_D / mean_D.norm() * sample_ND.norm(dim=1).mean() + 0.1 * noise_PD
+    return rows_PD

@@ -293,25 +293,3 @@ def _pools(held: Any) -> tuple[int, ...]:
     if not 1 <= number <= MOST_POOLS:
         raise ValueError(f"{number} means over fields; there are 1 to {MOST_POOLS}")
     return tuple(range(number) if isinstance(held, int) else map(int, held))
-
-
-def initial_rows(init: str, length: int, embedding_VD: Tensor, text_ids: list[int], seed: int) -> Tensor:
-    """First values of a new tag, fp32 (length, D).
-
-    `mean`: the direction of the mean token embedding at the mean token norm, plus a little noise so that rows differ
-    (the authors' fixed ratio belongs to LLaMA-7B; here both are measured). `vocabulary`: random tokens. `normal`:
-    Gaussian with the spread of the embedding. `text:…`: the tokens of a text, repeated to the length.
-    """
-    random = torch.Generator().manual_seed(seed)
-    vocabulary = len(embedding_VD)
-    if init == "vocabulary":
-        return embedding_VD[torch.randint(vocabulary, (length,), generator=random)].float()
-    if init.startswith("text:"):
-        return embedding_VD[torch.tensor([text_ids[i % len(text_ids)] for i in range(length)])].float()
-    sample_ND = embedding_VD[torch.randperm(vocabulary, generator=random)[:20_000]].float()
-    noise_PD: Tensor = torch.randn(length, sample_ND.shape[1], generator=random) * sample_ND.std(dim=0)
-    if init == "normal":
-        return noise_PD
-    mean_D: Tensor = sample_ND.mean(dim=0)
-    rows_PD: Tensor = mean_D / mean_D.norm() * sample_ND.norm(dim=1).mean() + 0.1 * noise_PD
-    return rows_PD

@@ -11,17 +11,8 @@ from scipy.sparse import csr_matrix
 from scipy.sparse import random as sparse_random
 from sklearn.ensemble import HistGradientBoostingRegressor
 
-from tagllm.evaluate.classical import (
-    Field,
-    Problem,
-    Table,
-    _field,
-    _nearest,
-    _pair_means,
-    boosting,
-    classical_baselines,
-    kind_of,
-)
+from tagllm.evaluate.classical import Problem, Table, _nearest, _pair_means, boosting, classical_baselines
+from tagllm.evaluate.fields import Field, field_of, kind_of
 from tagllm.evaluate.metrics import concordance, value_metrics
 from tagllm.evaluate.ridge import Rows
 
@@ -92,7 +83,7 @@ def test_what_a_pair_had_answers_it_in_either_order() -> None:
         names = ([f"drug {pair[at]}" for pair in table] for at in (0, 1) for table in tables)
         smiles = ([MOLECULES[pair[at]] for pair in table] for at in (0, 1) for table in tables)
         columns = [[column] for column in (*names, *smiles)]
-        return [_field(*columns[at : at + 3]) for at in range(0, len(columns), 3)]
+        return [field_of(*columns[at : at + 3]) for at in range(0, len(columns), 3)]
 
     zeros = np.zeros_like(targets)
     assert _pair_means(fields(seen, turned, turned), targets, targets, zeros) == pytest.approx(targets)

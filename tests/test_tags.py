@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tagllm import files
-from tagllm.build import new_tag
+from tagllm.build import initial_rows, new_tag
 from tagllm.config import BackboneConfig, HeadConfig, RunConfig
 from tagllm.config_file import parse_as
 from tagllm.data.dataset import Data
@@ -21,7 +21,7 @@ from tagllm.head import Head
 from tagllm.kernel import BOUNDLESS, Kernel
 from tagllm.model.backbone import load_backbone
 from tagllm.stage import read_stage
-from tagllm.tags import BackboneIdentity, Tag, TagLibrary, initial_rows
+from tagllm.tags import BackboneIdentity, Tag, TagLibrary
 from tests import tiny
 
 D = 16

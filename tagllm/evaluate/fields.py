@@ -1,0 +1,131 @@
+"""Columns of a table as numbers, for baselines that see no LLM: bits by which values are alike, and what is fitted.
+
+n rows, C columns, U distinct values of a field, F features.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tagllm.data.recipes.labels import RESIDUES
+
+Columns = Sequence[Sequence[str]]
+Kind = Literal["molecule", "sequence", "number", "category"]
+BITS, RADIUS, LETTERS = 1024, 2, 3
+"""Morgan fingerprints of this size and radius; runs of so many letters hashed into as many bits, and shorter ones
+counted."""
+MANY = 50
+"""So many distinct words of the letters of residues are peptides rather than names."""
+STEPS = 64
+"""Of the ladder that tells how near numbers are."""
+
+
+class Field(NamedTuple):
+    """One column of training, validation and held-out rows together, or columns that may trade places."""
+
+    kind: Kind
+    values: list[str]
+    """The distinct ones (U)."""
+    bits_UF: Any
+    """Sparse 0/1, by which values are alike; one column per value for a category."""
+    features_UF: Any
+    """What is fitted: these bits, and of a sequence how often it has each letter and pair of letters."""
+    train_nC: NDArray[np.intp]
+    valid_nC: NDArray[np.intp]
+    held_out_nC: NDArray[np.intp]
+    """Which distinct values stand in each row."""
+
+    @property
+    def recurs(self) -> bool:
+        return len(np.unique(self.train_nC)) < self.train_nC.size / 2
+
+
+def kind_of(values: Sequence[str]) -> Kind:
+    """Of distinct values: what rdkit can read is a molecule, long words of capital letters are sequences, and so are
+    many short ones of the letters of amino acids."""
+    from rdkit import Chem, rdBase
+
+    some = list(values)[:200]
+    if sum(len(v) >= 20 and v.isalpha() and v.isupper() for v in some) > 0.9 * len(some):
+        return "sequence"
+    with rdBase.BlockLogs():
+        readable = sum(bool(v) and Chem.MolFromSmiles(v) is not None for v in some)
+    if readable > 0.9 * len(some):
+        return "molecule"
+    peptides = sum(len(v) >= LETTERS and set(v) <= RESIDUES for v in some)
+    return "sequence" if len(some) >= MANY and peptides > 0.9 * len(some) else "category"
+
+
+def field_of(train: Columns, valid: Columns, held_out: Columns) -> Field:
+    """Of values that hardly recur and are neither molecules nor sequences, numbers are taken as numbers and the rest as
+    text, which is letters and runs of them like a sequence."""
+    lengths = [len(columns[0]) for columns in (train, valid, held_out)]
+    values_nC = np.concatenate([np.array(columns, dtype=object).astype(str).T for columns in (train, valid, held_out)])
+    distinct, at = np.unique(values_nC, return_inverse=True)
+    kind = kind_of(list(distinct))
+    if kind == "category" and len(distinct) > values_nC.size / 2:
+        kind = "number" if all(map(is_number, distinct)) else "sequence"
+    bits_UF = _bits(list(distinct), kind)
+    features_UF = _features(list(distinct), kind, bits_UF)
+    return Field(
+        kind, list(distinct), bits_UF, features_UF, *np.split(at.reshape(values_nC.shape), np.cumsum(lengths)[:-1])
+    )
+
+
+def is_number(text: str) -> bool:
+    try:
+        return math.isfinite(float(text))
+    except ValueError:
+        return False
+
+
+def _bits(values: Sequence[str], kind: Kind) -> Any:
+    from scipy.sparse import csr_matrix, identity
+
+    if kind == "category":
+        return identity(len(values), np.float32, format="csr")
+    if kind == "number":
+        number_U1 = np.array(values, float)[:, None]
+        return csr_matrix((number_U1 >= np.quantile(number_U1, np.linspace(0, 1, STEPS))).astype(np.float32))
+    if kind == "sequence":
+        from sklearn.feature_extraction.text import HashingVectorizer
+
+        return HashingVectorizer(
+            analyzer="char", ngram_range=(LETTERS, LETTERS), n_features=BITS, binary=True, norm=None,
+            alternate_sign=False, lowercase=False, dtype=np.float32,
+        ).transform(values)  # fmt: skip
+    from rdkit import Chem, rdBase
+    from rdkit.Chem.rdFingerprintGenerator import GetMorganGenerator
+
+    generator = GetMorganGenerator(radius=RADIUS, fpSize=BITS)
+    with rdBase.BlockLogs():
+        molecules = [Chem.MolFromSmiles(value) for value in values]
+    nothing = np.zeros(BITS, np.float32)
+    return csr_matrix(
+        [nothing if m is None else generator.GetFingerprintAsNumPy(m).astype(np.float32) for m in molecules]
+    )
+
+
+def _features(values: Sequence[str], kind: Kind, bits_UF: Any) -> Any:
+    """Bits do not tell what is a matter of composition, of length, or of size; of very many categories several share
+    one, as in a hash."""
+    from scipy.sparse import csr_matrix, hstack
+
+    if kind == "number":
+        number_U1 = np.array(values, float)[:, None]
+        spread = number_U1.std() or 1.0
+        return csr_matrix(((number_U1 - number_U1.mean()) / spread).astype(np.float32))
+    if kind == "category" and len(values) > BITS:
+        ones, at = np.ones(len(values), np.float32), np.arange(len(values))
+        return csr_matrix((ones, (at, at % BITS)), shape=(len(values), BITS))
+    if kind != "sequence":
+        return bits_UF
+    from sklearn.feature_extraction.text import CountVectorizer
+
+    counter = CountVectorizer(analyzer="char", ngram_range=(1, LETTERS - 1), lowercase=False, dtype=np.float32)
+    return hstack([counter.fit_transform(values), bits_UF], format="csr")
