@@ -189,8 +189,8 @@ def evaluate(
     def work() -> None:
         from tagllm.config import SPLITS
         from tagllm.errors import did_you_mean
-        from tagllm.evaluate.held_out import describe
-        from tagllm.evaluate.held_out import evaluate as run_evaluation
+        from tagllm.evaluation import describe
+        from tagllm.evaluation import evaluate as run_evaluation
         from tagllm.run_folder import read_config
 
         if split not in SPLITS:
@@ -244,7 +244,7 @@ def compose(config: Path, overrides: Overrides = None, offline: Offline = False)
         from tagllm.compose import Composer
         from tagllm.compose_config import ComposeConfig
         from tagllm.config_file import load_as
-        from tagllm.evaluate.held_out import describe
+        from tagllm.evaluation import describe
 
         composer = Composer.open(load_as(ComposeConfig, config, overrides))
         for case in composer.config.cases:

@@ -231,6 +231,13 @@ class Workspace:
         assert outcome.status == [0] * num_ranks, "\n".join(outcome.stderr)
         return Run(self.folder / name)
 
+    def score(self, num_ranks: int, run: Run, *options: str) -> dict[str, Any]:
+        """What `eval` finds, which must end well."""
+        outcome = self._ranks[num_ranks].run(["eval", str(run.path), *options])
+        assert outcome.status == [0] * num_ranks, "\n".join(outcome.stderr)
+        found: dict[str, Any] = json.loads((run.path / "results.json").read_text())
+        return found
+
     def stop(self, num_ranks: int, name: str, **overrides: object) -> Run:
         """A run whose last rank alone is sent SIGTERM once step 3 is logged: all ranks must save and leave with 75."""
         run = Run(self.folder / name)

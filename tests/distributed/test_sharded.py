@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.distributed.launch import Workspace, assert_same
@@ -21,6 +23,30 @@ def test_a_sharded_quantised_backbone_equals_one_process(workspace: Workspace, q
     assert_same(run.tags, expected.tags, 1e-5)
     assert_same(run.state, expected.state, 1e-5)
     assert not run.tags["SMILES.rows"].equal(plain.tags["SMILES.rows"]), "quantised in name only"
+
+
+@pytest.mark.parametrize("asks", ["a head", "for text"])
+def test_a_sharded_run_is_scored_as_a_whole_one(workspace: Workspace, asks: str) -> None:
+    """With its baselines, controls and ablations: each rank has its part of the backbone, as if none could hold it."""
+    text: dict[str, object] = {
+        "data__sources[0]__template": '"The molecule is <SMILES> {smiles}. <Size> {output}"',
+        "data__sources[0]__output": "name", "data__sources[0]__target": "[]", "tags__Size__head": "null",
+        "loss__value": 0.0, "evaluation__max_new_tokens": 20,
+    }  # fmt: skip
+    sharded = {"engine__zero_stage": 3, "engine__deepspeed": workspace.sharding}
+    run = workspace.train(2, f"scored-{asks}", **sharded, **(text if asks == "for text" else {}))
+    found = workspace.score(2, run, "--ablate")
+    expected = workspace.score(1, run, "--ablate")
+    assert (found["ranks"], found["sharded"], expected["sharded"]) == (2, True, False)
+    assert found["metrics"].keys() == expected["metrics"].keys()
+    for part in ("metrics", "baselines", "controls", "ablations"):
+        assert flat(found[part]) == pytest.approx(flat(expected[part]), rel=1e-3, abs=1e-5), part
+
+
+def flat(values: Any, name: str = "") -> dict[str, float]:
+    if isinstance(values, dict):
+        return {at: number for key, inner in values.items() for at, number in flat(inner, f"{name}/{key}").items()}
+    return {name: values} if isinstance(values, int | float) else {}
 
 
 def test_a_sharded_backbone_that_rounds_its_inputs_equals_a_whole_one(workspace: Workspace) -> None:

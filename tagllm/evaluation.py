@@ -31,9 +31,10 @@ from tagllm.head import fields_alone
 from tagllm.origin import origin, peak_memory_gib
 from tagllm.ranks import Ranks
 from tagllm.run_folder import RunFolder, read_config
-from tagllm.stage import stage_of_run
+from tagllm.stage import Stage, stage_of_run
 from tagllm.tags import Tag, TagLibrary
 from tagllm.template import behind_one_tag
+from tagllm.train.engine import Engine, sharding
 
 
 def evaluate(
@@ -57,7 +58,7 @@ def evaluate(
     stage = stage_of_run(config, library, str(folder.library))
     if controls and not stage.terms:
         raise UserError(f"--control: {run} answers with a head and has no loss over tokens to compare. Leave it out.")
-    built = build(stage, ranks)
+    built = _built(stage, ranks)
     if overridden:
         _refuse_seen(built, library, split)
     else:
@@ -71,7 +72,8 @@ def evaluate(
         "scoring": config.scoring(),
         "data": {source: about["splits"] for source, about in built.data.record.items()},
         "loaded_tags": loaded_digest(stage),
-        "ranks": ranks.size, "rows": sum(map(len, built.examples(split))), "training": folder.training(), **origin(),
+        "ranks": ranks.size, "sharded": any(hasattr(p, "ds_id") for p in built.backbone.model.parameters()),
+        "rows": sum(map(len, built.examples(split))), "training": folder.training(), **origin(),
     }  # fmt: skip
     if built.layout.heads:
         _score_values(evaluation, folder, same_weights and not overridden, results)
@@ -90,6 +92,16 @@ def evaluate(
     results |= {"seconds": time.monotonic() - began, "peak_gib": ranks.sum([peak_memory_gib()])[0]}
     ranks.on_rank_zero(lambda: write_results(run, results))
     return results
+
+
+def _built(stage: Stage, ranks: Ranks) -> Built:
+    """On several ranks the backbone is sharded as it was in training; one holds it whole."""
+    config = stage.config
+    if ranks.size == 1 or config.engine.stage < 3:
+        return build(stage, ranks)
+    built = build(stage, ranks, sharding(config.optim, config.engine, ranks))
+    Engine(built.model, config.optim, config.engine, ranks)  # hooks that gather what each module needs
+    return built
 
 
 def _refuse_seen(built: Built, library: TagLibrary, split: Split) -> None:
