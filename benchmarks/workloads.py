@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from benchmarks.models import Settings
-from tagllm.build import new_tag
+from tagllm.build import initial_rows, new_tag
 from tagllm.config import RunConfig
 from tagllm.config_file import parse_as
 from tagllm.data.batch import in_chunks
@@ -20,7 +20,7 @@ from tagllm.data.sampler import Sampler
 from tagllm.files import cache_folder
 from tagllm.model.backbone import Backbone
 from tagllm.stage import Stage, read_stage
-from tagllm.tags import Tag, TagLibrary, initial_rows
+from tagllm.tags import Tag, TagLibrary
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 TAG_ROWS = 10

@@ -13,9 +13,9 @@ import pytest
 import yaml
 from safetensors.torch import load_file
 
+from tagllm import evaluation
 from tagllm.config import HeadConfig
 from tagllm.data.encode import TagLayout
-from tagllm.evaluate import held_out
 from tagllm.evaluate.metrics import value_metrics
 from tagllm.evaluate.passes import Pass
 from tagllm.head import Head
@@ -212,7 +212,7 @@ def test_probes_of_a_head_are_fitted_on_as_many_of_its_rows_as_the_head(
 ) -> None:
     tags, targets = PAIRS[1]
     assert run("train", of_two(folder, "probes", tags, targets)).exit_code == 0
-    monkeypatch.setattr(held_out, "FIT_ROWS", 12)
+    monkeypatch.setattr(evaluation, "FIT_ROWS", 12)
     assert run("eval", "runs/probes").exit_code == 0
     results = json.loads((folder / "runs/probes/results.json").read_text())
     assert {name: results[f"{name}/probe_rows"] for name in tags} == dict.fromkeys(tags, 12)

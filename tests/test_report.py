@@ -90,7 +90,9 @@ def test_names_are_text_and_figures_are_there(page: str) -> None:
 
 def test_markdown_has_the_same_numbers(run: Path, page: str) -> None:
     text = (run.parent / "out" / "report.md").read_text()
-    assert "| without \\<S> |" in text and "\\<QED>. `tagllm" in text, "Markdown would take names for tags of HTML"
+    assert "| without \\<S> |" in text and "; \\<QED>, \\<S>. `tagllm" in text, (
+        "Markdown would take names for tags of HTML"
+    )
     cells = re.findall(r"<td[^>]*>([0-9.e-]+)(?:<small>([^<]+)</small>)?</td>", page)
     assert len(cells) > 50 and any(interval for _, interval in cells)
     for value, interval in cells:

@@ -18,10 +18,12 @@ from scipy import stats
 from typer.testing import CliRunner
 
 from tagllm.cli import app
+from tagllm.data.dataset import split_records
 from tagllm.errors import UserError
 from tagllm.evaluate.seeds import bounds, over_seeds
 from tagllm.sweep.points import Point, Sweep
 from tagllm.sweep.summary import digits, summaries
+from tagllm.template import parse_template
 from tests import tiny
 from tests.distributed.launch import wait_until
 
@@ -139,9 +141,14 @@ def test_what_was_scored_in_another_way_is_told_and_not_taken(config: Path) -> N
 
 def test_seeds_of_other_rows_have_no_mean(config: Path) -> None:
     sweep = Sweep.of(config, [], [], 3)
-    for point, rows in zip(sweep.finals(), (None, "a", "b"), strict=True):
-        finished(sweep, point, 0.5, run=point.folder.name, **({} if rows is None else {"data": {"0": rows}}))
-    with pytest.raises(UserError, match="seed=2: trained on other rows than seed=1.*Restore it"):
+    now = split_records(
+        sweep.config(sweep.finals()[0]).data, [parse_template("{smiles} <Size>", {"Size": "function"})], config.parent
+    )
+    before = {"0": now["0"] | {"train": now["0"]["train"] | {"n": 1}}}
+    for point, rows in zip(sweep.finals(), (None, now, before), strict=True):
+        finished(sweep, point, 0.5, run=point.folder.name, **({} if rows is None else {"data": rows}))
+    assert sweep.done(sweep.finals()[1])
+    with pytest.raises(UserError, match="seed=2: is trained and scored already, and the data changed since"):
         summaries(sweep)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from tagllm.errors import UserError
 from tagllm.evaluate.seeds import over_seeds
 from tagllm.files import json_bytes, read_json, write_whole
 from tagllm.origin import ORIGIN, origin
@@ -38,7 +37,6 @@ def summaries(sweep: Sweep) -> list[Summary]:
         points = [] if waiting else [sweep.final(combination, seed) for seed in range(sweep.seeds)]
         done = [point for point in points if sweep.done(point)]
         results = [read_json(point.folder / "results.json") for point in done]
-        _require_same_data(results)
         metrics = over_seeds([one["metrics"] for one in results])
         shown = points[0].shown if points else combination.shown
         folders = [str(point.folder.relative_to(sweep.output)) for point in done]
@@ -47,16 +45,6 @@ def summaries(sweep: Sweep) -> list[Summary]:
         each, notes = [one["metrics"] for one in results], [one.get("note", "") for one in results]
         made.append(Summary(shown, len(done), metrics, tried, folders, origins, each, notes))
     return made
-
-
-def _require_same_data(results: Sequence[dict[str, Any]]) -> None:
-    """Raises UserError where seeds were trained on other rows: their mean says nothing."""
-    known = [one for one in results if "data" in one]  # results of before do not say
-    if other := [one["run"] for one in known if one["data"] != known[0]["data"]]:
-        raise UserError(
-            f"{', '.join(other)}: trained on other rows than {known[0]['run']}; the data changed in between, and a "
-            "mean over both says nothing. Restore it, or start anew with another output."
-        )
 
 
 def write_summary(sweep: Sweep, found: Sequence[Summary]) -> None:

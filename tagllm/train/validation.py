@@ -45,7 +45,7 @@ class Validation:
         if not any(map(len, self.built.examples("valid"))):
             return None
         probing = probing and self._can_probe
-        return self._pass("valid", features=True, collate=self.collate.probing() if probing else self.collate)
+        return self._pass("valid", collate=self.collate.probing() if probing else self.collate)
 
     def loss(self, result: Pass) -> float:
         return result.loss(self.built.stage.weights)
@@ -63,7 +63,7 @@ class Validation:
         for name, head in self._learned_heads(classes=True).items():
             if head.spec.reads == "last":
                 continue
-            mean_nD = self._pass("train", features=True, limit=SCALE_ROWS, tag=name).mean_nD
+            mean_nD = self._pass("train", limit=SCALE_ROWS, tag=name).mean_nD
             keys, learned = _keys(name), self.engine.learned()
             raw = head.folded(*(learned[key] for key in keys))
             head.set_scale_of(torch.from_numpy(mean_nD))
@@ -74,7 +74,7 @@ class Validation:
         every learned head, with the state before the function tag."""
         collate = self.collate.probing() if probing else self.collate
         names = [name for name, head in self._learned_heads().items() if probing or head.spec.refit]
-        return {name: self._pass("train", features=True, limit=limit, tag=name, collate=collate) for name in names}
+        return {name: self._pass("train", limit=limit, tag=name, collate=collate) for name in names}
 
     def refit_heads(self, held_out: Pass | None, seen: Mapping[str, Pass]) -> tuple[dict[str, Head], dict[str, float]]:
         """Closed-form fits on training rows as `seen_by_heads`; those that are kept, since the trained head is not
@@ -131,14 +131,13 @@ class Validation:
         return head.blank()
 
     def _pass(
-        self, split: Split, features: bool = False, limit: int | None = None, tag: str | None = None,
-        collate: Collator | None = None,
-    ) -> Pass:  # fmt: skip
+        self, split: Split, limit: int | None = None, tag: str | None = None, collate: Collator | None = None
+    ) -> Pass:
         """Rows of the sources with `tag` through the model as it is."""
         sources, draws = self.built.examples(split), self.built.draws(split, limit, tag)
         size = self.built.config.evaluation.rows_per_batch
         with self.engine.evaluating():
-            return run_over(self._forward, sources, draws, collate or self.collate, self.ranks, size, features)
+            return run_over(self._forward, sources, draws, collate or self.collate, self.ranks, size, features=True)
 
 
 def _keys(name: str) -> tuple[str, str]:
