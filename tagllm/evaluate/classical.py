@@ -67,11 +67,8 @@ def classical_baselines(
     predictions = {"nearest_row": train.targets_nK[_nearest(fields)]}
     if recurring := [field for field in fields if field.recurs]:
         predictions["field_means"] = _ridge(_problem(recurring, *targets, categories=True))
-        if (
-            len(recurring) > 1
-            and (means_nK := _pair_means(recurring, *targets, predictions["field_means"])) is not None
-        ):
-            predictions["pair_means"] = means_nK
+        of_pairs = _pair_means(recurring, *targets, predictions["field_means"])
+        predictions |= {} if of_pairs is None else {"pair_means": of_pairs}
     problem = _problem(fields, *targets)
     predictions["ridge_fingerprints"] = _ridge(problem)
     predictions["boosting_fingerprints"] = boosting(problem)
