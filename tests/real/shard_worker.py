@@ -45,7 +45,7 @@ def main() -> None:
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     before = memory("VmRSS")
-    model, _ = load_model(resolve("smollm2"), DTYPES[dtype], ranks.device, quantize, place)
+    model, *_ = load_model(resolve("smollm2"), DTYPES[dtype], ranks.device, quantize, place)
     peak = memory("VmHWM") - before
     parameters = list(model.parameters())
     # what a rank must hold for a moment is the tensor as it is read, before it is quantised
