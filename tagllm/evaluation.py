@@ -170,7 +170,8 @@ def _beside(
     if head.classes:
         answers = class_baselines(train, valid, test, len(head.classes))
     else:
-        answers = value_baselines(train, valid, test, built.layout, head) | _classical(built, name, split)
+        answers = value_baselines(train, valid, test, built.layout, head)
+    answers |= _classical(built, name, split)
     classes = bool(head.classes)
     return {
         "baselines": {method: value_metrics(values, test.targets_nK, classes) for method, values in answers.items()},
@@ -181,17 +182,22 @@ def _beside(
 
 
 def _classical(built: Built, name: str, split: Split) -> dict[str, Floats]:
-    """Of a head whose labelled rows come from one source; others have no fields in common."""
+    """Of a head whose labelled rows have the same fields in all of its sources; others have nothing in common."""
     pairs = zip(built.examples("train"), built.stage.templates, strict=True)
     labelled = [at for at, (rows, prompt) in enumerate(pairs) if name in prompt.tags and len(rows.targets())]
-    if len(labelled) != 1:
+    names = {frozenset(built.stage.templates[at].fields) for at in labelled}
+    if len(names) != 1:
         return {}
-    train, valid, held_out = (built.examples(part)[labelled[0]] for part in ("train", "valid", split))
-    template = built.stage.templates[labelled[0]]
-    names = template.fields
-    known = Table(train.fields(names), train.targets()), Table(valid.fields(names), valid.targets())
-    trading = behind_one_tag(template, built.layout.kinds) if built.layout.heads[name].symmetric else []
-    return classical_baselines(*known, held_out.fields(names), trading)
+    template, head = built.stage.templates[labelled[0]], built.layout.heads[name]
+
+    def table(part: Split) -> Table:
+        sources = [built.examples(part)[at] for at in labelled]
+        fields = [rows.fields(template.fields) for rows in sources]
+        targets = [rows.targets().reshape(-1, 1 if head.classes else head.outputs) for rows in sources]
+        return Table({n: [v for rows in fields for v in rows[n]] for n in template.fields}, np.concatenate(targets))
+
+    trading = behind_one_tag(template, built.layout.kinds) if head.symmetric else []
+    return classical_baselines(table("train"), table("valid"), table(split).fields, trading, len(head.classes or []))
 
 
 def _score_tokens(evaluation: Evaluation, results: dict[str, Any], controls: Sequence[Path]) -> None:

@@ -11,7 +11,8 @@ from scipy.sparse import csr_matrix
 from scipy.sparse import random as sparse_random
 from sklearn.ensemble import HistGradientBoostingRegressor
 
-from tagllm.evaluate.classical import Problem, Table, _nearest, _pair_means, boosting, classical_baselines
+from tagllm.evaluate.classical import Table, _nearest, _pair_means, classical_baselines
+from tagllm.evaluate.estimators import Problem, boosting
 from tagllm.evaluate.fields import Field, field_of, kind_of
 from tagllm.evaluate.metrics import concordance, value_metrics
 from tagllm.evaluate.ridge import Rows
@@ -51,6 +52,45 @@ def test_additive_effects_are_what_the_means_find() -> None:
     assert set(found) == {"nearest_row", "field_means", "ridge_fingerprints", "boosting_fingerprints"}
     assert r2["field_means"] > 0.95
     assert r2["ridge_fingerprints"] > 0.9
+
+
+def test_classes_have_the_same_baselines_as_logits() -> None:
+    """Which of three classes a row is, is told by its molecule."""
+    fields, _ = pairs()
+    targets = np.array([[MOLECULES.index(one) % 3] for one in fields["smiles"]], np.float32)
+    train, test = slice(0, 60), slice(60, None)
+    known = Table({k: v[train] for k, v in fields.items()}, targets[train])
+    found = classical_baselines(known, NOTHING, {k: v[test] for k, v in fields.items()}, num_classes=4)
+    assert set(found) == {"nearest_row", "field_means", "logistic_fingerprints", "boosting_fingerprints"}
+    scores = {name: value_metrics(logits, targets[test], classes=True) for name, logits in found.items()}
+    assert min(scores[name]["accuracy"] for name in ("field_means", "logistic_fingerprints")) > 0.9
+    for logits in found.values():
+        assert np.exp(logits).sum(axis=1) == pytest.approx(1, abs=1e-4)
+        assert logits[:, 3].max() < -5, "no training row has the fourth"
+    again = classical_baselines(known, known, known.fields, num_classes=4)
+    assert again["nearest_row"].argmax(axis=1).tolist() == targets[train, 0].tolist()
+
+
+def test_boosted_trees_find_classes_that_no_line_tells_apart() -> None:
+    random = np.random.default_rng(5)
+    x, y = random.uniform(-1, 1, (2, 900))
+    targets = ((x > 0) == (y > 0)).astype(np.float32)[:, None]
+    targets[:2] = 2.0  # in the training rows alone, and then in none of what is fitted
+
+    def table(rows: slice) -> Table:
+        return Table({"x": [f"{v:.4f}" for v in x[rows]], "y": [f"{v:.4f}" for v in y[rows]]}, targets[rows])
+
+    for valid in (table(slice(400, 700)), table(slice(400, 400))):
+        found = classical_baselines(table(slice(400)), valid, table(slice(700, 900)).fields, num_classes=3)
+        scores = {name: value_metrics(logits, targets[700:], classes=True) for name, logits in found.items()}
+        assert scores["boosting_fingerprints"]["accuracy"] > 0.9 > 0.7 > scores["logistic_fingerprints"]["accuracy"]
+        assert "field_means" not in found and all(np.isfinite(logits).all() for logits in found.values())
+
+
+def test_one_class_is_all_that_is_answered_where_training_rows_have_no_other() -> None:
+    table = Table({"smiles": MOLECULES}, np.ones((len(MOLECULES), 1), np.float32))
+    for logits in classical_baselines(table, table, {"smiles": MOLECULES[:3]}, num_classes=2).values():
+        assert logits.argmax(axis=1).tolist() == [1, 1, 1] and np.isfinite(logits).all()
 
 
 def test_columns_that_trade_places_tell_the_same() -> None:

@@ -298,6 +298,27 @@ def test_enriching_and_several_sources(run: Run, folder: Path) -> None:
     results = json.loads((folder / "runs/rich/results.json").read_text())
     assert {"mse", "span_nats"} <= results["metrics"].keys()
     assert {"predict_mean", "ridge_both"} <= results["baselines"].keys()
+    assert "ridge_fingerprints" not in results["baselines"], "the sources have no column in common"
+
+
+def test_sources_with_the_same_columns_are_one_table_to_baselines(run: Run, folder: Path) -> None:
+    lines = (folder / "rows.csv").read_text().splitlines()
+    for name, rows in (("one", lines[1::2]), ("other", lines[2::2])):
+        (folder / f"{name}.csv").write_text("\n".join([lines[0], *rows]) + "\n")
+    file = config(folder, "halves", tags={"W": {"kind": "function", "length": 2, "head": {"reads": "both"}}})
+    values = yaml.safe_load(file.read_text())
+    values["data"] = {"mix": "equal", "sources": [
+        {"path": str(folder / f"{name}.csv"), "target": "weight", "template": f"{text} {{smiles}} weighs <W>",
+         "split": {"by": "smiles"}}
+        for name, text in (("one", "A molecule"), ("other", "Another one,"))
+    ]}  # fmt: skip
+    file.write_text(yaml.safe_dump(values))
+    assert run("train", file).exit_code == 0
+    result = run("eval", "runs/halves")
+    assert result.exit_code == 0, result.stderr
+    results = json.loads((folder / "runs/halves/results.json").read_text())
+    assert {"nearest_row", "ridge_fingerprints", "boosting_fingerprints"} <= results["baselines"].keys()
+    assert results["baselines"]["ridge_fingerprints"]["r2"] > 0.5, "a weight is nearly a sum over what stands in it"
 
 
 @pytest.mark.parametrize("mask", ["causal", "block"])

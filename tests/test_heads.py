@@ -172,7 +172,10 @@ def test_a_head_of_classes_stands_beside_frequencies_and_probes(run: Run, folder
     assert run("train", file).exit_code == 0
     assert run("eval", "runs/letters").exit_code == 0
     results = json.loads((folder / "runs/letters/results.json").read_text())
-    assert set(results["baselines"]) == {"predict_frequencies", "logistic_last", "logistic_mean", "logistic_both"}
+    assert set(results["baselines"]) == {
+        "predict_frequencies", "logistic_last", "logistic_mean", "logistic_both",
+        "nearest_row", "logistic_fingerprints", "boosting_fingerprints",
+    }  # fmt: skip
     assert all({"accuracy", "cross_entropy"} <= set(metrics) for metrics in results["baselines"].values())
     assert results["baseline_intervals"].keys() == results["baselines"].keys()
 

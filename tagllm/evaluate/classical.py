@@ -1,5 +1,5 @@
 """Baselines that see the fields as they are and no LLM, on the same rows: means per value, the nearest training row,
-ridge and boosted trees on fingerprints.
+a line and boosted trees on fingerprints.
 
 n rows, C columns, U distinct values of a field, F features, K targets.
 """
@@ -7,24 +7,21 @@ n rows, C columns, U distinct values of a field, F features, K targets.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
+from tagllm.evaluate.estimators import Problem, boosting, frequencies, logistic, ridge
 from tagllm.evaluate.fields import Field, field_of
 from tagllm.evaluate.ridge import ENOUGH_ROWS, Floats, Rows
 
 Fields = Mapping[str, Sequence[str]]
 Key = tuple[str, ...]
-PENALTIES = (0.1, 1.0, 10.0, 100.0, 1000.0)
-RATES, MOST_TREES = (0.03, 0.1, 0.3), 1000
-"""Learning rates of boosted trees to choose from, and after how many trees the slowest ends where it is not done."""
-HELD_BACK = 0.2
-"""Of the training rows, to choose a penalty by where validation has too few."""
-MOST_BINS = 255
-"""That boosted trees take."""
+SURE = 0.99
+"""Of what is answered as probabilities; the rest is how often each class is."""
 SOME = 64
 """Held-out rows at a time that are compared with all that training rows hold."""
 
@@ -36,24 +33,13 @@ class Table(NamedTuple):
     targets_nK: Floats
 
 
-class Problem(NamedTuple):
-    """Rows to fit, to choose by, and to answer."""
-
-    train: Rows
-    valid: Rows
-    held_out_nF: Any
-
-    @property
-    def can_choose(self) -> bool:
-        return len(self.valid.targets_nK) >= ENOUGH_ROWS
-
-
 def classical_baselines(
-    train: Table, valid: Table, held_out: Fields, trading: Sequence[Sequence[str]] = ()
+    train: Table, valid: Table, held_out: Fields, trading: Sequence[Sequence[str]] = (), num_classes: int = 0
 ) -> dict[str, Floats]:
-    """What each baseline answers to the held-out rows (n, K); what it has to choose it chooses on the validation rows.
-    `field_means` (an additive effect per value of each field) is left out where values hardly recur, `pair_means`
-    (what rows with the same values had) where no row to answer has values that stand together in a training row.
+    """What each baseline answers to the held-out rows (n, K), logits where targets are classes; what it has to choose
+    it chooses on the validation rows. `field_means` (an additive effect per value of each field, on log odds of
+    classes) is left out where values hardly recur, `pair_means` (what rows with the same values had) where no row to
+    answer has values that stand together in a training row.
 
     Args:
         trading: names of columns that may trade places, as two drugs of a pair: a value tells the same in each of them.
@@ -64,14 +50,19 @@ def classical_baselines(
         for names in together
     ]
     targets = train.targets_nK, valid.targets_nK
-    predictions = {"nearest_row": train.targets_nK[_nearest(fields)]}
+    line: Callable[[Problem], Floats] = partial(logistic, num_classes=num_classes) if num_classes else ridge
+    means = [np.eye(num_classes, dtype=np.float32)[x[:, 0].astype(int)] for x in targets] if num_classes else targets
+    predictions = {"nearest_row": means[0][_nearest(fields)]}
     if recurring := [field for field in fields if field.recurs]:
-        predictions["field_means"] = _ridge(_problem(recurring, *targets, categories=True))
-        of_pairs = _pair_means(recurring, *targets, predictions["field_means"])
+        predictions["field_means"] = line(_problem(recurring, *targets, categories=True))
+        of_pairs = _pair_means(recurring, means[0], means[1], predictions["field_means"])
         predictions |= {} if of_pairs is None else {"pair_means": of_pairs}
     problem = _problem(fields, *targets)
-    predictions["ridge_fingerprints"] = _ridge(problem)
-    predictions["boosting_fingerprints"] = boosting(problem)
+    predictions["logistic_fingerprints" if num_classes else "ridge_fingerprints"] = line(problem)
+    predictions["boosting_fingerprints"] = boosting(problem, num_classes)
+    if num_classes:
+        prior_K = frequencies(train.targets_nK, num_classes)
+        predictions = {name: np.log(SURE * p_nK + (1 - SURE) * prior_K) for name, p_nK in predictions.items()}
     return {name: values.astype(np.float32) for name, values in predictions.items()}
 
 
@@ -154,50 +145,3 @@ def _tanimoto(bits_UF: Any, wanted: NDArray[np.intp]) -> dict[int, Floats]:
     both = (bits_UF[wanted] @ bits_UF.T).toarray()
     union = size_U[wanted][:, None] + size_U[None] - both
     return dict(zip(wanted.tolist(), both / np.maximum(union, 1), strict=True))
-
-
-def _ridge(problem: Problem) -> Floats:
-    """Where validation has too few rows, the penalty is chosen on a fifth of the training rows."""
-    from sklearn.linear_model import Ridge
-    from sklearn.model_selection import train_test_split
-
-    def answer(rows: Rows, penalty: float, wanted_nF: Any) -> Floats:
-        fit = Ridge(alpha=penalty, solver="sparse_cg").fit(rows.features_nF, rows.targets_nK)
-        values_nK: Floats = fit.predict(wanted_nF).reshape(-1, rows.targets_nK.shape[1])
-        return values_nK
-
-    fit, choose = problem.train, problem.valid
-    if not problem.can_choose:
-        part = train_test_split(np.arange(len(fit.targets_nK)), test_size=HELD_BACK, random_state=0)
-        fit, choose = (problem.train.some(rows) for rows in part)
-    best = min(PENALTIES, key=lambda p: float(np.mean((answer(fit, p, choose.features_nF) - choose.targets_nK) ** 2)))
-    return answer(problem.train, best, problem.held_out_nF)
-
-
-def boosting(problem: Problem) -> Floats:
-    """Histogram-based gradient boosting at the best of several rates, each stopped early, on validation or on a tenth
-    of the training rows."""
-    from sklearn.ensemble import HistGradientBoostingRegressor
-
-    (seen_nF, targets_nK), (chosen_nF, chosen_nK), unseen_nF = problem
-    telling_G, bins = _splits(seen_nF.toarray())
-    seen, chosen, unseen = (features[:, telling_G].toarray() for features in (seen_nF, chosen_nF, unseen_nF))
-    columns = []
-    for at, target_n in enumerate(targets_nK.T):
-        stopped_by = {"X_val": chosen, "y_val": chosen_nK[:, at]} if problem.can_choose else {}
-        fits = [
-            HistGradientBoostingRegressor(
-                learning_rate=rate, max_iter=MOST_TREES, max_bins=bins, early_stopping=True, random_state=0
-            ).fit(seen, target_n, **stopped_by)
-            for rate in RATES
-        ]
-        columns.append(max(fits, key=lambda fit: fit.validation_score_[-1]).predict(unseen))
-    return np.stack(columns, axis=1)
-
-
-def _splits(features_nF: Floats) -> tuple[NDArray[np.intp], int]:
-    """Features of which no two are the same, and the bins that tell their values apart. The same trees come of
-    these as of all features and 255 bins, which fingerprints of few molecules make slow and many gigabytes large."""
-    _, first_G = np.unique(features_nF, axis=1, return_index=True)
-    distinct_G = [len(np.unique(features_nF[:, at])) for at in first_G]
-    return np.sort(first_G), int(np.clip(max(distinct_G), 2, MOST_BINS))
