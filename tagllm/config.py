@@ -15,7 +15,7 @@ Count = Annotated[int, Field(ge=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Gib = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, lt=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
 Dtype = Literal["auto", "fp32", "bf16"]
 Quantization = Literal["none", "int8", "llm_int8", "nf4"]
 Columns = Annotated[list[str], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
@@ -195,8 +195,8 @@ class SplitConfig(Section):
     """The columns that make the key (a molecule, a protein, a pair); empty: a recipe's own key, or all fields of the
     template, by name."""
     seed: int = 0
-    valid: Share = 0.1
-    test: Share = 0.1
+    valid: Fraction = 0.1
+    test: Fraction = 0.1
 
 
 class RowsConfig(Section):
@@ -243,7 +243,7 @@ class DataConfig(Section):
     on_bad_row: Literal["error", "skip"] = "error"
     max_tokens: Count | None = None
     """Longest row; the longest field of a longer one is truncated. Default: what the backbone can take."""
-    max_unlabelled_share: Share = 0.01
+    max_unlabelled_share: Fraction = 0.01
     """More rows than this without a label after truncation are refused."""
 
 
@@ -266,7 +266,7 @@ class OptimConfig(Section):
     steps: Count | None = None
     tag_lr: Rate = 1e-2
     head_lr: Rate = 1e-3
-    betas: tuple[Share, Share] = (0.9, 0.999)
+    betas: tuple[Fraction, Fraction] = (0.9, 0.999)
     weight_decay: Weight = 0.0
     clip: Rate | None = 1.0
     schedule: Literal["cosine", "linear", "constant"] = "cosine"

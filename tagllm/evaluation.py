@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from tagllm.arrays import Floats
 from tagllm.build import Built, build, loaded_digest, new_tag
 from tagllm.config import RunConfig, Split
 from tagllm.data.splits import refuse_seen
@@ -23,7 +24,7 @@ from tagllm.evaluate.classical import Table, classical_baselines
 from tagllm.evaluate.closed_form import FIT_ROWS
 from tagllm.evaluate.features import Features
 from tagllm.evaluate.metrics import intervals, value_metrics
-from tagllm.evaluate.passes import Floats, Pass
+from tagllm.evaluate.passes import Pass
 from tagllm.evaluate.results import write_results
 from tagllm.evaluate.scoring import Evaluation, by_head, nats, score_pass, with_tags
 from tagllm.files import tensor_bytes, write_whole

@@ -18,14 +18,14 @@ import torch
 from tagllm.errors import UserError
 
 
-class Work(NamedTuple):
+class Script(NamedTuple):
     """What one process does after another: the arguments of each `tagllm`. `name`: for people."""
 
     name: str
     commands: list[list[str]]
 
 
-def run_side_by_side(works: Sequence[Work], jobs: int) -> list[str]:
+def run_side_by_side(scripts: Sequence[Script], jobs: int) -> list[str]:
     """`jobs` at a time. One that fails stops no other; returned is a line for each of those. When this process is told
     to stop, so are they: each saves where it stands."""
     free: Queue[dict[str, str]] = Queue()
@@ -34,10 +34,10 @@ def run_side_by_side(works: Sequence[Work], jobs: int) -> list[str]:
     running, stopping = set[subprocess.Popen[str]](), Event()
 
     def begin(at: int) -> list[str]:
-        print(f"{at + 1} of {len(works)}: {works[at].name}", flush=True)
+        print(f"{at + 1} of {len(scripts)}: {scripts[at].name}", flush=True)
         share = free.get()
         try:
-            run_work(works[at], os.environ | share, running, stopping)
+            run_script(scripts[at], os.environ | share, running, stopping)
         except UserError as error:
             return list(error.problems)
         finally:
@@ -46,7 +46,7 @@ def run_side_by_side(works: Sequence[Work], jobs: int) -> list[str]:
 
     with ThreadPoolExecutor(jobs) as pool:
         try:
-            return [problem for found in pool.map(begin, range(len(works))) for problem in found]
+            return [problem for found in pool.map(begin, range(len(scripts))) for problem in found]
         except (SystemExit, KeyboardInterrupt):
             stopping.set()
             for process in list(running):
@@ -55,7 +55,7 @@ def run_side_by_side(works: Sequence[Work], jobs: int) -> list[str]:
 
 
 def shares(jobs: int, environment: Mapping[str, str], num_gpus: int, num_cores: int) -> list[dict[str, str]]:
-    """What each of the works side by side has set: its cores, unless OMP_NUM_THREADS says how many, and a GPU of its
+    """What each of the scripts side by side has set: its cores, unless OMP_NUM_THREADS says how many, and a GPU of its
     own, of those that CUDA_VISIBLE_DEVICES names or else of all. With fewer GPUs than jobs they take turns. One alone
     is left everything."""
     if jobs == 1:
@@ -74,13 +74,15 @@ def num_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def run_work(work: Work, environment: Mapping[str, str], running: set[subprocess.Popen[str]], stopping: Event) -> None:
+def run_script(
+    script: Script, environment: Mapping[str, str], running: set[subprocess.Popen[str]], stopping: Event
+) -> None:
     """Each process is in `running` while it lives; none is begun once it is `stopping`.
 
     Raises:
         UserError: one of them failed; its last line is in the message.
     """
-    for command in work.commands:
+    for command in script.commands:
         if stopping.is_set():
             return
         process = subprocess.Popen(
@@ -92,7 +94,7 @@ def run_work(work: Work, environment: Mapping[str, str], running: set[subprocess
         told = process.communicate()[1]
         running.remove(process)
         if process.returncode:
-            raise UserError(f"{work.name}: tagllm {command[0]} {_ended(process.returncode, told)}")
+            raise UserError(f"{script.name}: tagllm {command[0]} {_ended(process.returncode, told)}")
 
 
 def _ended(status: int, told: str) -> str:

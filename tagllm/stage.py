@@ -6,18 +6,19 @@ Which tags there are and which are learned, the parsed templates, the loss weigh
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
 from torch import nn
 
-from tagllm.config import FieldConfig, RunConfig, SourceConfig
+from tagllm.config import FieldConfig, HeadConfig, RunConfig, SourceConfig
 from tagllm.data.collate import Collator
 from tagllm.data.encode import TagLayout
 from tagllm.errors import UserError, did_you_mean
 from tagllm.field_order import order_problems, trained_with
 from tagllm.head import States, pools_known
-from tagllm.model.loss import Weights
+from tagllm.model.loss import LossWeights
 from tagllm.tags import NAME, Tag, TagLibrary
 from tagllm.template import OUTPUT, SPAN, Template, all_pools, marks_of, parse_template, pool_of
 
@@ -28,7 +29,7 @@ class Stage(NamedTuple):
     libraries: dict[str, TagLibrary]
     kinds: dict[str, str]
     templates: list[Template]
-    weights: Weights
+    weights: LossWeights
 
     @property
     def learned(self) -> list[str]:
@@ -97,7 +98,7 @@ def read_stage(config: RunConfig, where: str) -> Stage:
             templates.append(parse_template(source.template, kinds, f"{where}: data.sources.{at}.template"))
         except UserError as error:
             problems += error.problems
-    stage = Stage(config, loaded, libraries, kinds, templates, Weights(0.0, 0.0, 0.0))
+    stage = Stage(config, loaded, libraries, kinds, templates, LossWeights(0.0, 0.0, 0.0))
     if not problems:
         stage = stage._replace(weights=_weights(stage))
         problems += _contradictions(stage, where)
@@ -115,27 +116,34 @@ def stage_of_run(config: RunConfig, library: TagLibrary, where: str) -> Stage:
     loaded = {name: library.get(name, where) for name in config.tags}
     kinds = {name: tag.kind for name, tag in loaded.items()}
     templates = [parse_template(source.template, kinds, where) for source in config.data.sources]
-    stage = Stage(config, loaded, {where: library}, kinds, templates, Weights(0.0, 0.0, 0.0))
+    stage = Stage(config, loaded, {where: library}, kinds, templates, LossWeights(0.0, 0.0, 0.0))
     if problems := _orders(stage, where):
         raise UserError(*problems)
     return stage._replace(weights=_weights(stage))
 
 
-def _weights(stage: Stage) -> Weights:
+def _weights(stage: Stage) -> LossWeights:
     """Given weights, or 1 for the terms a stage calls for: output and value where there are any, else the spans."""
     loss, heads = stage.config.loss, stage.layout(0).heads
     has_output = any(template.has_output for template in stage.templates)
     has_value = any(name in heads for template in stage.templates for name in template.tags)
-    defaults = Weights(float(not has_output and not has_value), float(has_output), float(has_value))
+    defaults = LossWeights(float(not has_output and not has_value), float(has_output), float(has_value))
     given = (loss.span, loss.output, loss.value)
-    return Weights(*(default if value is None else value for default, value in zip(defaults, given, strict=True)))
+    return LossWeights(*(default if value is None else value for default, value in zip(defaults, given, strict=True)))
 
 
 def _contradictions(stage: Stage, where: str) -> list[str]:
     """Settings that cannot be honoured together."""
-    config, layout = stage.config, stage.layout(0)
-    heads, problems = layout.heads, list[str]()
-    for name, spec in heads.items():
+    problems = [*_of_heads(stage, where), *_orders(stage, where), *_without_effect(stage.config, where)]
+    problems += _of_the_whole(stage, where)
+    for at in range(len(stage.templates)):
+        problems += _of_source(stage, at, f"{where}: data.sources.{at}")
+    return problems
+
+
+def _of_heads(stage: Stage, where: str) -> list[str]:
+    layout, problems = stage.layout(0), list[str]()
+    for name, spec in layout.heads.items():
         try:
             States.of(spec, layout.pools)
         except UserError as error:
@@ -145,7 +153,11 @@ def _contradictions(stage: Stage, where: str) -> list[str]:
                 f"{where}: tags.{name}: a tag with a head cannot be called {name}, which torch has a meaning for. Give "
                 f"it another name, such as {name.capitalize()}."
             )
-    problems += [*_orders(stage, where), *_without_effect(config, where)]
+    return problems
+
+
+def _of_the_whole(stage: Stage, where: str) -> list[str]:
+    config, problems = stage.config, list[str]()
     if config.mask == "block" and any(template.has_output for template in stage.templates):
         problems.append(
             f"{where}: mask is block, but a template has {{output}}; text is generated under the causal mask only. Set "
@@ -159,44 +171,51 @@ def _contradictions(stage: Stage, where: str) -> list[str]:
             problems.append(f"{where}: tags.{name} stands in no template; put <{name}> in one, or drop the tag.")
     if not stage.learned:
         problems.append(f"{where}: tags: none is learned; leave `load` out of one, or set learn: true.")
-    for at, (source, template) in enumerate(zip(config.data.sources, stage.templates, strict=True)):
-        place = f"{where}: data.sources.{at}"
-        owners = {name for name in template.tags if name in heads}
-        if len(owners) > 1:
-            problems.append(
-                f"{place}.template: {', '.join(sorted(owners))} all have heads; one per template can answer."
-            )
-        wanted = heads[next(iter(owners))] if owners else None
-        width = 0 if wanted is None else 1 if wanted.classes else wanted.outputs
-        if len(source.target) != width and len(owners) < 2:
-            problems.append(
-                f"{place}.target names {len(source.target)} columns ({', '.join(source.target) or 'none'}); the head "
-                f"of {', '.join(owners) or 'the template (it has none)'} needs {width}."
-            )
-        if (limit := source.fields.get("output", FieldConfig()).max_tokens) is not None:
-            problems.append(
-                f"{place}.fields.output.max_tokens is {limit}; the answer is never cut. Drop it, or leave long "
-                "rows out with max_characters."
-            )
-        behind = itertools.dropwhile(lambda part: part.value != "output" or part.kind != "field", template.parts)
-        if late := [part.value for part in behind if part.kind == "tag" and part.value in heads]:
-            problems.append(
-                f"{place}.template: <{late[0]}> stands behind {{output}}, which is not there yet when the head is to "
-                "answer. Put the tag before it."
-            )
-        unknown = [name for name in source.fields if name not in (*template.fields, "output")]
-        problems += [
-            f"{place}.fields.{name}: the template has no {{{name}}}. {did_you_mean(name, template.fields)}"
-            for name in unknown
-        ]
-        if not set(template.tags) & set(stage.learned):
-            problems.append(f"{place}.template has none of the learned tags ({', '.join(stage.learned)}).")
-        if not (owners and stage.weights.value) and not set(marks_of(template, stage.kinds)) & set(stage.terms):
-            problems.append(
-                f"{place}: nothing in the prompt is supervised; the template needs {{output}}, a tag with a head, or a "
-                "field right behind a domain tag with loss.span > 0."
-            )
     return problems
+
+
+def _of_source(stage: Stage, at: int, place: str) -> list[str]:
+    source, template, heads = stage.config.data.sources[at], stage.templates[at], stage.layout(0).heads
+    problems = _of_target(source, template, heads, place)
+    if (limit := source.fields.get("output", FieldConfig()).max_tokens) is not None:
+        problems.append(
+            f"{place}.fields.output.max_tokens is {limit}; the answer is never cut. Drop it, or leave long "
+            "rows out with max_characters."
+        )
+    behind = itertools.dropwhile(lambda part: part.value != "output" or part.kind != "field", template.parts)
+    if late := [part.value for part in behind if part.kind == "tag" and part.value in heads]:
+        problems.append(
+            f"{place}.template: <{late[0]}> stands behind {{output}}, which is not there yet when the head is to "
+            "answer. Put the tag before it."
+        )
+    unknown = [name for name in source.fields if name not in (*template.fields, "output")]
+    problems += [
+        f"{place}.fields.{name}: the template has no {{{name}}}. {did_you_mean(name, template.fields)}"
+        for name in unknown
+    ]
+    if not set(template.tags) & set(stage.learned):
+        problems.append(f"{place}.template has none of the learned tags ({', '.join(stage.learned)}).")
+    answers = stage.weights.value and set(template.tags) & set(heads)
+    if not answers and not set(marks_of(template, stage.kinds)) & set(stage.terms):
+        problems.append(
+            f"{place}: nothing in the prompt is supervised; the template needs {{output}}, a tag with a head, or a "
+            "field right behind a domain tag with loss.span > 0."
+        )
+    return problems
+
+
+def _of_target(source: SourceConfig, template: Template, heads: Mapping[str, HeadConfig], place: str) -> list[str]:
+    owners = {name for name in template.tags if name in heads}
+    if len(owners) > 1:
+        return [f"{place}.template: {', '.join(sorted(owners))} all have heads; one per template can answer."]
+    wanted = heads[next(iter(owners))] if owners else None
+    width = 0 if wanted is None else 1 if wanted.classes else wanted.outputs
+    if len(source.target) == width:
+        return []
+    return [
+        f"{place}.target names {len(source.target)} columns ({', '.join(source.target) or 'none'}); the head "
+        f"of {', '.join(owners) or 'the template (it has none)'} needs {width}."
+    ]
 
 
 def _orders(stage: Stage, where: str) -> list[str]:

@@ -15,7 +15,7 @@ from tagllm.errors import UserError
 from tagllm.model.architecture import require_supported
 from tagllm.model.backbone import longest_prompt
 from tagllm.model.frozen import make_frozen_aware
-from tagllm.model.loss import Weights
+from tagllm.model.loss import LossWeights
 from tagllm.model.tagged import TaggedModel
 from tagllm.template import OUTPUT
 from tests import tiny
@@ -57,7 +57,7 @@ def agrees_with_plain(config: PreTrainedConfig) -> None:
     of = tiny.layout(("Text",))
     row = tiny.example(of, (5, "Frozen", "~20", 2, "Text", ">5"), np.random.default_rng(0))
     tagged = TaggedModel(backbone, tiny.tags(of), of, None)
-    loss, _ = tiny.loss_of(tagged, tiny.collator(of)([row]), Weights(0.0, 1.0, 0.0))
+    loss, _ = tiny.loss_of(tagged, tiny.collator(of)([row]), LossWeights(0.0, 1.0, 0.0))
     loss.backward()
     found = tiny.gradients(tagged)["tags.learned_TD"]
     ids = torch.from_numpy(row.ids.astype(np.int64))[None]
@@ -87,7 +87,7 @@ def test_experts_and_norms_take_a_stream_of_another_dtype_than_their_weights(con
         backbone = copy.deepcopy(plain).to(dtype)
         make_frozen_aware(backbone)
         tagged = TaggedModel(backbone, tiny.tags(of), of, None)
-        loss, _ = tiny.loss_of(tagged, tiny.collator(of)([row]), Weights(0.0, 1.0, 0.0))
+        loss, _ = tiny.loss_of(tagged, tiny.collator(of)([row]), LossWeights(0.0, 1.0, 0.0))
         loss.backward()
         losses.append(float(loss.detach()))
         gradients.append(tiny.gradients(tagged)["tags.learned_TD"])

@@ -25,7 +25,7 @@ from tagllm.evaluate.ridge import Rows
 from tagllm.files import RunLock
 from tagllm.head import Head
 from tagllm.origin import ORIGIN
-from tagllm.side_by_side import Work
+from tagllm.side_by_side import Script
 from tagllm.train.schedule import lr_factor
 from tests.test_cli import Run, config, fails, folder, run
 
@@ -94,7 +94,7 @@ def test_results_have_one_writer(finished: Path) -> None:
 
 def test_one_method_alone_has_its_share_too(finished: Path, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of the cores, as the run it is compared with had: both count seconds."""
-    begun: list[tuple[list[Work], int]] = []
+    begun: list[tuple[list[Script], int]] = []
     monkeypatch.setattr("tagllm.baselines.command.run_side_by_side", lambda *asked: begun.append(asked) or [])
     assert run("baseline", finished, "--method", "lora", "--jobs", "2").exit_code == 0
     ((work,), jobs) = begun[0]

@@ -15,7 +15,6 @@ from tagllm.config import RunConfig
 from tagllm.config_file import parse_as
 from tagllm.evaluate.closed_form import fit_head
 from tagllm.head import Head
-from tagllm.model.backbone import weights_digest
 from tagllm.model.prefix import PrefixMemory
 from tagllm.model.value_head import HeadModule
 from tagllm.ranks import Ranks
@@ -40,7 +39,7 @@ class Trained(NamedTuple):
 
 def train(config: RunConfig, ranks: Ranks) -> tuple[Built, Engine, str]:
     built = build(read_stage(config, "test"), ranks)
-    before = weights_digest(built.model.backbone)
+    before = tiny.weights_digest(built.model.backbone)
     engine = Engine(built.model, config.optim, config.engine, ranks)
     Trainer(built, engine, ranks, RunFolder(Path(config.output)), StopRequest()).run_to_the_end()
     return built, engine, before
@@ -93,7 +92,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Trained]:
 
 
 def test_backbone_is_bit_identical(trained: Trained) -> None:
-    assert weights_digest(trained.built.model.backbone) == trained.before
+    assert tiny.weights_digest(trained.built.model.backbone) == trained.before
 
 
 def test_loaded_tags_are_bit_identical(trained: Trained) -> None:

@@ -16,7 +16,6 @@ from transformers.pytorch_utils import Conv1D
 from benchmarks.measure import peak_tensor_bytes
 from benchmarks.saved_bytes import KINDS, SHAPES, per_token_and_layer
 from tagllm.model import linear
-from tagllm.model.backbone import weights_digest
 from tagllm.model.frozen import FrozenGatedMLP, FrozenLayerNorm, FrozenRMSNorm, make_frozen_aware
 from tagllm.model.linear import FrozenLinear, halves
 from tagllm.model.lm_head import FrozenHead, _Nats
@@ -118,7 +117,7 @@ def test_two_halves_hold_an_fp32_number() -> None:
 def test_a_frozen_decoder_equals_the_plain_one(family: str) -> None:
     """Values, input gradients, weights and the tie, in fp32."""
     plain, frozen = tiny.plain_backbone(family), tiny.backbone(family)
-    assert weights_digest(plain) == weights_digest(frozen)
+    assert tiny.weights_digest(plain) == tiny.weights_digest(frozen)
     tied = [m.get_output_embeddings().weight is m.get_input_embeddings().weight for m in (plain, frozen)]
     assert tied[0] == tied[1]
     embedded = torch.randn(2, 9, tiny.HIDDEN, generator=torch.Generator().manual_seed(0)).requires_grad_()

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from tagllm.evaluate.metrics import Floats, intervals, value_metrics
+from tagllm.arrays import Floats
+from tagllm.evaluate.metrics import intervals, value_metrics
 
 NAN = float("nan")
 

@@ -18,7 +18,7 @@ from tagllm.data.encode import Example, TagLayout
 from tagllm.head import Head
 from tagllm.model.attention import plain_attention
 from tagllm.model.frozen import make_frozen_aware
-from tagllm.model.loss import Weights
+from tagllm.model.loss import LossWeights
 from tagllm.model.tagged import TaggedModel
 from tagllm.tags import Tag
 from tagllm.template import OUTPUT, SPAN, TAG, TEXT
@@ -84,7 +84,7 @@ def test_the_authors_gradients_through_a_frozen_prefix(reference: dict[str, torc
         row.marks[row.marks == SPAN] = np.where(behind, OUTPUT, TEXT)[row.marks == SPAN]
     batch = Collator(tagged.layout.first_learned_id, (OUTPUT,), 1, True)(rows)
     assert all(batch.prefix_lengths), "computed without a graph"
-    loss, _ = tiny.loss_of(tagged, batch, Weights(1.0, 1.0, 100.0))
+    loss, _ = tiny.loss_of(tagged, batch, LossWeights(1.0, 1.0, 100.0))
     loss.backward()
     found = tagged.tags.learned_TD.grad
     assert found is not None
@@ -98,7 +98,7 @@ def test_the_authors_losses_and_gradients(reference: dict[str, torch.Tensor], ca
     layout = tagged.layout
     rows = examples(reference, case, layout)
     batch = Collator(layout.first_learned_id, (SPAN, OUTPUT), 1, frozen_prefix=False)(rows)
-    loss, _ = tiny.loss_of(tagged, batch, Weights(1.0, 1.0, 100.0))
+    loss, _ = tiny.loss_of(tagged, batch, LossWeights(1.0, 1.0, 100.0))
     loss.backward()
     assert loss.item() == pytest.approx(reference[f"{case}.loss"].item(), rel=1e-5)
     gradient = tagged.tags.learned_TD.grad

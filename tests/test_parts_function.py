@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tagllm.model.attention import Part
+from tagllm.model.attention import FrozenKeys
 from tagllm.model.parts_function import Groups, KeySet, Live, attend_parts
 
 
@@ -18,7 +18,7 @@ from tagllm.model.parts_function import Groups, KeySet, Live, attend_parts
 def test_products_of_padded_groups_change_nothing(piece_B: list[int], num_groups: int, lengths: list[int]) -> None:
     torch.manual_seed(len(piece_B))
     B, G, M, S, T, E = len(piece_B), num_groups, 6, 3, max(lengths), 4
-    part = Part((), (), torch.zeros(4, T), torch.zeros(4, T), tuple(lengths), tuple(piece_B))
+    part = FrozenKeys((), (), torch.zeros(4, T), torch.zeros(4, T), tuple(lengths), tuple(piece_B))
     pad_nT = torch.arange(T) >= torch.tensor(lengths)[:, None]
     keys, values = torch.randn(2, 4, G, T, E).masked_fill(pad_nT[:, None, :, None], 0.0)
     live = Live(*torch.randn(2, B, G, S, E), None, None)

@@ -14,7 +14,7 @@ from tagllm.data.encode import Example, TagLayout
 from tagllm.model import attention, prefix
 from tagllm.model.attention import plain_attention
 from tagllm.model.backbone import checkpoint_layers
-from tagllm.model.loss import Weights, total
+from tagllm.model.loss import LossWeights, total
 from tagllm.model.tagged import TaggedModel
 from tagllm.template import FIELD, OUTPUT, SPAN
 from tests import tiny
@@ -178,7 +178,7 @@ def test_shared_beginnings_change_nothing(family: str, grouped: bool, sharded: b
     values = []
     for alone in weights_of:
         single = tagged(alone)
-        total(single.sums, counts, Weights(1.0, 1.0, 1.0)).backward()
+        total(single.sums, counts, LossWeights(1.0, 1.0, 1.0)).backward()
         values.append(single.values_BK)
     for name, gradient in tiny.gradients(tagged).items():
         assert tiny.relative_error(shared[name], gradient) < 1e-5, name

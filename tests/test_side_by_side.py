@@ -9,7 +9,7 @@ import pytest
 
 from tagllm import side_by_side
 from tagllm.errors import UserError
-from tagllm.side_by_side import Work, run_side_by_side, run_work, shares
+from tagllm.side_by_side import Script, run_script, run_side_by_side, shares
 
 
 @pytest.mark.parametrize(
@@ -41,22 +41,22 @@ def test_no_two_runs_at_a_time_have_one_gpu(monkeypatch: pytest.MonkeyPatch) -> 
     """A run takes the GPU of the one that has ended, not that of one that goes on."""
     both, taken = Barrier(2, timeout=60), list[str]()
 
-    def run(work: Work, environment: Mapping[str, str], *_: object) -> None:
+    def run(script: Script, environment: Mapping[str, str], *_: object) -> None:
         taken.append(environment["CUDA_VISIBLE_DEVICES"])
         both.wait()
-        if work.name == "second":
+        if script.name == "second":
             raise UserError("failed, and gives its GPU back too")
 
-    monkeypatch.setattr(side_by_side, "run_work", run)
+    monkeypatch.setattr(side_by_side, "run_script", run)
     monkeypatch.setattr(side_by_side.torch.cuda, "device_count", lambda: 2)
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
-    works = [Work(name, []) for name in ("first", "second", "third", "fourth", "fifth", "sixth")]
-    assert run_side_by_side(works, 2) == ["failed, and gives its GPU back too"]
+    scripts = [Script(name, []) for name in ("first", "second", "third", "fourth", "fifth", "sixth")]
+    assert run_side_by_side(scripts, 2) == ["failed, and gives its GPU back too"]
     assert len(taken) == 6 and all(set(taken[at : at + 2]) == {"0", "1"} for at in (0, 2, 4))
 
 
 def test_nothing_is_begun_once_a_stop_was_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not even the next command of a work whose first ends well."""
+    """Not even the next command of a script whose first ends well."""
     begun, stopping = list[str](), Event()
 
     class Process:
@@ -70,5 +70,5 @@ def test_nothing_is_begun_once_a_stop_was_asked(monkeypatch: pytest.MonkeyPatch)
             return "", ""
 
     monkeypatch.setattr(side_by_side.subprocess, "Popen", Process)
-    run_work(Work("a run", [["train"], ["eval"]]), {}, set(), stopping)
+    run_script(Script("a run", [["train"], ["eval"]]), {}, set(), stopping)
     assert begun == ["train"]

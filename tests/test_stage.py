@@ -12,7 +12,7 @@ from tagllm.config import HeadConfig, RunConfig
 from tagllm.config_file import parse_as
 from tagllm.errors import UserError
 from tagllm.head import Head
-from tagllm.model.loss import Weights
+from tagllm.model.loss import LossWeights
 from tagllm.stage import check_world, read_stage
 from tagllm.tags import BackboneIdentity, Tag, TagLibrary
 from tagllm.template import OUTPUT, SPAN
@@ -60,13 +60,13 @@ def library(tmp_path: Path) -> str:
 )
 def test_default_weights(tags: dict[str, Any], template: str, target: Any, weights: tuple[float, ...]) -> None:
     stage = read_stage(config(tags, template, target=target), "c.yaml")
-    assert stage.weights == Weights(*weights)
+    assert stage.weights == LossWeights(*weights)
     assert stage.terms == tuple(mark for mark, weight in ((SPAN, weights[0]), (OUTPUT, weights[1])) if weight)
 
 
 def test_given_weights_win_one_by_one() -> None:
     stage = read_stage(config({"D": {}, "F": HEAD}, "<D> {x} <F>", target="y", loss={"span": 0.3}), "c.yaml")
-    assert stage.weights == Weights(0.3, 0, 1)
+    assert stage.weights == LossWeights(0.3, 0, 1)
     assert stage.terms == (SPAN,)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -27,7 +28,7 @@ from tagllm.data.collate import Collator
 from tagllm.data.encode import Example, TagLayout
 from tagllm.head import Head
 from tagllm.model.frozen import make_frozen_aware
-from tagllm.model.loss import Weights, total
+from tagllm.model.loss import LossWeights, total
 from tagllm.model.prefix import PrefixMemory
 from tagllm.model.tagged import Output, TaggedModel
 from tagllm.tags import Tag
@@ -149,7 +150,7 @@ def collator(of: TagLayout, frozen: bool = True, terms: tuple[int, ...] = (OUTPU
 
 
 def loss_of(
-    tagged: TaggedModel, batch: Batch, weights: Weights = Weights(1.0, 1.0, 1.0)
+    tagged: TaggedModel, batch: Batch, weights: LossWeights = LossWeights(1.0, 1.0, 1.0)
 ) -> tuple[torch.Tensor, Output]:
     output = tagged(batch)
     return total(output.sums, count(batch), weights), output
@@ -181,3 +182,12 @@ def save_backbone(folder: Path, family: str = "llama") -> Path:
     assert len(vocabulary) <= VOCABULARY
     backbone(family).save_pretrained(folder)
     return folder
+
+
+def weights_digest(model: Any) -> str:
+    """sha256 over every weight and buffer: frozen means this does not change."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -22,7 +22,7 @@ from tagllm.evaluate.seeds import bounds, over_seeds
 from tagllm.files import RunLock
 from tagllm.head import Head
 from tagllm.origin import origin, peak_memory_gib
-from tagllm.side_by_side import Work, run_side_by_side
+from tagllm.side_by_side import Script, run_side_by_side
 
 FURTHER = 2
 """Rates beyond those of a method, while the best is at the edge."""
@@ -89,7 +89,7 @@ def _methods(run: Path, names: Sequence[str]) -> list[Method]:
     return [m for m in METHODS.values() if m.key in names or (not names and (has_domain or not m.names_domains))]
 
 
-def _alone(run: Path, method: Method, request: Request) -> Work:
+def _alone(run: Path, method: Method, request: Request) -> Script:
     """The command that trains one of the methods."""
     given = {
         "--lr": ",".join(map(str, request.rates)) or None, "--budget-s": request.budget_s,
@@ -97,7 +97,7 @@ def _alone(run: Path, method: Method, request: Request) -> Work:
         "--fit-rows": request.fit_rows,
     }  # fmt: skip
     options = [f"{option}={value}" for option, value in given.items() if value is not None]
-    return Work(f"{run}, {method.name}", [["baseline", str(run), f"--method={method.key}", *options]])
+    return Script(f"{run}, {method.name}", [["baseline", str(run), f"--method={method.key}", *options]])
 
 
 def _compare(task: Task, method: Method, request: Request) -> None:

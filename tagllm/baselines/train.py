@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
+from tagllm.arrays import Floats
 from tagllm.baselines.adapt import Adapted
 from tagllm.baselines.methods import Method
 from tagllm.baselines.prompts import Row, pad
@@ -31,7 +31,6 @@ from tagllm.train.rows import StepRows
 from tagllm.train.schedule import lr_factor, total_steps
 from tagllm.train.validation import SCALE_ROWS, SOME_ROWS
 
-Floats = NDArray[np.float32]
 MOST_EPOCHS = 4
 """Times those of the run: more would only overfit what time is left over."""
 WARM_UP, MEASURED = 1, 3

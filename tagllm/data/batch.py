@@ -57,7 +57,7 @@ class Tokens(NamedTuple):
         return Tokens(self.columns_4N[:, at.to(self.columns_4N.device, non_blocking=True)], lengths, self.spans)
 
 
-class Placement(NamedTuple):
+class PiecePositions(NamedTuple):
     """Where shared pieces stand: in row b piece `piece_B[b]` (-1: none), from position `offset_B[b]` on, as span number
     `span_B[b]`."""
 
@@ -72,7 +72,7 @@ class Pieces(NamedTuple):
 
     tokens: Tokens
     keys: tuple[bytes, ...]
-    placements: tuple[Placement, ...]
+    placements: tuple[PiecePositions, ...]
 
     def to(self, device: torch.device) -> Pieces:
         return self._replace(tokens=self.tokens.to(device))
@@ -115,7 +115,7 @@ class Batch(NamedTuple):
         """SPAN or OUTPUT; -1 pads, so that a rank without labels still calls the LM head."""
         return self.labels_3M[2]
 
-    def is_short(self, placement: Placement) -> bool:
+    def is_short(self, placement: PiecePositions) -> bool:
         """Whether it is less to copy these pieces before each row's own positions than to attend to them apart."""
         lengths = self.pieces.tokens.lengths
         copied = sum(lengths[i] for i in placement.piece_B if i >= 0)

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tagllm.data.batch import Batch, Pieces, Placement, Tokens
+from tagllm.data.batch import Batch, PiecePositions, Pieces, Tokens
 from tagllm.data.encode import Example
 from tagllm.data.sharing import Share, beginnings, digest, free_spans
 
@@ -113,7 +113,7 @@ class Collator(NamedTuple):
                     kept.append((example, np.arange(start, end)))
                 piece_B.append(known[key] if end > start else -1)
             starts, _, spans = zip(*column, strict=True)
-            placements.append(Placement(tuple(piece_B), tuple(starts), tuple(spans)))
+            placements.append(PiecePositions(tuple(piece_B), tuple(starts), tuple(spans)))
         dummy = self.sharded and self.frozen_prefix and (self.grouped or free)
         tokens = self._tokens([example for example, _ in kept], [positions for _, positions in kept], dummy)
         if free and kept:  # from position 0 on: a piece does not know where it will stand

@@ -22,14 +22,6 @@ Indices = NDArray[np.int64]
 Hashes = NDArray[np.uint64]
 
 
-def split_of(key: str, seed: int, valid: float, test: float) -> Split:
-    """The split of a key. The line [0, 1) is drawn so that changing one share never moves a key between the others:
-
-    0 |-- test --|-------- train --------|-- valid --| 1
-    """
-    return SPLITS[int(_splits_of(_uniform(_hashes([key], seed)[0]), valid, test)[0])]
-
-
 def split_by(source: SourceConfig, template: Template) -> list[str]:
     """The columns whose text makes the key of a row: the given ones, a recipe's own `key`, or all fields of the
     template, by name, so that prompts that have them in another order hold out the same rows."""
@@ -206,7 +198,10 @@ def _uniform(hashes: Hashes) -> NDArray[np.float64]:
 
 
 def _splits_of(uniform: NDArray[np.float64], valid: float, test: float) -> NDArray[np.int64]:
-    """Indices into SPLITS."""
+    """Indices into SPLITS. The line [0, 1) is drawn so that changing one share never moves a key between the others:
+
+    0 |-- test --|-------- train --------|-- valid --| 1
+    """
     return np.select([uniform < test, uniform >= 1 - valid], [SPLITS.index("test"), SPLITS.index("valid")], 0)
 
 

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, Protocol, Self, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from tagllm.evaluate.ridge import Doubles, Floats
+from tagllm.arrays import Doubles, Floats
 
 ENOUGH, MOST_ROUNDS = 0.003, 60
 """Root mean square by which standardised targets still move when rounds end, and after how many they end anyway."""

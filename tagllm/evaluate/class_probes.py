@@ -10,10 +10,10 @@ from typing import get_args
 
 import numpy as np
 
+from tagllm.arrays import Floats
 from tagllm.config import Reads
 from tagllm.evaluate.estimators import Problem, frequencies, logistic
 from tagllm.evaluate.features import Features
-from tagllm.evaluate.passes import Floats
 
 
 def class_baselines(train: Features, valid: Features, held_out: Features, num_classes: int) -> dict[str, Floats]:

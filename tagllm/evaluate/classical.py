@@ -14,9 +14,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from tagllm.arrays import Floats
 from tagllm.evaluate.estimators import Problem, boosting, frequencies, logistic, ridge
 from tagllm.evaluate.fields import Field, field_of
-from tagllm.evaluate.ridge import ENOUGH_ROWS, Floats, Rows
+from tagllm.evaluate.ridge import ENOUGH_ROWS, Rows
 
 Fields = Mapping[str, Sequence[str]]
 Key = tuple[str, ...]

@@ -12,10 +12,11 @@ from functools import partial
 import numpy as np
 import torch
 
+from tagllm.arrays import Floats
 from tagllm.evaluate.censored import Limits, beyond_limits, noise_of
 from tagllm.evaluate.kernel_ridge import KernelFit, KernelFits, LandmarkFit, Nystroem
 from tagllm.evaluate.kernel_widths import choose_widths
-from tagllm.evaluate.ridge import Floats, RidgeFit, Rows, clearly_better, errors_of_penalties, fit_ridge
+from tagllm.evaluate.ridge import RidgeFit, Rows, clearly_better, errors_of_penalties, fit_ridge
 from tagllm.head import Head, States, num_states
 
 FIT_ROWS = 20_000

@@ -11,7 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tagllm.evaluate.ridge import ENOUGH_ROWS, Floats, Rows, held_out_by
+from tagllm.arrays import Floats
+from tagllm.evaluate.ridge import ENOUGH_ROWS, Rows, held_out_by
 
 PENALTIES = (0.1, 1.0, 10.0, 100.0, 1000.0)
 """Of ridge."""

@@ -12,8 +12,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from tagllm.arrays import Floats
 from tagllm.config import Reads
-from tagllm.evaluate.ridge import Floats, Rows
+from tagllm.evaluate.ridge import Rows
 from tagllm.files import load_tensors, tensor_bytes, write_whole
 from tagllm.head import states_read
 

@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tagllm.evaluate.ridge import Doubles, Floats, RidgeFit, Rows
+from tagllm.arrays import Doubles, Floats
+from tagllm.evaluate.ridge import RidgeFit, Rows
 from tagllm.kernel import ROWS_AT_ONCE, Kernel, Landmarks, similarity_parts
 
 PENALTIES = np.logspace(0.5, -3.5, 9)

@@ -15,8 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tagllm.arrays import Floats
 from tagllm.evaluate.kernel_ridge import PENALTIES, Similarity
-from tagllm.evaluate.ridge import Floats, Rows, held_out_by
+from tagllm.evaluate.ridge import Rows, held_out_by
 from tagllm.head import States
 from tagllm.kernel import BOUNDLESS, anova, matern
 

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
-Doubles = NDArray[np.float64]
+from tagllm.arrays import Doubles, Floats
+
 RESAMPLES = 500
 NUMBERS_AT_ONCE = 10_000_000
 """Of several draws, to be measured together: what bounds memory."""

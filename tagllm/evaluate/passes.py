@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from tagllm.arrays import Floats
 from tagllm.config import HeadConfig
 from tagllm.data.batch import Batch, Counts, count, in_chunks
 from tagllm.data.collate import Collator, no_batch
@@ -22,11 +23,10 @@ from tagllm.evaluate.closed_form import predictions_of, squared_errors
 from tagllm.evaluate.features import Features
 from tagllm.evaluate.ridge import Rows
 from tagllm.head import Head
-from tagllm.model.loss import Weights
+from tagllm.model.loss import LossWeights
 from tagllm.model.tagged import Output
 from tagllm.ranks import Ranks
 
-Floats = NDArray[np.float32]
 Forward = Callable[[Batch], Output]
 
 
@@ -41,7 +41,7 @@ class Pass(NamedTuple):
     mean_nD: Floats
     prefix_last_nD: Floats
 
-    def loss(self, weights: Weights) -> float:
+    def loss(self, weights: LossWeights) -> float:
         return weights.of(self.sums, self.counts)
 
     def rows(self, spec: HeadConfig) -> Rows:

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-Floats = NDArray[np.float32]
-Doubles = NDArray[np.float64]
+from tagllm.arrays import Doubles, Floats
+
 PENALTIES = np.logspace(-1, 5, 13)
 ENOUGH_ROWS = 200
 """Validation rows that a penalty can be chosen on."""
@@ -53,10 +53,6 @@ class RidgeFit(NamedTuple):
     error: float
     """Mean squared error by which the penalty was chosen."""
     system: RidgeSystem
-
-    def predict(self, features_nF: Floats) -> Floats:
-        values: Floats = features_nF @ self.weight_KF.T + self.bias_K
-        return values
 
     def again(self, targets_nK: Floats) -> RidgeFit:
         """Of other targets of the same rows."""

@@ -8,11 +8,12 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from tagllm.arrays import Floats
 from tagllm.build import Built, build_on, empty_memory
 from tagllm.config import Split
 from tagllm.data.sampler import Draw
 from tagllm.evaluate.metrics import value_metrics
-from tagllm.evaluate.passes import Floats, Pass, run_over
+from tagllm.evaluate.passes import Pass, run_over
 from tagllm.ranks import Ranks
 from tagllm.tags import Tag
 

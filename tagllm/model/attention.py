@@ -25,13 +25,14 @@ from tagllm.model.masks import seen
 from tagllm.model.merged_attention import EXPLICIT_UP_TO, Shared, attend_merged
 from tagllm.model.parts_function import Group, Groups, KeySet, Live, attend_parts
 from tagllm.model.rotation import Rotation, turned_back
+from tagllm.model.row_padding import RowPadding
 
 NAME = "tagllm_parts"
 PADDED_UP_TO = 4
 """Times the rows of a batch: products over padded groups of rows beat a product per group."""
 
 
-class Part(NamedTuple):
+class FrozenKeys(NamedTuple):
     """Frozen keys and values, of each layer (n, G, T, E), T the largest of `lengths`.
 
     `at_nT` are positions (-1 at pads), `span_nT` spans.
@@ -50,7 +51,7 @@ class Part(NamedTuple):
     offset_B: Tensor | None = None
     span_B: Tensor | None = None
 
-    def only(self, rows: Sequence[int]) -> Part:
+    def only(self, rows: Sequence[int]) -> FrozenKeys:
         """For these rows of the batch."""
         pieces = range(len(self.at_nT)) if self.piece_B is None else self.piece_B
         at = torch.tensor(rows, device=self.at_nT.device)
@@ -104,8 +105,9 @@ class PassCache(DynamicCache):
     """
 
     def __init__(
-        self, tokens: Tokens, parts: Sequence[Part], keep: torch.dtype | None, attention: str, rotation: Rotation | None
-    ) -> None:
+        self, tokens: Tokens, parts: Sequence[FrozenKeys], keep: torch.dtype | None, attention: str,
+        rotation: Rotation | None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.tokens, self.parts, self.keep, self.attention = tokens, list(parts), keep, attention
         self.keys: list[Tensor] = []
@@ -114,7 +116,7 @@ class PassCache(DynamicCache):
         self.turns = [
             rotation.turn(part.offset_B) if rotation and part.offset_B is not None else None for part in self.parts
         ]
-        self.rows = Rows(tokens)
+        self.rows = RowPadding(tokens)
         self._bias: dict[int | None, Tensor] = {}
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any) -> Any:
@@ -159,46 +161,6 @@ class Keyed(NamedTuple):
     def __getattr__(self, name: str) -> Any:
         """What attention would be asked of is a tensor elsewhere."""
         raise changed_behind_the_cache("layer")
-
-
-class Rows:
-    """From rows behind each other to padded rows and back."""
-
-    def __init__(self, tokens: Tokens) -> None:
-        lengths, device, self.num_positions = tokens.lengths, tokens.ids_N.device, len(tokens.ids_N)
-        self.num_rows, self.longest = len(lengths), max(lengths, default=0)
-        self.even = len(set(lengths)) == 1 and self.num_positions == sum(lengths)
-        lengths_B = torch.tensor(lengths, device=device)
-        place_S = torch.arange(self.longest, device=device)
-        self.there_BS = place_S < lengths_B[:, None]
-        # pads point at a real position of their row: whatever is computed for them is finite, and dropped
-        self.at_BS = (lengths_B.cumsum(0) - lengths_B)[:, None] + place_S.minimum((lengths_B[:, None] - 1).clamp(min=0))
-        self.at_BS = self.at_BS.clamp(max=max(self.num_positions - 1, 0))
-        if not self.even:
-            starts = [i * self.longest for i in range(self.num_rows)]
-            flat = [s + k for s, length in zip(starts, lengths, strict=True) for k in range(length)]
-            self.slot_N = torch.tensor(flat, dtype=torch.long, device=device)
-
-    def padded(self, values_N: Tensor) -> Tensor:
-        """(N,) -> (B, S)."""
-        return values_N[self.at_BS]
-
-    def split(self, states_1hNE: Tensor) -> Tensor:
-        """(1, h, N, E) -> (B, h, S, E)."""
-        _, h, _, E = states_1hNE.shape
-        states = states_1hNE[0]
-        if not self.even:
-            states = states.index_select(1, self.at_BS.flatten())
-        return states.view(h, self.num_rows, self.longest, E).transpose(0, 1)
-
-    def join(self, states_BhSE: Tensor) -> Tensor:
-        """(B, h, S, E) -> (1, N, h, E); zeros at the dummy."""
-        _, h, _, E = states_BhSE.shape
-        states = states_BhSE.transpose(1, 2).reshape(-1, h, E)
-        if not self.even:
-            states = states.index_select(0, self.slot_N)
-            states = functional.pad(states, (0, 0, 0, 0, 0, self.num_positions - len(self.slot_N)))
-        return states[None].contiguous()
 
 
 def use_parts_attention(model: Any) -> None:

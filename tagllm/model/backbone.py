@@ -225,15 +225,6 @@ def identify(
     return BackboneIdentity(name, architecture, hidden_size, vocabulary_size, fingerprint, decoder, cuts)
 
 
-def weights_digest(model: Any) -> str:
-    """sha256 over every weight and buffer: frozen means this does not change."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
-
-
 def fastest_dtype(device: torch.device) -> Literal["fp32", "bf16"]:
     """bf16 on accelerators; on a CPU whichever of bf16 and fp32 multiplies a decoder-sized matrix faster."""
     if device.type != "cpu":

@@ -39,7 +39,7 @@ class Loaded(NamedTuple):
     decoder: str
 
 
-class Weights(Protocol):
+class TensorStore(Protocol):
     """Tensors by the names that a model has for them."""
 
     def __contains__(self, name: object) -> bool: ...
@@ -164,7 +164,7 @@ def _refuse_unquantisable(name: str, model: Any, quantize: Quantization) -> None
         )
 
 
-def _weights(name: str, model: Any, sharded: bool) -> Weights:
+def _weights(name: str, model: Any, sharded: bool) -> TensorStore:
     """The files themselves; where they name tensors otherwise, or are no safetensors, what transformers makes of it."""
     from transformers import AutoModelForCausalLM
 
@@ -216,8 +216,9 @@ def _make_buffers(model: Any, device: torch.device) -> None:
 
 
 def _fill(
-    model: Any, weights: Weights, dtype: torch.dtype, device: torch.device, quantize: Quantization, place: Place | None
-) -> str:
+    model: Any, weights: TensorStore, dtype: torch.dtype, device: torch.device, quantize: Quantization,
+    place: Place | None,
+) -> str:  # fmt: skip
     """Returns the digest of the decoder: of a few numbers of each map as the files have it, whatever its name."""
     samples = []
     names = {alias: aliases for aliases in _aliases(model) for alias in aliases}
@@ -256,7 +257,7 @@ def _sample(stored: Tensor) -> bytes:
     return stored.reshape(-1)[at].to(torch.bfloat16).contiguous().view(torch.uint8).numpy().tobytes()
 
 
-def _sound(name: str, weights: Weights, empty: Tensor) -> Tensor:
+def _sound(name: str, weights: TensorStore, empty: Tensor) -> Tensor:
     """A stored tensor that is what the config says: others would broadcast, or be cast to numbers without meaning."""
     stored = weights[name]
     if stored.shape != empty.shape or not stored.is_floating_point() or stored.itemsize < 2:

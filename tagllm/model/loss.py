@@ -23,7 +23,7 @@ class Sums(NamedTuple):
     value: Tensor
 
 
-class Weights(NamedTuple):
+class LossWeights(NamedTuple):
     span: float
     output: float
     value: float
@@ -43,7 +43,7 @@ def value_losses(values_BK: Tensor, target_BK: Tensor, num_classes: int) -> Tens
     return torch.where(known_BK, (values_BK - target_BK) ** 2, 0.0)
 
 
-def total(sums: Sums, counts: Counts, weights: Weights) -> Tensor:
+def total(sums: Sums, counts: Counts, weights: LossWeights) -> Tensor:
     """The loss of a step: each term's sum over its global count, weighted.
 
     A term without any label is a zero in the graph: parameters only it reaches get a zero gradient at every ZeRO stage

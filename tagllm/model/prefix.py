@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from tagllm.data.batch import Tokens
-from tagllm.model.attention import Part
+from tagllm.model.attention import FrozenKeys
 
 POSITIONS_AT_ONCE = 1024
 """In a pass on a CPU, unless one stretch has more."""
@@ -42,7 +42,7 @@ class Piece(NamedTuple):
 class Prefix(NamedTuple):
     """What the live pass builds on (`parts`), and per row the last state and the sums over positions."""
 
-    parts: list[Part]
+    parts: list[FrozenKeys]
     last_BD: Tensor
     pooled_BGD: Tensor
 
@@ -81,14 +81,14 @@ def cut_into_pieces(
     return pieces
 
 
-def part_of(rows: Sequence[Sequence[Piece]], room: int = 0) -> Part:
+def part_of(rows: Sequence[Sequence[Piece]], room: int = 0) -> FrozenKeys:
     """Each row's pieces one behind the other, the rows side by side, padded to the longest, and room for more keys
     behind it. On a CPU in fp32, the dtype of attention over them."""
     first = rows[0][0]
     dtype = torch.float32 if first.kv.device.type == "cpu" else first.kv.dtype
     if len(rows) == len(rows[0]) == 1 and not room:
         kv, place = first.kv[:, :, None].to(dtype), first.place[:, None]
-        return Part(tuple(kv[:, 0]), tuple(kv[:, 1]), place[0], place[1], (first.kv.shape[3],))
+        return FrozenKeys(tuple(kv[:, 0]), tuple(kv[:, 1]), place[0], place[1], (first.kv.shape[3],))
     lengths = tuple(sum(piece.kv.shape[3] for piece in row) for row in rows)
     layers, two, heads, _, size = first.kv.shape
     kv = first.kv.new_zeros(layers, two, len(rows), heads, max(lengths) + room, size, dtype=dtype)
@@ -100,7 +100,7 @@ def part_of(rows: Sequence[Sequence[Piece]], room: int = 0) -> Part:
             kv[:, :, i, :, start:end] = piece.kv
             place[:, i, start:end] = piece.place
             start = end
-    return Part(tuple(kv[:, 0]), tuple(kv[:, 1]), place[0], place[1], lengths)
+    return FrozenKeys(tuple(kv[:, 0]), tuple(kv[:, 1]), place[0], place[1], lengths)
 
 
 class PrefixMemory:

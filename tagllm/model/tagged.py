@@ -12,13 +12,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from tagllm.data.batch import Batch, Placement, Tokens
+from tagllm.data.batch import Batch, PiecePositions, Tokens
 from tagllm.data.encode import TagLayout
 from tagllm.errors import UserError
 from tagllm.head import Head, fields_read
 from tagllm.model.allocator import give_back_freed_memory
 from tagllm.model.architecture import logit_factor
-from tagllm.model.attention import Part, PassCache, use_parts_attention
+from tagllm.model.attention import FrozenKeys, PassCache, use_parts_attention
 from tagllm.model.embedding import TagEmbedding
 from tagllm.model.lm_head import FrozenHead
 from tagllm.model.loss import Sums, value_losses
@@ -128,7 +128,7 @@ class TaggedModel(nn.Module):
         pooled = [torch.stack([states[1:] for states in row]).sum(dim=0) for row in zip(*columns, strict=True)]
         return Prefix(parts, torch.stack(last), torch.stack(pooled))
 
-    def _pieces(self, tokens: Tokens, keys: Sequence[bytes], parts: list[Part]) -> list[Piece]:
+    def _pieces(self, tokens: Tokens, keys: Sequence[bytes], parts: list[FrozenKeys]) -> list[Piece]:
         """The pieces of `tokens` on top of `parts`: remembered ones, and the others computed."""
         if not len(tokens.ids_N):
             return []
@@ -164,13 +164,13 @@ class TaggedModel(nn.Module):
         taken, self._num_computed = self._num_computed, 0
         return taken
 
-    def _compute(self, tokens: Tokens, parts: list[Part]) -> list[Piece]:
+    def _compute(self, tokens: Tokens, parts: list[FrozenKeys]) -> list[Piece]:
         self._num_computed += sum(tokens.lengths)
         last_ND, read_ND, this = self._decode(tokens, parts, keep=self.backbone.dtype)
         return cut_into_pieces(tokens, this.keys, this.values, last_ND, read_ND, self.layout.num_pools)
 
     def _decode(
-        self, tokens: Tokens, parts: list[Part], keep: torch.dtype | None = None
+        self, tokens: Tokens, parts: list[FrozenKeys], keep: torch.dtype | None = None
     ) -> tuple[Tensor, list[Tensor], PassCache]:
         """Hidden states (N, D) of one pass of the backbone, those that means are taken of (of each layer), and its keys
         and values if kept. The residual stream is fp32."""
@@ -235,7 +235,7 @@ def _require_readable(name: str, head: Head, layout: TagLayout, num_layers: int)
         )
 
 
-def _placed(pieces: Sequence[Piece], placement: Placement, device: torch.device) -> Part:
+def _placed(pieces: Sequence[Piece], placement: PiecePositions, device: torch.device) -> FrozenKeys:
     """Pieces where the rows have them. Only spans have numbers, and only free spans are placed with an offset."""
     used = sorted({i for i in placement.piece_B if i >= 0})
     part = part_of([[pieces[i]] for i in used])._replace(

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from tagllm.errors import UserError
-from tagllm.side_by_side import Work, run_side_by_side
+from tagllm.side_by_side import Script, run_side_by_side
 from tagllm.sweep.points import Point, Sweep
 
 
@@ -31,6 +31,6 @@ def run_all(sweep: Sweep, points: Sequence[Point], jobs: int) -> list[str]:
     return run_side_by_side([_work(sweep, point) for point in points if not sweep.done(point)], jobs)
 
 
-def _work(sweep: Sweep, point: Point) -> Work:
+def _work(sweep: Sweep, point: Point) -> Script:
     train = ["train", str(sweep.path), *sweep.overrides, *point.overrides()]
-    return Work(str(point.folder), [train, ["eval", str(point.folder)]])
+    return Script(str(point.folder), [train, ["eval", str(point.folder)]])

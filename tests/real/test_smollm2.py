@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from tagllm.config import BackboneConfig
-from tagllm.model.backbone import load_backbone, weights_digest
+from tagllm.model.backbone import load_backbone
+from tests import tiny
 
 pytestmark = [pytest.mark.real, pytest.mark.timeout(900)]
 ROOT = Path(__file__).parents[2]
@@ -47,7 +48,7 @@ def test_the_converted_model_speaks_english() -> None:
         best = backbone.model(ids).logits[0, -1].argmax()
     assert backbone.tokenizer.decode(best).strip() == "Paris"
     assert not any(p.requires_grad for p in backbone.model.parameters())
-    assert weights_digest(backbone.model) == weights_digest(backbone.model)
+    assert tiny.weights_digest(backbone.model) == tiny.weights_digest(backbone.model)
 
 
 def test_a_domain_tag_learns_molecules(smiles_run: Path) -> None:
