@@ -12,8 +12,8 @@ from tagllm.data.readers import column_names
 from tagllm.data.recipes import recipe_of
 from tagllm.data.splits import check_keys
 from tagllm.errors import UserError
-from tagllm.stage import Stage, check_world, read_stage
-from tagllm.template import marks_of, spans_of
+from tagllm.stage import check_world, read_stage
+from tagllm.unusual import unusual
 
 
 def check_config(path: Path, overrides: list[str], num_ranks: int) -> list[str]:
@@ -56,7 +56,7 @@ def check_config(path: Path, overrides: list[str], num_ranks: int) -> list[str]:
     terms = ", ".join(f"{name} x {weight:g}" for name, weight in stage.weights._asdict().items() if weight)
     length = f"{config.optim.steps} steps" if config.optim.steps else f"{config.optim.epochs:g} epochs"
     lines = [f"{path}: good", f"  tags: {tags}", f"  loss: {terms}", f"  {length} of {config.optim.rows_per_step} rows"]
-    return lines + [f"  note: {note}" for note in _notes(stage)]
+    return lines + [f"  note: {note}" for note in unusual(stage)]
 
 
 def _given(source: SourceConfig) -> Collection[Split]:
@@ -64,29 +64,3 @@ def _given(source: SourceConfig) -> Collection[Split]:
     if source.path is None:
         return SPLITS
     return () if isinstance(source.path, str) else source.path
-
-
-def _notes(stage: Stage) -> list[str]:
-    """What can be meant so, and seldom is."""
-    if stage.config.mask != "block":
-        return []
-    heads, notes = stage.layout(0).heads, list[str]()
-    for template in stage.templates:
-        symmetric = any(head.symmetric for name, head in heads.items() if name in template.tags)
-        openings: dict[str, list[str]] = {}
-        for begins, field in spans_of(marks_of(template, stage.kinds)):
-            name, first = template.parts[field - 1].value, template.parts[begins]
-            openings.setdefault(name, []).append(first.value if first.kind == "text" else "")
-        for name, texts in openings.items():
-            if "" in texts and name in stage.loaded:
-                notes.append(
-                    f"under mask: block its span begins with <{name}>, which costs accuracy unless it was trained so; "
-                    "put the text in front of it that it was trained with."
-                )
-            if symmetric and len(set(texts)) > 1:
-                notes.append(
-                    f"head.symmetric takes the fields behind <{name}> for interchangeable, but under mask: block each "
-                    f"is read behind its own words, {' and '.join(map(repr, dict.fromkeys(texts)))}; put the same in "
-                    "front of each."
-                )
-    return list(dict.fromkeys(notes))

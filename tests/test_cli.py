@@ -301,6 +301,18 @@ def test_enriching_and_several_sources(run: Run, folder: Path) -> None:
     assert "ridge_fingerprints" not in results["baselines"], "the sources have no column in common"
 
 
+def test_a_tag_of_a_backbone_with_other_weights_is_told(run: Run, folder: Path) -> None:
+    first = config(folder, "packed", tags={"D": {"length": 2}}, data__template="A <D> {smiles}", data__target=[])
+    assert run("train", first, "backbone.quantize=int8").exit_code == 0
+    file = config(folder, "plain", tags={
+        "D": {"load": "runs/packed/library"}, "W": {"kind": "function", "length": 2, "head": {"reads": "both"}},
+    }, data__template="A <D> {smiles} weighs <W>")  # fmt: skip
+    told = "<D> was trained with backbone.quantize=int8, and this config has none"
+    for command in ("check", "train"):
+        assert told in run(command, file).output
+    assert told not in run("check", file, "backbone.quantize=int8").output
+
+
 def test_sources_with_the_same_columns_are_one_table_to_baselines(run: Run, folder: Path) -> None:
     lines = (folder / "rows.csv").read_text().splitlines()
     for name, rows in (("one", lines[1::2]), ("other", lines[2::2])):

@@ -30,6 +30,7 @@ from tagllm.train.result import library_of
 from tagllm.train.signals import EXIT_NOTHING_DONE, EXIT_STOPPED, StopAsked, Stopped, StopRequest
 from tagllm.train.step import Step, Stepper
 from tagllm.train.validation import Validation
+from tagllm.unusual import unusual
 
 
 def train(config: RunConfig, where: str, stop: StopRequest) -> Path:
@@ -97,7 +98,7 @@ class Trainer:
             self.stop.training = True
             if self.first:
                 self.monitor.say(f"going on from step {self.first} of {self.total}")
-            for line in self.built.data.told():
+            for line in [*self.built.data.told(), *unusual(self.built.stage)]:
                 self.monitor.say(line)
             try:
                 self._train()

@@ -1,0 +1,48 @@
+"""What in a config can be meant so, and seldom is: `check` notes it, and `train` says it before its first step."""
+
+from __future__ import annotations
+
+from tagllm.stage import Stage
+from tagllm.template import marks_of, spans_of
+
+
+def unusual(stage: Stage) -> list[str]:
+    return [*_of_quantisation(stage), *_of_block_mask(stage)]
+
+
+def _of_quantisation(stage: Stage) -> list[str]:
+    """Tags of another backbone, in effect: its states differ. Libraries of before format 3 do not know theirs."""
+    now, notes = stage.config.backbone.quantize, []
+    for name, tag in stage.loaded.items():
+        then = tag.about.get("quantize", now)
+        if then != now:
+            notes.append(
+                f"<{name}> was trained with backbone.quantize={then}, and this config has {now}, whose hidden states "
+                f"differ; set backbone.quantize={then} unless that is meant."
+            )
+    return notes
+
+
+def _of_block_mask(stage: Stage) -> list[str]:
+    if stage.config.mask != "block":
+        return []
+    heads, notes = stage.layout(0).heads, list[str]()
+    for template in stage.templates:
+        symmetric = any(head.symmetric for name, head in heads.items() if name in template.tags)
+        openings: dict[str, list[str]] = {}
+        for begins, field in spans_of(marks_of(template, stage.kinds)):
+            name, first = template.parts[field - 1].value, template.parts[begins]
+            openings.setdefault(name, []).append(first.value if first.kind == "text" else "")
+        for name, texts in openings.items():
+            if "" in texts and name in stage.loaded:
+                notes.append(
+                    f"under mask: block its span begins with <{name}>, which costs accuracy unless it was trained so; "
+                    "put the text in front of it that it was trained with."
+                )
+            if symmetric and len(set(texts)) > 1:
+                notes.append(
+                    f"head.symmetric takes the fields behind <{name}> for interchangeable, but under mask: block each "
+                    f"is read behind its own words, {' and '.join(map(repr, dict.fromkeys(texts)))}; put the same in "
+                    "front of each."
+                )
+    return list(dict.fromkeys(notes))
