@@ -324,7 +324,7 @@ def predict(
     """
 
     def work() -> None:
-        from tagllm.evaluate.predict import Request, predict_file
+        from tagllm.predict import Request, predict_file
         from tagllm.run_folder import backbone_config
 
         folder = source / "library" if (source / "config.yaml").is_file() else source
@@ -332,7 +332,8 @@ def predict(
         request = Request([folder, *(library or [])], backbone, tag, template, batch, max_new_tokens)
         done = predict_file(request, input_file, output_file)
         cut = f", {done.cut} cut to the tokens there is room for" if done.cut else ""
-        print(f"{output_file}: {done.rows} rows, {done.failed} without a prediction{cut}")
+        if os.environ.get("RANK", "0") == "0":
+            print(f"{output_file}: {done.rows} rows, {done.failed} without a prediction{cut}")
 
     _run(work, offline)
 

@@ -35,7 +35,7 @@ from tagllm.run_folder import RunFolder, read_config
 from tagllm.stage import Stage, stage_of_run
 from tagllm.tags import Tag, TagLibrary
 from tagllm.template import behind_one_tag
-from tagllm.train.engine import Engine, sharding
+from tagllm.train.engine import gather_on_use, sharding
 
 
 def evaluate(
@@ -101,7 +101,7 @@ def _built(stage: Stage, ranks: Ranks) -> Built:
     if ranks.size == 1 or config.engine.stage < 3:
         return build(stage, ranks)
     built = build(stage, ranks, sharding(config.optim, config.engine, ranks))
-    Engine(built.model, config.optim, config.engine, ranks)  # hooks that gather what each module needs
+    gather_on_use(built.model, config.optim, config.engine, ranks)
     return built
 
 

@@ -19,12 +19,16 @@ class TagEmbedding(nn.Module):
     """
 
     frozen_TD: Tensor
+    learned_TD: Tensor
 
     def __init__(self, frozen_TD: Tensor, learned_TD: Tensor, vocabulary_size: int) -> None:
         super().__init__()
         self.vocabulary_size = vocabulary_size
-        self.learned_TD = nn.Parameter(learned_TD.clone())
         self.register_buffer("frozen_TD", frozen_TD)
+        if len(learned_TD):
+            self.learned_TD = nn.Parameter(learned_TD.clone())
+        else:  # neither an optimizer nor ZeRO-3 takes an empty parameter
+            self.register_buffer("learned_TD", learned_TD)
 
     def forward(self, token_embedding: nn.Module, ids_BS: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """Embeddings in `dtype` (None: the backbone's); the learned rows stay fp32 behind the cast."""

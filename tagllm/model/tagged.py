@@ -70,7 +70,6 @@ class TaggedModel(nn.Module):
             torch.cat([*empty, *(rows[name] for name in layout.learned)]),
             layout.vocabulary_size,
         )
-        self.tags.learned_TD.requires_grad_(len(self.tags.learned_TD) > 0)  # an optimizer takes no empty parameter
         heads = {name: head for name in layout.heads if (head := tags[name].head) is not None}
         for name, head in heads.items():
             if head.spec.reads != "last":

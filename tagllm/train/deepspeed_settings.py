@@ -24,7 +24,8 @@ def settings(optim: OptimConfig, engine: EngineConfig, ranks: Ranks) -> dict[str
         UserError: the user's JSON cannot be read, contradicts the config, has a key or value of ZeRO that DeepSpeed
             does not know, or a key that is nearly one of ours (DeepSpeed passes by what it does not know).
     """
-    num_micro_batches = math.ceil(optim.rows_per_step // ranks.size / optim.rows_per_micro_batch)
+    # of more ranks than rows no step is taken, but they may score
+    num_micro_batches = max(math.ceil(optim.rows_per_step // ranks.size / optim.rows_per_micro_batch), 1)
     own = {
         "train_batch_size": num_micro_batches * ranks.size,
         "train_micro_batch_size_per_gpu": 1,  # a micro-batch is one item to DeepSpeed; rows are our business

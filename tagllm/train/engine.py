@@ -42,6 +42,12 @@ def sharding(optim: OptimConfig, config: EngineConfig, ranks: Ranks) -> Place | 
     return place
 
 
+def gather_on_use(model: nn.Module, optim: OptimConfig, config: EngineConfig, ranks: Ranks) -> None:
+    """Makes each module of a sharded model gather what it needs in forward passes; no step is taken. Collective."""
+    _deepspeed().initialize(model=model, config=settings(optim, config, ranks), dist_init_required=False)
+    limit_all_groups(config.timeout_s)
+
+
 class Engine:
     """Forward, backward and step over all ranks, and the learned state as plain tensors."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import shutil
@@ -237,6 +238,16 @@ class Workspace:
         assert outcome.status == [0] * num_ranks, "\n".join(outcome.stderr)
         found: dict[str, Any] = json.loads((run.path / "results.json").read_text())
         return found
+
+    def predict(self, num_ranks: int, run: Run, *options: str) -> list[dict[str, str]]:
+        """Rows of the table that `predict` writes, which must end well."""
+        file = run.path / f"predicted-{num_ranks}.csv"
+        outcome = self._ranks[num_ranks].run(
+            ["predict", str(run.path), str(self.folder / "rows.csv"), str(file), *options]
+        )
+        assert outcome.status == [0] * num_ranks, "\n".join(outcome.stderr)
+        with file.open() as table:
+            return list(csv.DictReader(table))
 
     def stop(self, num_ranks: int, name: str, **overrides: object) -> Run:
         """A run whose last rank alone is sent SIGTERM once step 3 is logged: all ranks must save and leave with 75."""

@@ -35,12 +35,24 @@ def test_a_sharded_run_is_scored_as_a_whole_one(workspace: Workspace, asks: str)
     }  # fmt: skip
     sharded = {"engine__zero_stage": 3, "engine__deepspeed": workspace.sharding}
     run = workspace.train(2, f"scored-{asks}", **sharded, **(text if asks == "for text" else {}))
+    for row, alone in zip(workspace.predict(2, run, "--batch=5"), workspace.predict(1, run), strict=True):
+        answer, expected_answer = row.pop("Size"), alone.pop("Size")
+        assert row == alone and row["tagllm_error"] == ""
+        assert answer == expected_answer or float(answer) == pytest.approx(float(expected_answer), rel=1e-3, abs=1e-5)
     found = workspace.score(2, run, "--ablate")
     expected = workspace.score(1, run, "--ablate")
     assert (found["ranks"], found["sharded"], expected["sharded"]) == (2, True, False)
     assert found["metrics"].keys() == expected["metrics"].keys()
     for part in ("metrics", "baselines", "controls", "ablations"):
         assert flat(found[part]) == pytest.approx(flat(expected[part]), rel=1e-3, abs=1e-5), part
+
+
+def test_a_head_alone_is_trained_over_ranks_too(workspace: Workspace) -> None:
+    """No row of a tag is learned."""
+    absent = {"tags__SMILES__absent": True, "tags__Size__absent": True, "loss__span": 0.0}
+    expected = workspace.train(1, "no-rows-alone", **absent)
+    run = workspace.train(2, "no-rows", engine__zero_stage=3, engine__deepspeed=workspace.sharding, **absent)
+    assert_same(run.tags, expected.tags, 1e-5)
 
 
 def flat(values: Any, name: str = "") -> dict[str, float]:

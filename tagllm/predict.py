@@ -2,27 +2,41 @@
 
 from __future__ import annotations
 
+import itertools
+import os
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from itertools import islice
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from tagllm.config import BackboneConfig, EvaluationConfig, FieldConfig, HeadConfig, SourceConfig
+from tagllm.build import open_backbone
+from tagllm.config import (
+    BackboneConfig,
+    EngineConfig,
+    EvaluationConfig,
+    FieldConfig,
+    HeadConfig,
+    OptimConfig,
+    SourceConfig,
+)
 from tagllm.data.collate import Collator
 from tagllm.data.encode import Encoder, Example, TagLayout, Unusable
 from tagllm.data.readers import BadRow, Row, column_names, read_rows
 from tagllm.data.writers import open_writer, writable_kind
-from tagllm.errors import UserError, did_you_mean
+from tagllm.errors import SharedError, UserError, did_you_mean
 from tagllm.evaluate.generate import generate
 from tagllm.field_order import order_problems, trained_with
+from tagllm.files import sha256_file
 from tagllm.head import pools_known
-from tagllm.model.backbone import as_trained, load_backbone
+from tagllm.model.backbone import as_trained
 from tagllm.model.tagged import TaggedModel
+from tagllm.ranks import Ranks
 from tagllm.tags import Tag, TagLibrary
 from tagllm.template import Template, all_pools, parse_template, pool_of
+from tagllm.train.engine import gather_on_use, sharding
 
 CHUNK_ROWS = 1024
 ERROR = "tagllm_error"
@@ -49,9 +63,10 @@ class Predicted(NamedTuple):
 
 
 class Predictor:
-    """A model, a prompt, and the names of the columns it answers in."""
+    """A model, a prompt, and the names of the columns it answers in. On several ranks each holds a part of the backbone
+    and all must ask the same rows."""
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, ranks: Ranks | None = None) -> None:
         library = TagLibrary.load_all(request.libraries)
         tags, identity = library.tags, library.backbone
         self.tag = _function_tag(tags, request)
@@ -65,8 +80,9 @@ class Predictor:
         if self.tag not in used:
             raise UserError(f"template: it has no <{self.tag}>. Add it, or choose another tag with --tag.")
         config = as_trained(request.backbone or BackboneConfig(model=identity.name), [tags[self.tag]])
-        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        backbone = load_backbone(config, device)
+        self.ranks = ranks or Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        sharded = (OptimConfig(steps=1), EngineConfig(zero_stage=3), self.ranks)
+        backbone = open_backbone(config, self.ranks, sharding(*sharded) if self.ranks.size > 1 else None)
         identity.require_same(backbone.identity, str(request.libraries[0]))
         heads = {n: tag.head.spec for n, tag in used.items() if tag.head}
         self.spec: HeadConfig | None = heads.get(self.tag)
@@ -78,14 +94,15 @@ class Predictor:
         lengths = {n: len(tag.rows_PD) for n, tag in used.items()}
         pools = all_pools([self.template], kinds, pool_of(heads.values()), pools_known(t.head for t in used.values()))
         layout = TagLayout.of(backbone.vocabulary_size, {n: kinds[n] for n in used}, lengths, [], heads, pools)
-        self.model = TaggedModel(backbone.model, used, layout, reads_tokens=False, attention=backbone.attention).to(
-            device
-        )
+        self.model = TaggedModel(backbone.model, used, layout, reads_tokens=False, attention=backbone.attention)
+        self.model.to(self.ranks.device)
+        if self.ranks.size > 1:
+            gather_on_use(self.model, *sharded)
         if self.spec and self.spec.reads != "last":
             prompts = trained_with(tags[self.tag], kinds) | {"template": self.template}
             if problems := order_problems(self.tag, prompts, kinds, pool_of(heads.values())):
                 raise UserError(*problems)
-        self.tokenizer, self.device, self.rows_per_batch = backbone.tokenizer, device, request.rows_per_batch
+        self.tokenizer, self.rows_per_batch = backbone.tokenizer, request.rows_per_batch
         # older tags do not say how long their answers were
         self.max_new_tokens = request.max_new_tokens or about.get("max_new_tokens", EvaluationConfig().max_new_tokens)
         self.beams, self.num_cut = about.get("beams", 1), 0
@@ -118,12 +135,21 @@ class Predictor:
         usable = [(i, e) for i, e in enumerate(encoded) if isinstance(e, Example)]
         usable.sort(key=lambda pair: len(pair[1].ids))
         self.num_cut += sum(example.tokens_cut > 0 for _, example in usable)
-        size = self.rows_per_batch
-        for at in range(0, len(usable), size):
-            chunk = usable[at : at + size]
-            for (i, _), answer in zip(chunk, self._answer([e for _, e in chunk]), strict=True):
-                answers[i] = answer
+        chunks = [usable[at : at + self.rows_per_batch] for at in range(0, len(usable), self.rows_per_batch)]
+        found = self._answer_all([[e for _, e in chunk] for chunk in chunks])
+        for (i, _), answer in zip(itertools.chain(*chunks), itertools.chain(*found), strict=True):
+            answers[i] = answer
         return answers
+
+    def _answer_all(self, chunks: list[list[Example]]) -> list[list[list[Any]]]:
+        """Of heads every rank answers chunks of its own, and equally many, since all gather each module together; texts
+        take as many passes as they are long, so that all write the same ones."""
+        rank, size = self.ranks.rank, self.ranks.size
+        if size == 1 or self.spec is None:
+            return [self._answer(chunk) for chunk in chunks]
+        mine = [self._answer(chunks[min(at, len(chunks) - 1)]) for at in range(rank, len(chunks) + rank, size)]
+        found = self.ranks.gather(mine)
+        return [found[at % size][at // size] for at in range(len(chunks))]
 
     @torch.no_grad()
     def _answer(self, examples: list[Example]) -> list[list[Any]]:
@@ -131,7 +157,7 @@ class Predictor:
             prompts = [example.ids for example in examples]
             texts = generate(self.model, self.tokenizer, prompts, self.max_new_tokens, self.beams, self.rows_per_batch)
             return [[text] for text in texts]
-        batch = self.collate(examples).to(self.device)
+        batch = self.collate(examples).to(self.ranks.device)
         values_BK = self.model(batch).values_BK[:, : self.spec.outputs].float().cpu()
         if self.spec.classes:
             of_classes = values_BK.softmax(dim=1).tolist()
@@ -140,7 +166,7 @@ class Predictor:
 
 
 def predict_file(request: Request, source: Path, output: Path) -> Predicted:
-    """Reads `source`, writes `output`.
+    """Reads `source`, writes `output`; under a launcher rank 0 does.
 
     Every input row has one output row, in the same order, with its columns untouched, the prediction in new columns,
     and in `tagllm_error` the reason where there is none.
@@ -153,7 +179,9 @@ def predict_file(request: Request, source: Path, output: Path) -> Predicted:
     if output.resolve() == source.resolve():
         raise UserError(f"{output}: is the input file; input is never overwritten. Name another output.")
     columns = column_names(source)
-    predictor = Predictor(request)
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    predictor = Predictor(request, Ranks.start(EngineConfig().timeout_s) if several else None)
+    _require_same_everywhere(source, predictor.ranks)
     new = [*predictor.columns, ERROR]
     missing = [name for name in predictor.template.fields if name not in columns]
     if missing:
@@ -165,7 +193,7 @@ def predict_file(request: Request, source: Path, output: Path) -> Predicted:
         )
     _refuse_clash(str(source), columns, new)
     total = failed = 0
-    with open_writer(output, [*columns, *new]) as writer:
+    with open_writer(output, [*columns, *new]) if predictor.ranks.rank == 0 else nullcontext() as writer:
         for chunk in _chunks(read_rows(source)):
             readable = [row.values for row in chunk if isinstance(row, Row)]
             answers = iter(predictor.predict(readable))
@@ -180,9 +208,19 @@ def predict_file(request: Request, source: Path, output: Path) -> Predicted:
                 _refuse_clash(f"{source}, line {row.line}", values, new)  # objects may have columns of their own
                 good = isinstance(answer, list)
                 predicted = answer if isinstance(answer, list) else [None] * len(predictor.columns)
-                writer.write({**values, **dict(zip(new, [*predicted, "" if good else answer], strict=True))})
+                if writer:
+                    writer.write({**values, **dict(zip(new, [*predicted, "" if good else answer], strict=True))})
                 total, failed = total + 1, failed + (not good)
     return Predicted(total, failed, predictor.num_cut)
+
+
+def _require_same_everywhere(source: Path, ranks: Ranks) -> None:
+    digests = ranks.gather(sha256_file(source) if ranks.size > 1 else "")
+    if other := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:
+        raise SharedError(
+            f"{source}: rank {', '.join(map(str, other))} has another file of this name than rank 0. Put it in a "
+            "folder that all machines see."
+        )
 
 
 def _renamed(
@@ -211,7 +249,7 @@ def _refuse_clash(where: str, columns: Collection[str], new: Sequence[str]) -> N
 
 
 def _chunks(rows: Iterator[Row | BadRow]) -> Iterator[list[Row | BadRow]]:
-    while chunk := list(islice(rows, CHUNK_ROWS)):
+    while chunk := list(itertools.islice(rows, CHUNK_ROWS)):
         yield chunk
 
 
