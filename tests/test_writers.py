@@ -9,10 +9,12 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
+import torch
 
+from tagllm import predict
 from tagllm.data.readers import Row, read_rows
 from tagllm.data.writers import open_writer
-from tagllm.evaluate import predict
+from tagllm.ranks import Ranks
 from tagllm.template import parse_template
 
 LATE: list[dict[str, Any]] = [{"a": "x", "p": 1.5}, {"a": '\u00e4,\n\r"', "b": 3, "p": None}, {"p": 0.1}]
@@ -67,7 +69,9 @@ class Fixed:
     columns, num_cut = ("P",), 0
     template = parse_template("{a}", {})
 
-    def __init__(self, request: Any) -> None:
+    ranks = Ranks(0, 1, torch.device("cpu"))
+
+    def __init__(self, *_: object) -> None:
         pass
 
     def predict(self, rows: Sequence[dict[str, Any]]) -> list[list[Any]]:

@@ -22,10 +22,9 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from tagllm import build, files
+from tagllm import build, files, predict
 from tagllm.data import dataset
 from tagllm.data.collate import Collator
-from tagllm.evaluate import predict
 from tagllm.ranks import Ranks
 from tagllm.tags import TagLibrary
 from tagllm.train import checkpoint
