@@ -96,11 +96,11 @@ def build(stage: Stage, ranks: Ranks, place: Place | None = None) -> Built:
     for path, library in stage.libraries.items():
         library.backbone.require_same(backbone.identity, path)
     built = build_on(backbone, stage, ranks)
-    _require_same_everywhere(ranks.gather(built.identity()))
+    require_same_everywhere(ranks.gather(built.identity()))
     return built
 
 
-def _require_same_everywhere(identities: Sequence[dict[str, str]]) -> None:
+def require_same_everywhere(identities: Sequence[dict[str, str]]) -> None:
     """Raises SharedError where ranks read other files: another copy of the data on one machine, say."""
     first, problems = identities[0], []
     for item in first:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from tagllm.build import open_backbone
+from tagllm.build import open_backbone, require_same_everywhere
 from tagllm.config import (
     BackboneConfig,
     EngineConfig,
@@ -26,7 +26,7 @@ from tagllm.data.collate import Collator
 from tagllm.data.encode import Encoder, Example, TagLayout, Unusable
 from tagllm.data.readers import BadRow, Row, column_names, read_rows
 from tagllm.data.writers import open_writer, writable_kind
-from tagllm.errors import SharedError, UserError, did_you_mean
+from tagllm.errors import UserError, did_you_mean
 from tagllm.evaluate.generate import generate
 from tagllm.field_order import order_problems, trained_with
 from tagllm.files import sha256_file
@@ -181,7 +181,8 @@ def predict_file(request: Request, source: Path, output: Path) -> Predicted:
     columns = column_names(source)
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     predictor = Predictor(request, Ranks.start(EngineConfig().timeout_s) if several else None)
-    _require_same_everywhere(source, predictor.ranks)
+    if several:
+        require_same_everywhere(predictor.ranks.gather({str(source): sha256_file(source)}))
     new = [*predictor.columns, ERROR]
     missing = [name for name in predictor.template.fields if name not in columns]
     if missing:
@@ -212,15 +213,6 @@ def predict_file(request: Request, source: Path, output: Path) -> Predicted:
                     writer.write({**values, **dict(zip(new, [*predicted, "" if good else answer], strict=True))})
                 total, failed = total + 1, failed + (not good)
     return Predicted(total, failed, predictor.num_cut)
-
-
-def _require_same_everywhere(source: Path, ranks: Ranks) -> None:
-    digests = ranks.gather(sha256_file(source) if ranks.size > 1 else "")
-    if other := [rank for rank, digest in enumerate(digests) if digest != digests[0]]:
-        raise SharedError(
-            f"{source}: rank {', '.join(map(str, other))} has another file of this name than rank 0. Put it in a "
-            "folder that all machines see."
-        )
 
 
 def _renamed(
