@@ -62,3 +62,17 @@ def test_ranks_that_read_other_files_do_not_train(workspace: Workspace) -> None:
     assert outcome.status == [2, 2], outcome.stderr
     (line,) = complaints(outcome.stderr)
     assert "data: rank 1 has" in line and "every rank reads its own files" in line
+
+
+def test_ranks_that_read_other_files_do_not_predict(workspace: Workspace) -> None:
+    run = workspace.train(1, "asked", optim__steps=1)
+    folders = [workspace.folder / f"asking-{rank}" for rank in range(2)]
+    for rank, folder in enumerate(folders):
+        folder.mkdir()
+        (folder / "new.csv").write_text("smiles\n" + "C\n" * (rank + 1))
+    arguments = ["predict", str(run.path), "new.csv", "predicted.csv"]
+    outcome = finish(start(["tagllm", *arguments], 2, workspace.folder / "cache", folders=folders))
+    assert outcome.status == [2, 2], outcome.stderr
+    (line,) = complaints(outcome.stderr)
+    assert "new.csv: rank 1 has" in line and "every rank reads its own files" in line
+    assert not any((folder / "predicted.csv").exists() for folder in folders)
