@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from tagllm.data.sources import SourceRows, load_rows
 from tagllm.data.splits import drawn_from, refuse_seen, split_by
 from tagllm.errors import UserError
 from tagllm.evaluate.answers import Answer, answers_of, chosen, copied_answers, scores_of, training_means, write_answers
+from tagllm.evaluate.kept import generate_once
 from tagllm.evaluate.metrics import intervals, value_metrics
 from tagllm.evaluate.scoring import score_pass
 from tagllm.evaluate.text import Scores, no_spbleu
@@ -121,7 +123,7 @@ class Composer(NamedTuple):
             pairs = found.values_nK, found.targets_nK
             return Asked(Scores(value_metrics(*pairs, classes), intervals(*pairs, classes)), [], numbers, cut)
         rows = chosen(examples, self.config.evaluation.generated_rows)
-        give = copied_answers if about.copies is not None else answers_of
+        give = copied_answers if about.copies is not None else partial(answers_of, ask=generate_once)
         answers = [answer._replace(source=prompt) for answer in give(built, template, [examples[at] for at in rows])]
         scores = scores_of(
             built, answers, case.language, self.library.tags,

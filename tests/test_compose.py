@@ -16,7 +16,9 @@ from tagllm.config import DataConfig, SplitConfig
 from tagllm.config_file import load_as
 from tagllm.data.dataset import Prompts, tokenise
 from tagllm.errors import UserError
+from tagllm.evaluate import kept
 from tagllm.evaluate.answers import training_means
+from tagllm.evaluate.generate import generate
 from tagllm.tags import TagLibrary
 from tests.test_cli import Run, config, fails, folder, run
 
@@ -73,6 +75,32 @@ def test_controls_are_asked_of_the_same_rows(folder: Path, run: Run, libraries: 
     assert all(fields == given["copy"] for fields in given.values()), "what is asked about, without words and examples"
     worked = next(line["prompt"] for line in answers if line["source"] == "examples")
     assert worked.count("\n\n") == 2 and "x" in worked.split("\n\n")[0]
+
+
+def test_prompts_without_tags_are_asked_once_for_all_libraries(
+    folder: Path, libraries: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    monkeypatch.setattr(kept, "generate", lambda *args: asked.append(int(args[2][0].max())) or generate(*args))
+    prompts = {
+        "tags": "{smiles} <T> <FR> {output}", "no tags": "{smiles} is called {output}",
+        "examples": {"template": "{smiles}: {output}", "shots": 2},
+    }  # fmt: skip
+
+    def answers(output: str, **evaluation: int) -> list[dict[str, str]]:
+        asked.clear()
+        config = load_as(ComposeConfig, composed(folder, libraries, prompts))
+        settings = config.evaluation.model_copy(update=evaluation)
+        config = config.model_copy(update={"output": str(folder / output), "evaluation": settings})
+        Composer.open(config).score("case")
+        lines = (folder / output / "case/generated.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines]
+
+    first = answers("asked_first")
+    assert len(asked) == 3
+    assert answers("asked_again") == first and len(asked) == 1 and asked[0] >= 96, "the prompt with tags alone"
+    answers("asked_for_more", max_new_tokens=6)
+    assert len(asked) == 3, "other settings may give other answers"
 
 
 def test_rows_to_score_are_those_that_a_run_over_these_columns_holds_out(folder: Path, libraries: list[str]) -> None:

@@ -17,7 +17,7 @@ from tagllm.config import Split
 from tagllm.data.dataset import Examples
 from tagllm.data.encode import Example
 from tagllm.errors import UserError
-from tagllm.evaluate.generate import generate
+from tagllm.evaluate.kept import Ask, generate_of
 from tagllm.evaluate.text import (
     Scores,
     all_numbers,
@@ -85,10 +85,8 @@ def write_answers(answers: Sequence[Answer], folder: Path) -> None:
     write_whole(folder / "generated.jsonl", lines.encode())
 
 
-def answers_of(built: Built, template: Template, rows: Sequence[Example]) -> list[Answer]:
-    tokenizer, settings = built.backbone.tokenizer, built.config.evaluation
-    prompts = [row.ids[: _output_at(row)] for row in rows]
-    made = generate(built.model, tokenizer, prompts, settings.max_new_tokens, settings.beams, settings.rows_per_batch)
+def answers_of(built: Built, template: Template, rows: Sequence[Example], ask: Ask = generate_of) -> list[Answer]:
+    made = ask(built, [row.ids[: _output_at(row)] for row in rows])
     return [_answer(built, template, row, text) for row, text in zip(rows, made, strict=True)]
 
 

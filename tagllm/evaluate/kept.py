@@ -1,0 +1,42 @@
+"""Answers to prompts without tags, kept: every seed of a tag is compared with the same ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tagllm.build import Built
+from tagllm.config import digest_of
+from tagllm.evaluate.generate import generate
+from tagllm.files import DamagedFile, cache_folder, json_bytes, read_json, write_whole
+from tagllm.origin import code_digest, hardware, versions
+
+Ask = Callable[[Built, Sequence[NDArray[np.int32]]], list[str]]
+
+
+def generate_of(built: Built, prompts: Sequence[NDArray[np.int32]]) -> list[str]:
+    """The text behind each prompt, as the run's settings want it."""
+    settings = built.config.evaluation
+    return generate(
+        built.model, built.backbone.tokenizer, prompts, settings.max_new_tokens, settings.beams, settings.rows_per_batch
+    )
+
+
+def generate_once(built: Built, prompts: Sequence[NDArray[np.int32]]) -> list[str]:
+    """`generate_of`, or what it gave before for the same prompts, if no tag stands in them: with the same backbone,
+    settings, code, libraries and hardware. In one process alone: ranks of which some remember would part."""
+    if any((ids >= built.layout.vocabulary_size).any() for ids in prompts):
+        return generate_of(built, prompts)
+    settings = built.config.evaluation.model_dump(mode="json", include={"max_new_tokens", "beams", "rows_per_batch"})
+    loaded = [built.config.backbone.quantize, str(built.backbone.model.dtype), built.backbone.attention]
+    asked = [ids.tolist() for ids in prompts]
+    digest = digest_of([asked, settings, built.backbone.identity, loaded, code_digest(), versions(), hardware()])
+    file = cache_folder() / f"answers-{digest}.json"
+    try:
+        texts: list[str] = read_json(file)["texts"]
+    except DamagedFile:  # or not there
+        texts = generate_of(built, prompts)
+        write_whole(file, json_bytes({"texts": texts}))
+    return texts
