@@ -9,13 +9,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-import torch
 
 from tagllm import predict
 from tagllm.data.readers import Row, read_rows
 from tagllm.data.writers import open_writer
-from tagllm.ranks import Ranks
-from tagllm.template import parse_template
+from tests.test_cli import Run, config, folder, run
+
+__all__ = ["folder", "run"]  # fixtures
 
 LATE: list[dict[str, Any]] = [{"a": "x", "p": 1.5}, {"a": '\u00e4,\n\r"', "b": 3, "p": None}, {"p": 0.1}]
 
@@ -37,8 +37,8 @@ def test_a_column_that_comes_late_is_text_behind_the_others(name: str, tmp_path:
 
 def test_a_column_that_comes_late_in_parquet_and_jsonl(tmp_path: Path) -> None:
     whole = [{"a": None, "p": None, "b": None} | row for row in LATE]
-    for folder in "one", "two":
-        (tmp_path / folder).mkdir()
+    for name in "one", "two":
+        (tmp_path / name).mkdir()
     assert written(tmp_path / "one" / "x.parquet", LATE, ["a", "p"]) == whole
     assert written(tmp_path / "two" / "x.jsonl.gz", LATE, ["a", "p"]) == LATE
 
@@ -63,31 +63,15 @@ def test_a_column_of_several_types_is_text_in_parquet(values: list[Any], expecte
     assert pq.read_table(path).to_pydict() == {"v": expected}
 
 
-class Fixed:
-    """A predictor that always says 2."""
-
-    columns, num_cut = ("P",), 0
-    template = parse_template("{a}", {})
-
-    ranks = Ranks(0, 1, torch.device("cpu"))
-
-    def __init__(self, *_: object) -> None:
-        pass
-
-    def predict(self, rows: Sequence[dict[str, Any]]) -> list[list[Any]]:
-        return [[2.0] for _ in rows]
-
-
 @pytest.mark.parametrize("suffix", ["csv", "parquet"])
-def test_predictions_of_uneven_objects_are_written(
-    suffix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(predict, "Predictor", Fixed)
-    lines: list[dict[str, Any]] = [{"a": "x", "id": 1}, {"a": "y", "id": "two", "note": "z"}]
+def test_predictions_of_uneven_objects_are_written(suffix: str, tmp_path: Path, run: Run, folder: Path) -> None:
+    if not (folder / "runs/uneven/library").is_dir():
+        assert run("train", config(folder, "uneven")).exit_code == 0
+    lines: list[dict[str, Any]] = [{"smiles": "C", "id": 1}, {"smiles": "CCO", "id": "two", "note": "z"}]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    request = predict.Request([], None, None, None, 1, 1)
+    request = predict.Request([folder / "runs/uneven/library"])
     assert predict.predict_file(request, tmp_path / "in.jsonl", tmp_path / f"out.{suffix}") == (2, 0, 0)
     first, second = (row.values for row in read_rows(tmp_path / f"out.{suffix}") if isinstance(row, Row))
-    assert list(first) == ["a", "id", "P", "tagllm_error", "note"]
+    assert list(first) == ["smiles", "id", "W", "tagllm_error", "note"]
     assert (first["id"], second["id"], second["note"]) == ("1", "two", "z")
-    assert float(first["P"]) == 2 and not first["note"] and not first["tagllm_error"]
+    assert float(first["W"]) != float(second["W"]) and not first["note"] and not first["tagllm_error"]

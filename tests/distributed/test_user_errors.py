@@ -76,3 +76,22 @@ def test_ranks_that_read_other_files_do_not_predict(workspace: Workspace) -> Non
     (line,) = complaints(outcome.stderr)
     assert "new.csv: rank 1 has" in line and "every rank reads its own files" in line
     assert not any((folder / "predicted.csv").exists() for folder in folders)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("molecule\nC\n", "no column 'smiles'"),
+        ("smiles,tagllm_error\nC,\n", "has a column 'tagllm_error'"),
+        ('smiles\nC\n"CC\nC\nCCC\n', "a quote that is not closed"),
+    ],
+)
+def test_a_mistake_of_predict_is_told_once(workspace: Workspace, text: str, words: str) -> None:
+    """Before the ranks have met, and while they answer."""
+    run = workspace.train(1, "mistaken", optim__steps=1)
+    (workspace.folder / "mistaken.csv").write_text(text)
+    arguments = ["predict", str(run.path), str(workspace.folder / "mistaken.csv"), str(workspace.folder / "never.csv")]
+    outcome = finish(start(["tagllm", *arguments], 2, workspace.folder / "cache"))
+    assert outcome.status == [2, 2], outcome.stderr
+    (line,) = complaints(outcome.stderr)
+    assert words in line and not (workspace.folder / "never.csv").exists()
