@@ -20,6 +20,8 @@ STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0)
 """Inverse penalties of logistic regression."""
 NEVER = 1e-3
 """Rows that a class counts for which no training row has."""
+SMALLEST = float(np.finfo(np.float32).tiny)
+"""A probability that is 0 in fp32 counts as this one; its logarithm would be infinite."""
 RATES, MOST_TREES = (0.03, 0.1, 0.3), 1000
 """Learning rates of boosted trees to choose from, and after how many trees the slowest ends where it is not done."""
 FIFTH, TENTH = 0.2, 0.1
@@ -91,7 +93,8 @@ def logistic(problem: Problem, num_classes: int) -> Floats:
         answers = [
             (answer(seen, strength, unseen.features_nF), unseen.targets_nK.astype(int)) for seen, unseen in pairs
         ]
-        return float(np.mean([-np.log(np.take_along_axis(*one, axis=1)).mean() for one in answers]))
+        shares = [np.maximum(np.take_along_axis(*one, axis=1), SMALLEST) for one in answers]
+        return float(np.mean([-np.log(share_n1).mean() for share_n1 in shares]))
 
     return answer(train, min(STRENGTHS, key=error), wanted_nF)
 
