@@ -70,7 +70,7 @@ class Built(NamedTuple):
             "backbone": self.backbone.identity.fingerprint,
             "tokenizer": tokenizer_digest(self.backbone.tokenizer),
             "data": self.data.digest,
-            "dtype": str(self.backbone.model.dtype).removeprefix("torch."),
+            "dtype": self.backbone.dtype,
             "config": self.config.digest(),
             "loaded tags": digest_of({name: _sha256(tag.rows_PD) for name, tag in self.stage.loaded.items()}),
         }

@@ -100,7 +100,7 @@ class Composer(NamedTuple):
             "controls": {other: asked[other].scores.metrics for other in others},
             "control_intervals": {other: asked[other].scores.intervals for other in others},
             "learned": self._first(case, "function"), "backbone": self.backbone.identity._asdict(),
-            "config_digest": digest, "seconds": time.monotonic() - began, **origin(),
+            "dtype": self.backbone.dtype, "config_digest": digest, "seconds": time.monotonic() - began, **origin(),
             "libraries": {path: _trained(path) for path in self.config.libraries},
         }  # fmt: skip
         results |= {"note": note} if (note := no_spbleu(asked[first].scores, self.config.evaluation)) else {}

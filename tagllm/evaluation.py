@@ -69,8 +69,8 @@ def evaluate(
     evaluation = Evaluation(built, ranks, split)
     results: dict[str, Any] = {
         "run": run.name, "split": split, "metrics": {}, "intervals": {}, "baselines": {}, "controls": {},
-        "learned": stage.learned, "backbone": built.backbone.identity._asdict(), "config_digest": config.digest(),
-        "scoring": config.scoring(),
+        "learned": stage.learned, "backbone": built.backbone.identity._asdict(), "dtype": built.backbone.dtype,
+        "config_digest": config.digest(), "scoring": config.scoring(),
         "data": {source: about["splits"] for source, about in built.data.record.items()},
         "loaded_tags": loaded_digest(stage),
         "ranks": ranks.size, "sharded": any(hasattr(p, "ds_id") for p in built.backbone.model.parameters()),

@@ -18,6 +18,9 @@ from typing import Any
 ORIGIN = ("command", "commit", "hardware", "versions", "date")
 _LIBRARIES = ("tagllm", "torch", "transformers", "deepspeed", "datasets", "tokenizers", "safetensors", "rdkit")
 
+_INSTRUCTIONS = ("amx_bf16", "avx512_bf16", "avx512_f", "avx2")
+"""Each several times as fast as the next."""
+
 
 def origin() -> dict[str, Any]:
     """What `ORIGIN` names: the command as it was typed, and the date in UTC."""
@@ -42,7 +45,7 @@ def commit() -> str:
 
 
 def hardware() -> str:
-    """The GPU, or else the CPU with its cores and the threads that are used of them."""
+    """The GPU, or else the CPU with the best instructions it has for bf16, its cores and the threads used of them."""
     import torch
 
     if torch.cuda.is_available():
@@ -51,7 +54,9 @@ def hardware() -> str:
     if Path("/proc/cpuinfo").is_file():
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
         name = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), name)
-    return f"{name}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
+    able: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    best = next((f" with {instructions}" for instructions in _INSTRUCTIONS if able.get(instructions)), "")
+    return f"{name}{best}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"
 
 
 @functools.cache

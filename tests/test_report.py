@@ -105,6 +105,7 @@ def test_the_json_has_all_results_and_where_they_come_from(run: Path, page: str)
     assert section == json.loads((run / "results.json").read_text())
     assert {"command", "commit", "hardware", "versions", "date"} <= set(document) & set(section)
     assert set(section["baseline_intervals"]) == set(section["baselines"])
+    assert section["dtype"] == "float32" and "float32" in page
     assert section["training"]["seconds"] > 0 and section["training"]["command"].startswith("tagllm train")
 
 
@@ -145,7 +146,10 @@ def test_a_sweep_is_a_table_and_a_figure(run: Path, tmp_path: Path) -> None:
     assert f"| predict_mean | {first_mean + 0.01:.4g} (" in text
     assert "of length=2, over the seeds that have them" in text
     assert "loss on validation by optim.tag_lr: 1e-2: 0.7, 3e-2: 0.6" in text
-    assert (tmp_path / "out" / "report.html").read_text().count("<svg") == 5, "one more than the run alone"
+    html = (tmp_path / "out" / "report.html").read_text()
+    assert html.count("<svg") == 6, "two more than the run alone: curves of all runs, and what came of them"
+    assert html.count("learning curves") == 1 and html.count("loss on validation, refitted") == 1
+    assert all(html.count(f"config of length={n}") == 1 for n in (1, 2))
 
 
 def test_a_run_its_sweeps_and_what_was_composed_are_all_shown(run: Path, tmp_path: Path) -> None:
@@ -163,6 +167,7 @@ def test_a_run_its_sweeps_and_what_was_composed_are_all_shown(run: Path, tmp_pat
 def test_the_paper_stands_beside_the_same_quantity_alone() -> None:
     assert published_of(["DrugCombination"], {"oneil"}) is None
     assert published_of(["DrugCombination"], {"drugcomb-css"}) is not None
+    assert published_of(["BindingAffinity"], {"davis"}) is None, "kinases alone are another task"
 
 
 def write_case(folder: Path, score: float) -> None:

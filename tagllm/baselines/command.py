@@ -136,7 +136,7 @@ def _compare(task: Task, method: Method, request: Request) -> None:
             "steps": [one["steps"] for one in finals], "best_steps": [one["best_step"] for one in finals],
             "seconds": [one["seconds"] for one in finals],
             "intervals": finals[0]["intervals"] | bounds(of_seeds), **origin(), "peft": metadata.version("peft"),
-            "dtype": str(task.backbone.model.dtype).removeprefix("torch."),
+            "dtype": task.backbone.dtype,
         }
     )  # fmt: skip
     shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())

@@ -30,7 +30,7 @@ def generate_once(built: Built, prompts: Sequence[NDArray[np.int32]]) -> list[st
     if any((ids >= built.layout.vocabulary_size).any() for ids in prompts):
         return generate_of(built, prompts)
     settings = built.config.evaluation.model_dump(mode="json", include={"max_new_tokens", "beams", "rows_per_batch"})
-    loaded = [built.config.backbone.quantize, str(built.backbone.model.dtype), built.backbone.attention]
+    loaded = [built.config.backbone.quantize, built.backbone.dtype, built.backbone.attention]
     asked = [ids.tolist() for ids in prompts]
     digest = digest_of([asked, settings, built.backbone.identity, loaded, code_digest(), versions(), hardware()])
     file = cache_folder() / f"answers-{digest}.json"

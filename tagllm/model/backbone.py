@@ -46,6 +46,10 @@ class Backbone(NamedTuple):
         return self.identity.vocabulary_size
 
     @property
+    def dtype(self) -> str:
+        return str(self.model.dtype).removeprefix("torch.")
+
+    @property
     def max_tokens(self) -> int:
         return longest_prompt(self.model.config)
 

@@ -16,6 +16,8 @@ from tagllm.files import load_tensors, read_json
 from tagllm.tags import TagLibrary
 
 Metrics = dict[str, float]
+Log = list[dict[str, float]]
+"""Scalars of each logged step."""
 Interval = tuple[float, float]
 
 
@@ -26,7 +28,7 @@ class Run(NamedTuple):
     results: dict[str, Any]
     config: str
     """As YAML."""
-    log: list[dict[str, float]]
+    log: Log
     library: TagLibrary | None
     pairs: dict[str, Tensor]
     """`values_nK` and `targets_nK` of the held-out rows, with the name of the head in front where there are several."""
@@ -57,11 +59,6 @@ class Run(NamedTuple):
         more = [self.results.get(part, {}) for part in ("baseline_intervals", "control_intervals")]
         return {self.first: self.results.get("intervals", {}), **more[0], **more[1]}
 
-    def curve(self, name: str) -> tuple[list[float], list[float]]:
-        """Steps and values of a scalar."""
-        lines = [(line["step"], line[name]) for line in self.log if name in line]
-        return [step for step, _ in lines], [value for _, value in lines]
-
 
 class Composed(NamedTuple):
     """All cases of a compose config, each with the tags of one or several seeds."""
@@ -72,12 +69,15 @@ class Composed(NamedTuple):
 
 class Swept(NamedTuple):
     """A sweep; `example` is the first run of its first combination, `others` what stands beside the runs of that
-    combination, by method: the metrics of each seed that has it."""
+    combination, by method: the metrics of each seed that has it. By combination, `logs` are those of its runs and
+    `configs` is that of the first one."""
 
     name: str
     document: dict[str, Any]
     example: Run | None
     others: dict[str, list[Metrics]]
+    logs: list[list[Log]]
+    configs: list[str]
 
 
 def collect(path: Path) -> list[Run | Composed | Swept]:
@@ -115,7 +115,10 @@ def _swept(file: Path) -> Swept:
             _require_as_then(path / folder, results, then[at], file)
         for method, metrics in {**results["baselines"], **results["controls"]}.items():
             others.setdefault(method, []).append(metrics)
-    return Swept(path.name, document, read_run(path / done[0]) if done else None, others)
+    by_combination = [[path / folder for folder in one["folders"]] for one in document["combinations"]]
+    logs = [[_lines(run / "metrics.jsonl") for run in runs] for runs in by_combination]
+    configs = [_config(runs[0]) if runs else "" for runs in by_combination]
+    return Swept(path.name, document, read_run(path / done[0]) if done else None, others, logs, configs)
 
 
 def _require_as_then(run: Path, results: dict[str, Any], then: dict[str, Any], file: Path) -> None:
@@ -155,17 +158,25 @@ def headline(rows: Mapping[str, Metrics]) -> str:
     )
 
 
+def curve(log: Log, name: str) -> tuple[list[float], list[float]]:
+    """Steps and values of a scalar."""
+    lines = [(line["step"], line[name]) for line in log if name in line]
+    return [step for step, _ in lines], [value for _, value in lines]
+
+
 def read_run(path: Path) -> Run:
     """A run that `tagllm eval` has scored, or a case of compose."""
-
-    def lines(name: str) -> list[Any]:
-        file = path / name
-        text = file.read_text(encoding="utf-8") if file.is_file() else ""
-        return [json.loads(line) for line in text.split("\n") if line]  # splitlines would split texts at U+2028 too
-
-    config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     pairs = load_tensors(path / "held_out.safetensors") if (path / "held_out.safetensors").is_file() else {}
-    shown = yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
     library = TagLibrary.load(path / "library") if (path / "library").is_dir() else None
-    results = read_json(path / "results.json")
-    return Run(path.name, results, shown, lines("metrics.jsonl"), library, pairs, lines("generated.jsonl"))
+    log, answers = _lines(path / "metrics.jsonl"), _lines(path / "generated.jsonl")
+    return Run(path.name, read_json(path / "results.json"), _config(path), log, library, pairs, answers)
+
+
+def _config(path: Path) -> str:
+    config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
+    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+
+
+def _lines(file: Path) -> list[Any]:
+    text = file.read_text(encoding="utf-8") if file.is_file() else ""
+    return [json.loads(line) for line in text.split("\n") if line]  # splitlines would split texts at U+2028 too

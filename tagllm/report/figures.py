@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tagllm.report.collect import Interval, Run
+from tagllm.report.collect import Interval, Log, Run, curve
 from tagllm.report.tags import cosine_of_means
 from tagllm.tags import Tag
 
 WIDTH, HEIGHT = 4.2, 3.2
 MOST_POINTS = 2000
+MOST_NAMED = 8
+"""Curves of more combinations would be covered by their names."""
 DARK = 0.6
 """From here on the heat map's colours take white text."""
 
@@ -25,12 +27,28 @@ def learning_curves(run: Run) -> str:
         return ""
     figure, axes = _figure()
     for name, style in (("train/loss", "0.6"), ("valid/loss", "C1"), ("valid/loss_refitted", "C0")):
-        steps, values = run.curve(name)
+        steps, values = curve(run.log, name)
         if steps:
             marker = "" if name == "train/loss" else "o"
             axes.plot(steps, values, color=style, linewidth=1.2, marker=marker, label=name)
     axes.set(xlabel="step", ylabel="loss", title="learning curve")
     axes.legend()
+    return _svg(figure)
+
+
+def validation_curves(logs: Mapping[str, Sequence[Log]]) -> str:
+    """A line per run of a sweep, a colour per combination; empty where nothing was trained."""
+    figure, axes = _figure()
+    for at, (label, runs) in enumerate(logs.items()):
+        for number, log in enumerate(runs):
+            steps, values = curve(log, "valid/loss_refitted")
+            name = label if number == 0 and len(logs) <= MOST_NAMED else None
+            axes.plot(steps, values, color=f"C{at % 10}", linewidth=1, marker="o", markersize=3, label=name)
+    if not any(len(line.get_xdata()) for line in axes.lines):
+        return ""
+    axes.set(xlabel="step", ylabel="loss on validation, refitted", title="learning curves")
+    if 1 < len(logs) <= MOST_NAMED:
+        axes.legend(fontsize=7)
     return _svg(figure)
 
 

@@ -11,7 +11,14 @@ from tagllm.evaluate.metric_kinds import kind_of
 from tagllm.evaluate.seeds import bounds, over_seeds
 from tagllm.origin import ORIGIN
 from tagllm.report.collect import Composed, Interval, Metrics, Run, Swept, headline, metrics_of
-from tagllm.report.figures import changes, dots, learning_curves, predicted_against_true, tag_similarity
+from tagllm.report.figures import (
+    changes,
+    dots,
+    learning_curves,
+    predicted_against_true,
+    tag_similarity,
+    validation_curves,
+)
 from tagllm.report.paper import published_of
 from tagllm.sweep.summary import digits
 
@@ -144,19 +151,19 @@ def _of_sweep(sweep: Swept) -> Section:
         if one["tried"]:
             tried = ", ".join(f"{value}: {digits(loss, 4)}" for value, loss in one["tried"].items())
             notes.append(f"{_label(one['shown'])}: loss on validation by {sweep.document['tuned']}: {tried}.")
-    tables, figures = [], []
+    labels = [_label(one["shown"]) for one in combinations]
+    tables, figures = [], [validation_curves(dict(zip(labels, sweep.logs, strict=True)))]
     if means:
         beside, of_seeds = _means_and_spread(others)
         of_rows = _intervals_of_example(sweep)
         tables = [_table("", "run", means | beside, _or_of_rows(spread | of_seeds, of_rows))]
         name = headline(means)
         if len(means) > 1 and name:
-            figures = [dots(name, {k: (v[name], spread[k].get(name)) for k, v in means.items() if name in v})]
-    return Section(
-        sweep.name, notes, tables, figures, [],
-        {"where it comes from": _origin(sweep.document), "where each run comes from": _of_runs(combinations)},
-        {**sweep.document, "others": others},
-    )  # fmt: skip
+            figures.append(dots(name, {k: (v[name], spread[k].get(name)) for k, v in means.items() if name in v}))
+    details = {"where it comes from": _origin(sweep.document), "where each run comes from": _of_runs(combinations)}
+    details |= {f"config of {label}": text for label, text in zip(labels, sweep.configs, strict=True) if text}
+    document = {**sweep.document, "others": others}
+    return Section(sweep.name, notes, tables, [figure for figure in figures if figure], [], details, document)
 
 
 def _means_and_spread(rows: Mapping[str, Mapping[str, tuple[float, float | None]]]) -> MeansAndSpread:
@@ -211,7 +218,8 @@ def _texts(run: Run) -> list[dict[str, str]]:
 def _notes(run: Run) -> list[str]:
     results = run.results
     learned = ", ".join(f"<{tag}>" for tag in results["learned"])
-    notes = [f"{results['rows']} {results['split']} rows; {results['backbone']['name']}; {learned}. {_line(results)}"]
+    backbone = " in ".join(filter(None, (results["backbone"]["name"], results.get("dtype"))))
+    notes = [f"{results['rows']} {results['split']} rows; {backbone}; {learned}. {_line(results)}"]
     if note := results.get("note"):
         notes.append(str(note))
     if "command" in (training := results.get("training", {})):
@@ -240,10 +248,13 @@ def _own_seeds(trained: Mapping[str, Any]) -> str:
 
 
 def _line(document: Mapping[str, Any]) -> str:
+    """The libraries by what is named of them; all versions are under `_origin`."""
     digest = f", config {document['config_digest'][:12]}" if "config_digest" in document else ""
+    held = document["versions"]
+    versions = ", ".join(f"{name} {held[name]}" for name in ("tagllm", "torch", "transformers") if name in held)
     return (
         f"`{document['command']}`, commit {document['commit']}, {document['hardware']}, {document['date']}, "
-        f"tagllm {document['versions']['tagllm']}{digest}."
+        f"{versions}{digest}."
     )
 
 

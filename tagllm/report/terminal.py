@@ -8,7 +8,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from tagllm.report.collect import Run, headline, read_run
+from tagllm.report.collect import Run, curve, headline, read_run
 
 
 def table_of(folder: Path) -> Table:
@@ -26,7 +26,7 @@ def _row(run: Run) -> list[str]:
     name, results = headline({first: metrics}), run.results
     shown = "\n".join(f"{other} {values[name]:.4f}" for other, values in others if name in values)
     ranks = [f"{values['spearman']:.2f}" for values in run.methods.values() if "spearman" in values]
-    peak = max(run.curve("memory/peak_gib_all_ranks")[1], default=0.0)
+    peak = max(curve(run.log, "memory/peak_gib_all_ranks")[1], default=0.0)
     return [
         run.name, name, f"{metrics.get(name, float('nan')):.4f}", shown, " / ".join(ranks),
         str(results["rows"]), f"{results['training']['seconds']:.0f} s", f"{peak:.1f} GiB",
