@@ -29,7 +29,6 @@ setup(
         "datasets>=4",
         "pyarrow>=20",
         "lxml>=5",
-        "pandas>=2.2",
         "rdkit>=2024.9",
         "numpy>=1.26",
         "scipy>=1.13",
@@ -54,7 +53,7 @@ setup(
         # peft is what `tagllm baseline` trains.
         "quickstart": ["gguf>=0.17", "accelerate>=1.10", "peft>=0.19"],
         # Needs nvcc and the torch of this environment: pip install --no-build-isolation -e .[gpu]
-        "gpu": ["flash-attn>=2.8", "liger-kernel>=0.6"],
+        "gpu": ["flash-attn>=2.8"],
         # Labels of the recipe mmseqs-proteins; the molecules of molsets: pip install --no-deps molsets==0.3.1
         "recipes": ["peptides>=0.5"],
         "baselines": ["peft>=0.19"],

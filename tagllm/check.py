@@ -12,7 +12,9 @@ from tagllm.data.readers import column_names
 from tagllm.data.recipes import recipe_of
 from tagllm.data.splits import check_keys
 from tagllm.errors import UserError
+from tagllm.evaluate.text import problems_of
 from tagllm.stage import check_world, read_stage
+from tagllm.train.deepspeed_settings import read_deepspeed
 from tagllm.unusual import unusual
 
 
@@ -32,6 +34,12 @@ def check_config(path: Path, overrides: list[str], num_ranks: int) -> list[str]:
         check_world(config, num_ranks, where)
     except UserError as error:
         problems += error.problems
+    problems += [f"{where}: {problem}" for problem in problems_of(config.evaluation, "evaluation")]
+    if config.engine.deepspeed is not None:
+        try:
+            read_deepspeed(config.engine.deepspeed)
+        except UserError as error:
+            problems += [f"{where}: {problem}" for problem in error.problems]
     for at, source in enumerate(config.data.sources):
         place = f"{where}: data.sources.{at}"
         try:

@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from tagllm import __version__
-from tagllm.errors import SharedError, UserError
+from tagllm.errors import LostContact, SharedError, UserError
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -120,14 +120,9 @@ def train(config: Path, overrides: Overrides = None, offline: Offline = False) -
         try:
             with StopRequest() as stop:  # the imports below take seconds
                 from tagllm.config_file import load_config
-                from tagllm.rendezvous import LostContact
                 from tagllm.train.loop import train as run_training
 
-                try:
-                    run_training(load_config(config, overrides), str(config), stop)
-                except LostContact as lost:
-                    print(f"error: {lost}", *lost.stack, sep="\n  ", file=sys.stderr)
-                    sys.exit(1)
+                run_training(load_config(config, overrides), str(config), stop)
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
             sys.exit(stopped.status)
@@ -177,7 +172,7 @@ def evaluate(
     overrides: Overrides = None,
     split: Annotated[str, typer.Option(help="train, valid or test.")] = "test",
     control: Annotated[
-        list[Path] | None, typer.Option(help="A library whose domain tags take the place of ours.")
+        list[Path] | None, typer.Option(help="A library whose tags take the place of ours of their kind.")
     ] = None,
     ablate: Annotated[
         bool, typer.Option("--ablate", help="Also without each tag, with its rows reordered, and with swapped tags.")
@@ -353,6 +348,9 @@ def _run(work: Callable[[], None], offline: bool) -> None:
             for problem in error.problems:
                 print(f"error: {problem}", file=sys.stderr)
         sys.exit(2)
+    except LostContact as lost:
+        print(f"error: {lost}", *lost.stack, sep="\n  ", file=sys.stderr)
+        sys.exit(1)
     finally:
         signal.signal(signal.SIGTERM, before)
 

@@ -39,6 +39,7 @@ from tagllm.files import cache_folder, json_bytes, read_json, sha256_file, write
 from tagllm.model.backbone import Backbone, as_trained
 from tagllm.origin import origin
 from tagllm.ranks import Ranks
+from tagllm.run_folder import writing
 from tagllm.stage import stage_of_run
 from tagllm.tags import TagLibrary
 from tagllm.template import escaped, field_text, parse_template, written
@@ -89,7 +90,8 @@ class Composer(NamedTuple):
         file, digest = folder / "results.json", digest_of([settings, libraries, rows.file])
         if file.is_file() and (found := read_json(file)).get("config_digest") == digest:
             return found
-        folder.mkdir(parents=True, exist_ok=True)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
         asked = {prompt: self._prompt(name, prompt) for prompt in case.prompts}
         _require_alike(asked, f"cases.{name}", self.config.evaluation.generated_rows)
@@ -104,9 +106,11 @@ class Composer(NamedTuple):
             "libraries": {path: _trained(path) for path in self.config.libraries},
         }  # fmt: skip
         results |= {"note": note} if (note := no_spbleu(asked[first].scores, self.config.evaluation)) else {}
+        shown = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
         write_answers([answer for one in asked.values() for answer in one.answers], folder)
-        write_durably(folder / "config.yaml", yaml.safe_dump(settings, sort_keys=False, allow_unicode=True).encode())
-        write_whole(file, json_bytes(results))
+        with writing(folder):
+            write_durably(folder / "config.yaml", shown.encode())
+            write_whole(file, json_bytes(results))
         return results
 
     def _prompt(self, name: str, prompt: str) -> Asked:
@@ -116,6 +120,8 @@ class Composer(NamedTuple):
             text = self._worked(name, text, about.shots) + text
         built = self._built(name, text, case.split, bool(about.shots))
         (template,), (examples,) = built.stage.templates, built.examples(case.split)
+        if not len(examples):
+            raise UserError(f"cases.{name}: its {case.split} split has no rows. Ask another split.")
         numbers, cut = examples.row_numbers(), int(built.data.record["0"][case.split]["rows_cut"])
         if not template.has_output:
             found = score_pass(built, self.ranks, case.split)

@@ -198,6 +198,15 @@ class SplitConfig(Section):
     valid: Fraction = 0.1
     test: Fraction = 0.1
 
+    @model_validator(mode="after")
+    def _leaves_train(self) -> Self:
+        if (both := self.valid + self.test) >= 1:
+            raise ValueError(
+                f"valid + test is {self.valid:g} + {self.test:g} = {both:g}; it must be below 1 so that train has "
+                "rows. Try 0.1 and 0.1"
+            )
+        return self
+
 
 class RowsConfig(Section):
     """Rows of one kind and what their columns mean."""
@@ -295,9 +304,9 @@ class EvaluationConfig(Section):
     """Longest text to generate; it ends earlier at the end of the line or of the sequence."""
     beams: Count = 1
     """1: the likeliest token each time; more: beam search, which takes so many times the memory of a row."""
-    spbleu_model: str | None = None
+    spbleu_model: PathText | None = None
     """The sentencepiece model of FLORES, for spBLEU. Nothing is downloaded; without it there are BLEU and chrF++."""
-    comet_model: str | None = None
+    comet_model: PathText | None = None
     """A COMET checkpoint; needs the package unbabel-comet (whose releases so far want transformers before 5)."""
 
 
@@ -312,7 +321,7 @@ class EngineConfig(Section):
     shard_over: Literal["world", "node"] = "world"
     """What stage 3 shards the backbone over: all ranks, or those of each node by themselves, so that no weight crosses
     the network; auto decides this too."""
-    deepspeed: str | None = None
+    deepspeed: PathText | None = None
     """A DeepSpeed JSON to merge in; it may not contradict this config."""
     timeout_s: Count = 1800
 

@@ -85,8 +85,8 @@ def _apply(raw: Any, override: str) -> None:
 
 
 def _value(text: str) -> Any:
-    """As YAML reads it, but for comments: a path may hold ` #`."""
-    if not text or " #" in text:
+    """As YAML reads it, but for comments behind plain text: a path may hold ` #`."""
+    if not text or (" #" in text and text[0] not in "\"'[{"):
         return text
     value = OmegaConf.to_container(OmegaConf.create(f"value: {text}"))
     assert isinstance(value, dict)

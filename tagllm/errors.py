@@ -1,4 +1,4 @@
-"""The one exception a user should ever see, and how several of them are told together."""
+"""The exceptions a user should ever see, and how several of them are told together."""
 
 from __future__ import annotations
 
@@ -19,6 +19,15 @@ class UserError(Exception):
 
 class SharedError(UserError):
     """A user error that every rank raises alike; only rank 0 prints it."""
+
+
+class LostContact(Exception):
+    """Another rank does not answer any more: it died, hangs, or the network between them is cut. `stack`: the lines of
+    ours that waited for it. Told by every rank; exit status 1, since the same command may end well."""
+
+    def __init__(self, told: str, stack: list[str]) -> None:
+        self.stack = stack
+        super().__init__(told)
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

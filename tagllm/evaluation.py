@@ -15,7 +15,7 @@ from tagllm.arrays import Floats
 from tagllm.build import Built, build, loaded_digest, new_tag
 from tagllm.config import RunConfig, Split
 from tagllm.data.splits import refuse_seen
-from tagllm.errors import UserError
+from tagllm.errors import SharedError
 from tagllm.evaluate.ablate import ablations
 from tagllm.evaluate.answers import text_results
 from tagllm.evaluate.baselines import probe_of, value_baselines
@@ -31,7 +31,8 @@ from tagllm.files import tensor_bytes, write_whole
 from tagllm.head import fields_alone
 from tagllm.origin import origin, peak_memory_gib
 from tagllm.ranks import Ranks
-from tagllm.run_folder import RunFolder, read_config
+from tagllm.rendezvous import in_contact
+from tagllm.run_folder import RunFolder, read_config, writing
 from tagllm.stage import Stage, stage_of_run
 from tagllm.tags import Tag, TagLibrary
 from tagllm.template import behind_one_tag
@@ -44,28 +45,39 @@ def evaluate(
     """Scores RUN/library on a split and writes RUN/results.json.
 
     Args:
-        controls: libraries whose domain tags are put in the place of the learned ones, one at a time.
+        controls: libraries whose tags are put in the place of the learned ones of their kind, one at a time.
         config: with the digest of the run's own the recorded splits must be the same; another one may ask for others.
         ablate: also with each tag taken out, its rows in other orders, and in the place of another one.
 
     Raises:
         UserError: no run, a damaged library, another backbone, or other rows than the run recorded.
+        LostContact: another rank died, hangs or is cut off.
     """
     began = time.monotonic()
     ranks = Ranks.start(config.engine.timeout_s)
+    with in_contact(ranks.silent, lambda: f"rank {ranks.rank} scoring {run}"):
+        results = _results(run, config, split, controls, ablate, ranks)
+        results |= {"seconds": time.monotonic() - began, "peak_gib": ranks.sum([peak_memory_gib()])[0]}
+        ranks.on_rank_zero(lambda: write_results(run, results))
+    return results
+
+
+def _results(
+    run: Path, config: RunConfig, split: Split, controls: Sequence[Path], ablate: bool, ranks: Ranks
+) -> dict[str, Any]:
     folder, own = RunFolder(run), read_config(run)
     overridden, same_weights = config.digest() != own.digest(), config.backbone.quantize == own.backbone.quantize
     library = TagLibrary.load(folder.library)
     stage = stage_of_run(config, library, str(folder.library))
     if controls and not stage.terms:
-        raise UserError(f"--control: {run} answers with a head and has no loss over tokens to compare. Leave it out.")
+        raise SharedError(f"--control: {run} answers with a head and has no loss over tokens to compare. Leave it out.")
     built = _built(stage, ranks)
     if overridden:
         _refuse_seen(built, library, split)
     else:
         folder.require_same_rows(built.data, ("train", "valid", split))
     if not any(map(len, built.examples(split))):
-        raise UserError(f"{run}: its {split} split has no rows; score another one with --split.")
+        raise SharedError(f"{run}: its {split} split has no rows; score another one with --split.")
     evaluation = Evaluation(built, ranks, split)
     results: dict[str, Any] = {
         "run": run.name, "split": split, "metrics": {}, "intervals": {}, "baselines": {}, "controls": {},
@@ -90,8 +102,6 @@ def evaluate(
     results |= {"note": " ".join(filter(None, notes))} if any(notes) else {}
     if ablate:
         results["ablations"] = ablations(evaluation)
-    results |= {"seconds": time.monotonic() - began, "peak_gib": ranks.sum([peak_memory_gib()])[0]}
-    ranks.on_rank_zero(lambda: write_results(run, results))
     return results
 
 
@@ -121,7 +131,12 @@ def _score_values(evaluation: Evaluation, folder: RunFolder, as_trained: bool, r
     results["metrics"] |= by_head(built, split, held_out, value_metrics)
     results["intervals"] = ranks.on_rank_zero(lambda: by_head(built, split, held_out, intervals))
     pairs = by_head(built, split, held_out, _pairs)
-    ranks.on_rank_zero(lambda: write_whole(folder.path / "held_out.safetensors", tensor_bytes(pairs)))
+
+    def write() -> None:
+        with writing(folder.path):
+            write_whole(folder.path / "held_out.safetensors", tensor_bytes(pairs))
+
+    ranks.on_rank_zero(write)
     heads = built.layout.heads
     probes = _Probes(evaluation, folder if as_trained and len(heads) == 1 else None, held_out)
     for name in heads:
@@ -209,12 +224,19 @@ def _score_tokens(evaluation: Evaluation, results: dict[str, Any], controls: Seq
         tag = built.tags[name]
         others["no tag"][name] = tag.with_rows(tag.rows_PD[:0])
         others["untrained tag"][name] = new_tag(built.stage, name, built.backbone, built.data)
+    learned = [built.tags[name] for name in built.stage.learned]
+    told = ", ".join(f"<{tag.name}> ({tag.kind})" for tag in learned)
     for path in controls:
-        library = TagLibrary.load(path, built.backbone.identity)
-        for tag in library.tags.values():
-            mine = [built.tags[name] for name in built.stage.learned if built.tags[name].kind == tag.kind]
-            if mine and tag.name not in built.tags:
-                others[f"<{tag.name}>"] = {one.name: one.with_rows(tag.rows_PD) for one in mine}
+        tags = TagLibrary.load(path, built.backbone.identity).tags.values()
+        mine = {tag.name: [one for one in learned if one.kind == tag.kind] for tag in tags}
+        if not any(mine.values()):
+            raise SharedError(f"--control: {path} has no tag of the kind of {told}. Name another library.")
+        for tag in tags:
+            title = f"<{tag.name}>"
+            if tag.name in built.tags or title in others:
+                title += f" of {path}"
+            if mine[tag.name]:
+                others[title] = {one.name: one.with_rows(tag.rows_PD) for one in mine[tag.name]}
     results["controls"] = {name: nats(with_tags(evaluation, tags)) for name, tags in others.items()}
 
 

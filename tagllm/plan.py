@@ -40,6 +40,7 @@ class Shape(NamedTuple):
     """(O, I) of every linear map of the decoder."""
     others: int
     """Weights of the decoder that are neither maps nor the embedding."""
+    vocabulary: int
     embedding: int
     head: int
     """Weights of the LM head; 0 where it is the embedding."""
@@ -59,7 +60,7 @@ class Shape(NamedTuple):
             config.num_hidden_layers, config.hidden_size, heads, getattr(config, "num_key_value_heads", None) or heads,
             getattr(config, "head_dim", None) or config.hidden_size // heads,
             getattr(config, "intermediate_size", None) or 4 * config.hidden_size,
-            [(m.out_features, m.in_features) for m in maps], others, table.numel(),
+            [(m.out_features, m.in_features) for m in maps], others, table.shape[0], table.numel(),
             0 if head is table else head.numel(), table.dtype, quantize,
         )  # fmt: skip
 
@@ -186,7 +187,7 @@ def estimate(
         "work of one layer": work + 3 * shape.heads * largest.scores * FP32,
         "a map in fp32": FP32 * max(cast, default=0) * rounds,
         "states of chosen layers": FP32 * shape.hidden * layers * at_once,
-        "logits": 3 * min(CHUNK_BYTES, FP32 * largest.labels * (shape.embedding // shape.hidden)),
+        "logits": 3 * min(CHUNK_BYTES, FP32 * largest.labels * shape.vocabulary),
         "remembered prefixes": device if cuda else host,
         "learned rows, moments, buffers": 4 * FP32 * learned + 2 * BUCKET_BYTES,
     }

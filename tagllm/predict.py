@@ -25,6 +25,7 @@ from tagllm.head import pools_known
 from tagllm.model.tagged import TaggedModel
 from tagllm.question import Question, Request
 from tagllm.ranks import Ranks
+from tagllm.rendezvous import in_contact
 from tagllm.template import all_pools, pool_of
 from tagllm.train.engine import gather_on_use, sharding
 
@@ -73,10 +74,11 @@ class Predictor:
         source = SourceConfig(path="-", template=question.template.text, fields=question.fields)
         self.encoder = Encoder(question.template, source, layout, backbone.tokenizer, limit, labelled=False)
         width = max([spec.outputs for spec in heads.values()], default=0)
-        block, num_pools = about.get("mask") == "block", layout.num_pools
+        block = about.get("mask") == "block"
         self.collate = Collator(
-            layout.first_learned_id, (), width, cut_at_function=True, block=block, num_pools=num_pools
-        )
+            layout.first_learned_id, (), width, cut_at_function=True, block=block, num_pools=layout.num_pools,
+            sharded=self.ranks.size > 1,
+        )  # fmt: skip
 
     def predict(self, rows: Sequence[dict[str, Any]]) -> list[list[Any] | str]:
         """The values of the new columns for each row, or why it has none."""
@@ -124,6 +126,7 @@ def predict_file(request: Request, source: Path, output: Path) -> Predicted:
     Raises:
         UserError: unreadable input, a quote that is not closed, a missing or clashing column, unknown tag, damaged
             library, other backbone.
+        LostContact: another rank died, hangs or is cut off.
     """
     writable_kind(output)
     if output.resolve() == source.resolve():
@@ -134,12 +137,17 @@ def predict_file(request: Request, source: Path, output: Path) -> Predicted:
         has_not = f"{source}: there is no column"
         raise UserError(*(f"{has_not} {n!r}, which the template needs. {did_you_mean(n, columns)}" for n in missing))
     _refuse_clash(str(source), columns, new)
-    ranks = None
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        ranks = Ranks.start(EngineConfig().timeout_s)
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return _answered(Predictor(request), source, output, columns)
+    ranks = Ranks.start(EngineConfig().timeout_s)
+    with in_contact(ranks.silent, lambda: f"rank {ranks.rank} predicting {source}"):
         require_same_everywhere(ranks.gather({str(source): sha256_file(source)}))
-    predictor = Predictor(request, ranks)
-    total = failed = 0
+        return _answered(Predictor(request, ranks), source, output, columns)
+
+
+def _answered(predictor: Predictor, source: Path, output: Path, columns: Sequence[str]) -> Predicted:
+    """Writes each row with its answer. All ranks read the same ones, so what is wrong with them is told once."""
+    new, total, failed = [*predictor.columns, ERROR], 0, 0
     with open_writer(output, [*columns, *new]) if predictor.ranks.rank == 0 else nullcontext() as writer:
         for chunk in _chunks(read_rows(source)):
             readable = [row.values for row in chunk if isinstance(row, Row)]

@@ -15,15 +15,9 @@ from typing import Any
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
+from tagllm.errors import LostContact
+
 START_TIMEOUT = timedelta(minutes=10)
-
-
-class LostContact(Exception):
-    """Another rank does not answer any more: it died, hangs, or the network between them is cut."""
-
-    def __init__(self, told: str, stack: list[str]) -> None:
-        self.stack = stack
-        super().__init__(told)
 
 
 @contextmanager

@@ -239,6 +239,12 @@ def _without_effect(config: RunConfig, where: str) -> list[str]:
             f"{where}: evaluation.patience is {patience}, but no source has rows for validation (split.valid is 0 in "
             "all), so nothing would end the run. Set split.valid, or leave patience out."
         )
+    for at, source in enumerate(sources):
+        if "rows_per_group" in source.model_fields_set and not source.group_by:
+            problems.append(
+                f"{where}: data.sources.{at}.rows_per_group is {source.rows_per_group}, but no group_by names the "
+                "column that groups have in common. Set group_by, or leave rows_per_group out."
+            )
     if config.data.mix != "given":
         problems += [
             f"{where}: data.sources.{at}.weight is {source.weight:g}, but data.mix is {config.data.mix}, which looks "

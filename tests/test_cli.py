@@ -251,7 +251,11 @@ def test_text_output_and_composition(run: Run, folder: Path) -> None:
     assert run("train", domain).exit_code == 0
     assert run("eval", "runs/domain", "--control", "runs/domain/last").exit_code == 0
     controls = json.loads((folder / "runs/domain/results.json").read_text())["controls"]
-    assert {"no tag", "untrained tag"} <= controls.keys()
+    assert {"no tag", "untrained tag", "<D> of runs/domain/last"} == controls.keys()
+    assert run("train", config(folder, "other")).exit_code == 0
+    fails(
+        run("eval", "runs/domain", "--control", "runs/other/library"), "--control", "no tag of the kind of <D> (domain)"
+    )
     tags = {"Name": {"kind": "function", "length": 2}}
     file = config(
         folder,

@@ -326,3 +326,10 @@ def test_rows_the_tag_was_trained_on_are_not_scored(
     fails(run("compose", file, *overrides), "cases.seen: its test rows are drawn by", told, "<W> was trained on")
     for good in ("source.split.test=0.05", "split=train"):  # some of those held out; rows that are known to be seen
         assert run("compose", file, f"cases.seen.{good}").exit_code == 0
+
+
+def test_a_split_without_rows_is_told(folder: Path, libraries: list[str]) -> None:
+    source = {"path": str(folder / "rows.csv"), "target": "weight", "split": {"valid": 0}}
+    file = composed(folder, libraries, {"tags": "<SMILES> {smiles} <W>"}, "none", source=source, split="valid")
+    with pytest.raises(UserError, match=r"^cases.none: its valid split has no rows. Ask another"):
+        Composer.open(load_as(ComposeConfig, file)).score("none")

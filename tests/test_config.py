@@ -109,6 +109,11 @@ def test_a_tag_with_the_name_of_a_key() -> None:
         ("tags", {}, "tags is {}; dictionary should have at least 1 item"),
         ("data.sources", [], "data.sources is []; list should have at least 1 item"),
         ("data.sources.0.split.valid", 1, "data.sources.0.split.valid is 1; input should be less than 1."),
+        (
+            "data.sources.0.split",
+            {"valid": 0.5, "test": 0.5},
+            "data.sources.0.split: valid + test is 0.5 + 0.5 = 1; it",
+        ),
         ("data.sources.0.weight", -1, "data.sources.0.weight is -1; input should be greater than 0."),
         ("output", 3, "output is 3; input should be a valid string."),
     ],
@@ -150,6 +155,12 @@ def test_all_mistakes_are_told_at_once(file: Path) -> None:
         ("data.sources.0.fields.smiles.max_tokens=7", "data.sources.0.fields.smiles.max_tokens", 7),
         ("tags.New.length=4", "tags.New.length", 4),
         ("output=runs/a b", "output", "runs/a b"),
+        ("output=runs/a #1", "output", "runs/a #1"),
+        (
+            'data.sources.0.template="# # Input: \\u00e9 {smiles}.\\n# # Output <QED>"',
+            "data.sources.0.template",
+            "# # Input: \u00e9 {smiles}.\n# # Output <QED>",
+        ),
         ("seed=12", "seed", 12),
     ],
 )

@@ -265,6 +265,12 @@ def test_a_weight_that_the_mix_does_not_look_at_is_refused(mix: str) -> None:
     read_stage(tuned({"weight": 1.0}, data={"mix": mix}), "c.yaml")
 
 
+def test_a_size_of_groups_that_nothing_makes_is_refused() -> None:
+    with pytest.raises(UserError, match=r"^c.yaml: data.sources.1.rows_per_group is 4, but .* Set group_by"):
+        read_stage(tuned({"rows_per_group": 4}), "c.yaml")
+    read_stage(tuned({"rows_per_group": 4, "group_by": "x"}), "c.yaml")
+
+
 def test_a_head_must_answer_before_the_output() -> None:
     (told,) = problems({"F": HEAD}, "{x} {output} <F>", target="y")
     assert "<F> stands behind {output}, which is not there yet" in told and "Put the tag before it" in told

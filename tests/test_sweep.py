@@ -106,6 +106,12 @@ def test_a_wrong_value_is_told_before_anything_runs(config: Path) -> None:
     assert not (config.parent / "sweep").exists()
 
 
+def test_settings_that_contradict_each_other_are_told_before_anything_runs(config: Path) -> None:
+    with pytest.raises(UserError, match="remember_gib is 1.0 .* engine.zero_stage is 3") as caught:
+        points_of(config, ["remember_gib=1"], ["engine.zero_stage=0,3"], 3)
+    assert len(caught.value.problems) == 1
+
+
 def finished(sweep: Sweep, point: Point, mse: float, losses: Sequence[float] = (), **other: Any) -> None:
     point.folder.mkdir(parents=True, exist_ok=True)
     scored = {"metrics": {"mse": mse}, "split": "test", "config_digest": sweep.config(point).digest()} | other

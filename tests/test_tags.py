@@ -318,6 +318,8 @@ def test_rows_begin_as_what_the_embedding_gives(tmp_path: Path) -> None:
     rows_PD = new_tag(read_stage(config, "here"), "S", backbone, Data({}, {}, [])).rows_PD
     ids = torch.tensor(backbone.tokenizer("CN", add_special_tokens=False).input_ids)
     torch.testing.assert_close(rows_PD, backbone.model.get_input_embeddings()(ids))
+    enriched = read_stage(config, "here")._replace(loaded={"S": Tag("S", "domain", torch.ones(5, tiny.HIDDEN))})
+    assert len(new_tag(enriched, "S", backbone, Data({}, {}, [])).rows_PD) == 5, "as long as the tag it stands beside"
 
 
 @pytest.mark.parametrize("init", ["mean", "vocabulary", "normal"])

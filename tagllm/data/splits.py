@@ -128,14 +128,9 @@ def split_rows(
         wanted: splits that may not be empty.
 
     Raises:
-        UserError: a key is in two given splits; a split that was asked for has no rows; the shares leave no train.
+        UserError: a key is in two given splits; a split that was asked for has no rows.
     """
     valid, test = source.split.valid, source.split.test
-    if valid + test >= 1:
-        raise UserError(
-            f"{where}: split.valid + split.test is {valid:g} + {test:g} = {valid + test:g}; it must be below 1 so that "
-            "train has rows. Try 0.1 and 0.1."
-        )
     marks = table.select_columns(["_split", "_bad"]).with_format("arrow")[:]
     rows = np.flatnonzero(_strings(marks["_bad"]) == "").astype(np.int64)
     given = _strings(marks["_split"])[rows]

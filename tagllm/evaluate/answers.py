@@ -30,6 +30,7 @@ from tagllm.evaluate.text import (
 )
 from tagllm.files import write_whole
 from tagllm.ranks import Ranks
+from tagllm.run_folder import writing
 from tagllm.template import FIELD, OUTPUT, SPAN, Template
 
 ROWS_OF_MEAN = 1000
@@ -82,7 +83,8 @@ def text_results(built: Built, split: Split, ranks: Ranks, run: Path) -> dict[st
 
 def write_answers(answers: Sequence[Answer], folder: Path) -> None:
     lines = "".join(json.dumps(answer._asdict(), ensure_ascii=False) + "\n" for answer in answers)
-    write_whole(folder / "generated.jsonl", lines.encode())
+    with writing(folder):
+        write_whole(folder / "generated.jsonl", lines.encode())
 
 
 def answers_of(built: Built, template: Template, rows: Sequence[Example], ask: Ask = generate_of) -> list[Answer]:

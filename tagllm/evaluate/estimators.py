@@ -43,6 +43,8 @@ class Problem(NamedTuple):
 
         if len(self.valid.targets_nK) >= ENOUGH_ROWS:
             return self.train, self.valid
+        if len(self.train.targets_nK) < 2:
+            return self.train, self.train
         parts = train_test_split(np.arange(len(self.train.targets_nK)), test_size=share, random_state=0)
         fit, choose = (self.train.some(rows) for rows in parts)
         return fit, choose

@@ -8,6 +8,7 @@ from typing import Any
 
 from tagllm.files import RunLock, json_bytes, read_json, write_whole
 from tagllm.origin import ORIGIN
+from tagllm.run_folder import writing
 
 FOLDER = "baselines"
 COMES_FROM = (*ORIGIN, "lr", "lr_at_edge", "tried", "seeds", "steps", "best_steps", "seconds", "each", "settings")
@@ -40,7 +41,8 @@ def _write_results(run: Path, results: dict[str, Any]) -> None:
                 results.setdefault(part, {}).setdefault(name, {}).update(of_head)
             told = {key: found[key] for key in COMES_FROM if key in found}  # records of before lack some
             results.setdefault("trained_baselines", {})[title_of(found)] = told
-    write_whole(run / "results.json", json_bytes(results))
+    with writing(run):
+        write_whole(run / "results.json", json_bytes(results))
 
 
 def title_of(document: dict[str, Any]) -> str:

@@ -87,7 +87,9 @@ class Sweep(NamedTuple):
         points = self.trials() if self.tuned else self.finals()
         for point in points:
             try:
-                self.config(point)
+                config = self.config(point)
+                if point.seed == points[0].seed:  # the others differ in nothing that is looked at
+                    read_stage(config, str(self.path))
             except UserError as error:
                 name = point.shown.get("variant")
                 problems += [f"{name}: {problem}" if name else problem for problem in error.problems]

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 from tagllm.evaluate.seeds import over_seeds
 from tagllm.files import json_bytes, read_json, write_whole
 from tagllm.origin import ORIGIN, origin
+from tagllm.run_folder import writing
 from tagllm.sweep.points import Sweep, written
 
 
@@ -51,8 +52,9 @@ def write_summary(sweep: Sweep, found: Sequence[Summary]) -> None:
     """OUTPUT/sweep.json, or sweep_KEY.json of one that varies this key."""
     about = {"run": sweep.output.name, "seeds": list(range(sweep.seeds)), "tuned": sweep.tuned and sweep.tuned[0]}
     combinations = [summary._asdict() for summary in found]
-    sweep.output.mkdir(parents=True, exist_ok=True)
-    write_whole(sweep.output / sweep.name, json_bytes({**about, "combinations": combinations, **origin()}))
+    with writing(sweep.output):
+        sweep.output.mkdir(parents=True, exist_ok=True)
+        write_whole(sweep.output / sweep.name, json_bytes({**about, "combinations": combinations, **origin()}))
 
 
 def describe(found: Sequence[Summary]) -> list[str]:

@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from tagllm.config import EngineConfig, OptimConfig
-from tagllm.errors import UserError
+from tagllm.errors import SharedError
 from tagllm.ranks import Ranks
 
 BUCKET_ELEMENTS = 1_000_000  # DeepSpeed's default reserves 1 GB for gradients of a few kilobytes
@@ -44,7 +44,7 @@ def settings(optim: OptimConfig, engine: EngineConfig, ranks: Ranks) -> dict[str
     }
     if engine.deepspeed is None:
         return own
-    theirs = _read_deepspeed(engine.deepspeed)
+    theirs = read_deepspeed(engine.deepspeed)
     _refuse_misspelt(theirs, {*own, *_OURS}, engine.deepspeed)
     found = _merged(own, theirs, engine.deepspeed)
     _require_known(found["zero_optimization"], engine.deepspeed)
@@ -54,7 +54,7 @@ def settings(optim: OptimConfig, engine: EngineConfig, ranks: Ranks) -> dict[str
 def _refuse_misspelt(theirs: dict[str, Any], known: set[str], where: str) -> None:
     meant = {key: difflib.get_close_matches(key, known, n=1, cutoff=0.85) for key in theirs if key not in known}
     if any(meant.values()):
-        raise UserError(
+        raise SharedError(
             *(
                 f"engine.deepspeed: {where} sets {key}, which DeepSpeed passes by; it reads {close[0]}. Mend it, or "
                 "leave it out."
@@ -70,7 +70,7 @@ def _require_known(zero: dict[str, Any], where: str) -> None:
     try:
         DeepSpeedZeroConfig(**zero)
     except ValidationError as error:
-        raise UserError(
+        raise SharedError(
             *(
                 f"engine.deepspeed: {where} sets zero_optimization.{'.'.join(map(str, one['loc']))} to "
                 f"{one['input']!r}; DeepSpeed says: {one['msg']}. Mend it, or leave it out."
@@ -79,13 +79,13 @@ def _require_known(zero: dict[str, Any], where: str) -> None:
         ) from None
 
 
-def _read_deepspeed(path: str) -> dict[str, Any]:
+def read_deepspeed(path: str) -> dict[str, Any]:
     try:
         settings = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"engine.deepspeed: {path} cannot be read as JSON: {error}") from None
+        raise SharedError(f"engine.deepspeed: {path} cannot be read as JSON: {error}") from None
     if not isinstance(settings, dict):
-        raise UserError(f"engine.deepspeed: {path} holds a {type(settings).__name__}; it must be a JSON object.")
+        raise SharedError(f"engine.deepspeed: {path} holds a {type(settings).__name__}; it must be a JSON object.")
     return settings
 
 
@@ -106,7 +106,7 @@ def _merged(own: dict[str, Any], theirs: dict[str, Any], where: str, at: str = "
         elif value != "auto":
             merged[key] = value
     if clashes:
-        raise UserError(*clashes)
+        raise SharedError(*clashes)
     return merged
 
 

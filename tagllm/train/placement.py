@@ -71,7 +71,7 @@ def figures_of(stage: Stage, num_ranks: int) -> tuple[Shape, list[Load], int]:
     except (OSError, ValueError) as error:
         raise UserError(f"backbone.model is {config.backbone.model!r}; its config cannot be read: {error}") from None
     shape = Shape.of(model, config.backbone.quantize)
-    layout = stage.layout(shape.embedding // shape.hidden)
+    layout = stage.layout(shape.vocabulary)
     limit = config.data.max_tokens or longest_prompt(model.config)
     prompts = Prompts(layout, load_tokenizer(config.backbone.model), limit)
     data = tokenise(config.data, stage.templates, prompts, cache_folder(), ("train",))

@@ -9,7 +9,7 @@ from tagllm.data.batch import in_chunks
 from tagllm.data.dataset import Examples
 from tagllm.data.encode import Example
 from tagllm.data.sampler import Groups, Sampler, deal
-from tagllm.errors import UserError
+from tagllm.errors import SharedError
 
 
 class StepRows:
@@ -28,7 +28,7 @@ class StepRows:
         self.rows_per_micro_batch = config.optim.rows_per_micro_batch
         self.sampler = Sampler(sizes, shares[config.data.mix], config.optim.rows_per_step, config.seed, groups)
         if never := [at for at, draws in enumerate(self.sampler.draws) if sizes[at] and not draws]:
-            raise UserError(
+            raise SharedError(
                 f"data.sources.{never[0]}.weight is {given[never[0]].weight:g}, which beside the others is none of the "
                 f"{self.rows_per_epoch} rows of an epoch, so it would never be trained on. Raise it, or leave the "
                 "source out."
