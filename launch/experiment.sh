@@ -3,8 +3,9 @@
 # NAME: qed  descriptor  isoelectric_point  molecular_weight  binding_affinity  drug_combination  synergy_loewe  translate
 # Without a folder, rows are those that were prepared before (or the proteins of Debian's mmseqs2-examples).
 # The tables go to results/NAME/ (report.md, report.json, report.html). What is finished is not done again.
-# SEEDS=3 JOBS=1 TUNE="optim.tag_lr=3e-3,1e-2,3e-2" BASELINES="prompt_tuning lora" ABLATE=1 in the environment change what
-# runs. A method of BASELINES takes the seconds of a run for each seed and half of them for each of three to five rates.
+# SEEDS=3 JOBS=1 TUNE="optim.tag_lr=3e-3,1e-2,3e-2" BASELINES="prompt_tuning lora" ABLATE=1 BACKBONE=FOLDER in the environment
+# change what runs. A method of BASELINES trains for BUDGET_S seconds for each seed, and half of them for each of three to five
+# rates; passes over the rows come on top. Unless given it is as long as a run for qed, where that is asked, else 600.
 set -euo pipefail
 unset CDPATH
 data=${2:+$(realpath -m -- "$2")}
@@ -12,8 +13,15 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 name=${1:?"name an experiment: qed, descriptor, isoelectric_point, molecular_weight, binding_affinity, drug_combination, synergy_loewe, translate"}
 seeds=${SEEDS:-3} jobs=${JOBS:-1} tune=${TUNE:-} ablate=${ABLATE:-} out=${OUT:-results/$name}
-methods=()
-if [[ $name != translate ]]; then read -r -a methods <<<"${BASELINES-prompt_tuning lora}"; fi # those have a head
+backbone=(${BACKBONE:+"backbone.model=$BACKBONE"})
+# Whole proteins make a step and a pass of what has no prefix to remember slow: one method there, one seed, few rows to fit.
+compared="prompt_tuning lora" fit_rows=2000 compared_seeds=$seeds budget_s=${BUDGET_S:-600}
+case $name in
+qed) budget_s=${BUDGET_S:-} fit_rows= ;;
+binding_affinity) compared=prompt_tuning fit_rows=512 compared_seeds=1 ;;
+translate) compared= ;; # has no head
+esac
+read -r -a methods <<<"${BASELINES-$compared}"
 if [[ -x .venv/bin/python ]]; then python=.venv/bin/python; else python=python3; fi
 tagllm() { "$python" -m tagllm "$@"; }
 
@@ -37,24 +45,25 @@ translate) config=3_translate domains=(1_languages) && prepare libreoffice-help 
 *) echo "experiment: $name is none of them; the first lines of $0 name all" >&2 && exit 2 ;;
 esac
 if [[ " ${domains[*]} " == *" 1_protein "* ]]; then prepare mmseqs-proteins "$proteins"; fi
-for domain in "${domains[@]}"; do tagllm train "configs/offline/$domain.yaml"; done
+for domain in "${domains[@]}"; do tagllm train "configs/offline/$domain.yaml" "${backbone[@]}"; done
 
 # Stages 2 and 3: every seed; what is trained on the same rows, in the first one's folder; prompts without training.
 runs=("runs/offline/$config")
-tagllm sweep "configs/offline/$config.yaml" --seeds "$seeds" --jobs "$jobs" ${tune:+--tune "$tune"}
+tagllm sweep "configs/offline/$config.yaml" "${backbone[@]}" --seeds "$seeds" --jobs "$jobs" ${tune:+--tune "$tune"}
 key=${tune%%=*} # what the sweep varies is in the name of what it writes
 folders=$("$python" -c 'import json, sys; print(*json.load(open(sys.argv[1]))["combinations"][0]["folders"], sep="\n")' \
     "${runs[0]}/sweep${key:+_$key}.json")
 mapfile -t of_seeds <<<"$folders"
 if [[ -n $ablate ]]; then tagllm eval "${runs[0]}/${of_seeds[0]}" --ablate; fi # tags taken out, reordered, swapped
 if ((${#methods[@]})); then
-    tagllm baseline "${runs[0]}/${of_seeds[0]}" "${methods[@]/#/--method=}" --seeds "$seeds" --jobs "$jobs"
+    tagllm baseline "${runs[0]}/${of_seeds[0]}" "${methods[@]/#/--method=}" --seeds "$compared_seeds" --jobs "$jobs" \
+        ${fit_rows:+--fit-rows "$fit_rows"} ${budget_s:+--budget-s "$budget_s"}
 fi
 composed=configs/offline/4_$name.yaml prompts=runs/offline/4_$name${key:+_$key}
 if [[ -f $composed ]]; then
     libraries=$(printf 'runs/offline/%s/library, ' "${domains[@]}")
     for run in "${of_seeds[@]}"; do
-        tagllm compose "$composed" "libraries=[$libraries${runs[0]}/$run/library]" "output=$prompts/seed=${run##*seed=}"
+        tagllm compose "$composed" "${backbone[@]}" "libraries=[$libraries${runs[0]}/$run/library]" "output=$prompts/seed=${run##*seed=}"
     done
     runs+=("$prompts")
 fi

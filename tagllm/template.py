@@ -120,7 +120,7 @@ def spans_of(marks: Sequence[int]) -> list[tuple[int, int]]:
 
     Under the block mask the first position of a span is all that its first rows can look at. LLMs need one that means
     nothing there (attention sinks, Xiao et al., ICLR 2024): with a tag trained behind text in its place a kernel on
-    molecules has an error of .40, with a word in front .26 (results/README.md)."""
+    molecules has an error of .40, with a word in front .26 (results/notes.md)."""
     fields = [at for at, mark in enumerate(marks) if mark == SPAN]
     return [(at - 2 if at > 1 and marks[at - 2] == TEXT else at - 1, at) for at in fields]
 

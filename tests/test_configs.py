@@ -179,11 +179,16 @@ def test_an_experiment_without_a_folder_takes_what_was_prepared(folder: str | No
     (tmp_path / "python3").chmod(0o755)
     (tmp_path / "raw").mkdir()
     command = ["bash", script, "binding_affinity", *([folder] if folder else [])]
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    subprocess.run(command, cwd=tmp_path, env=os.environ | {"PATH": path}, timeout=60, check=True)
-    asked = [line for line in (tmp_path / "asked").read_text().splitlines() if line.startswith("-m tagllm prepare")]
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "BACKBONE": "/models/other"}
+    subprocess.run(command, cwd=tmp_path, env=environment, timeout=60, check=True)
+    asked = [line.removeprefix("-m tagllm ") for line in (tmp_path / "asked").read_text().splitlines()]
     given = f" --from {tmp_path / 'raw'}" if folder else ""
-    assert asked == [f"-m tagllm prepare davis{given}", "-m tagllm prepare mmseqs-proteins"]
+    assert [line for line in asked if line.startswith("prepare")] == [
+        f"prepare davis{given}",
+        "prepare mmseqs-proteins",
+    ]
+    of_backbone = [line for line in asked if line.startswith(("train", "sweep", "compose"))]
+    assert len(of_backbone) == 3 and all("backbone.model=/models/other" in line for line in of_backbone)
 
 
 @pytest.mark.skipif(not (ROOT / ".venv" / "installed").exists(), reason="needs the .venv that the quickstart uses")
