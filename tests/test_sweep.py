@@ -22,6 +22,7 @@ from tagllm.data.dataset import split_records
 from tagllm.errors import UserError
 from tagllm.evaluate.seeds import bounds, over_seeds
 from tagllm.sweep.points import Point, Sweep
+from tagllm.sweep.run import run_sweep
 from tagllm.sweep.summary import digits, summaries
 from tagllm.template import parse_template
 from tests import tiny
@@ -108,8 +109,8 @@ def test_a_wrong_value_is_told_before_anything_runs(config: Path) -> None:
 
 def test_settings_that_contradict_each_other_are_told_before_anything_runs(config: Path) -> None:
     with pytest.raises(UserError, match="remember_gib is 1.0 .* engine.zero_stage is 3") as caught:
-        points_of(config, ["remember_gib=1"], ["engine.zero_stage=0,3"], 3)
-    assert len(caught.value.problems) == 1
+        run_sweep(Sweep.of(config, ["remember_gib=1"], ["engine.zero_stage=0,3", "tags.length=1,2"], 3), jobs=1)
+    assert len(caught.value.problems) == 1 and not (config.parent / "sweep").exists()
 
 
 def finished(sweep: Sweep, point: Point, mse: float, losses: Sequence[float] = (), **other: Any) -> None:

@@ -87,9 +87,7 @@ class Sweep(NamedTuple):
         points = self.trials() if self.tuned else self.finals()
         for point in points:
             try:
-                config = self.config(point)
-                if point.seed == points[0].seed:  # the others differ in nothing that is looked at
-                    read_stage(config, str(self.path))
+                self.config(point)
             except UserError as error:
                 name = point.shown.get("variant")
                 problems += [f"{name}: {problem}" if name else problem for problem in error.problems]
@@ -97,6 +95,18 @@ class Sweep(NamedTuple):
             problems.append(
                 f"--variants {variants}, --grid: two of them differ in signs only, and give one folder. Rename."
             )
+        if problems:
+            raise UserError(*dict.fromkeys(problems))
+
+    def require_stages(self) -> None:
+        """Raises UserError with what `train` would say of any run before it loads a weight: once, however many runs."""
+        problems = list[str]()
+        for point in self.trials() if self.tuned else self.finals():
+            if point.seed == 0:  # the others differ in nothing that is looked at
+                try:
+                    read_stage(self.config(point), str(self.path))
+                except UserError as error:
+                    problems += error.problems
         if problems:
             raise UserError(*dict.fromkeys(problems))
 

@@ -14,8 +14,9 @@ def run_sweep(sweep: Sweep, jobs: int) -> None:
     """Trains and scores what is not finished. A trial that fails is no candidate, as long as another one is.
 
     Raises:
-        UserError: what failed, a line for each run.
+        UserError: what failed, a line for each run; or nothing was begun, since some run contradicts itself.
     """
+    sweep.require_stages()
     problems = run_all(sweep, sweep.trials(), jobs)
     for combination in sweep.combinations if problems else ():
         if not sweep.tried(combination):
