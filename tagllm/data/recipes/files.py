@@ -77,10 +77,10 @@ def _peptides(origin: Path | None) -> Iterator[RecipeRow]:
 def _benchmark(recipe: str, origin: Path | None, stem: str) -> Path:
     """A file of a TDC benchmark group. Pickles run code when they are opened, so we open none."""
     if origin is not None and (origin / f"{stem}.pkl").is_file() and not list(origin.glob(f"{stem}.[cp][sa]*")):
+        file = origin / stem
         raise UserError(
-            f"recipe {recipe}: {origin / stem}.pkl is a pickle, which may run any code when opened; rows "
-            "come from csv. If you trust it: "
-            f"python -c \"import pandas as p; p.read_pickle('{stem}.pkl').to_csv('{stem}.csv')\""
+            f"recipe {recipe}: {file}.pkl is a pickle, which may run any code when opened; rows come from csv. If you "
+            f"trust it: python -c \"import pandas as p; p.read_pickle('{file}.pkl').to_csv('{file}.csv')\""
         )
     return file_in(recipe, origin, f"{stem}.csv", f"{stem}.csv.gz", f"{stem}.parquet")
 
