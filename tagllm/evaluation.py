@@ -25,6 +25,7 @@ from tagllm.evaluate.closed_form import FIT_ROWS
 from tagllm.evaluate.features import Features
 from tagllm.evaluate.metrics import intervals, value_metrics
 from tagllm.evaluate.passes import Pass
+from tagllm.evaluate.repeated import note_of, without_repeated
 from tagllm.evaluate.results import write_results
 from tagllm.evaluate.scoring import Evaluation, by_head, nats, score_pass, with_tags
 from tagllm.files import tensor_bytes, write_whole
@@ -99,6 +100,7 @@ def _results(
             results[part] |= {f"{at}{name}": value for name, value in found.pop(part).items()}
         results |= found
     notes = [fields_alone({name: tag.head for name, tag in built.tags.items()}), results.get("note", "")]
+    notes.append(note_of(results.get("without_repeated", {})))
     results |= {"note": " ".join(filter(None, notes))} if any(notes) else {}
     if ablate:
         results["ablations"] = ablations(evaluation)
@@ -137,6 +139,7 @@ def _score_values(evaluation: Evaluation, folder: RunFolder, as_trained: bool, r
             write_whole(folder.path / "held_out.safetensors", tensor_bytes(pairs))
 
     ranks.on_rank_zero(write)
+    results |= ranks.on_rank_zero(lambda: {"without_repeated": without_repeated(built, split, held_out)})
     heads = built.layout.heads
     probes = _Probes(evaluation, folder if as_trained and len(heads) == 1 else None, held_out)
     for name in heads:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import yaml
 
+from tagllm.files import load_tensors
 from tagllm.model.prefix import Piece, PrefixMemory
 from tests.test_cli import Run, config, fails, folder, run
 
@@ -77,3 +78,25 @@ def test_what_training_left_for_probes_is_what_a_pass_would_find(run: Run, folde
             path.unlink(missing_ok=True)
     for probe in ("ridge_last", "ridge_mean", "ridge_both"):
         assert found[0][probe]["mse"] == pytest.approx(found[1][probe]["mse"], rel=1e-4)
+
+
+def test_rows_that_ask_what_a_training_row_asks_are_told_and_scored_without(run: Run, folder: Path) -> None:
+    """Split by name: three molecules of the test rows have two names, one of them in training."""
+    lines = [f"{'C' * (n % 9 + 1)}{'N' * (n % 7)}O,x{n},{n % 13 + n / 60}" for n in range(40)]
+    again = [f"{lines[n].split(',')[0]},y{n},{n + 0.5}" for n in (3, 7, 30)]
+    new = [f"{'N' * (n + 1)}C{'O' * n},z{n},{n % 5}" for n in range(5)]
+    for name, rows in (("known", lines), ("asked", [*again, *new])):
+        (folder / f"{name}.csv").write_text("smiles,name,weight\n" + "\n".join(rows) + "\n")
+    path = {"train": str(folder / "known.csv"), "test": str(folder / "asked.csv")}
+    file = config(folder, "again", data__path=path, data__split={"by": ["name"], "valid": 0})
+    assert run("train", file).exit_code == 0
+    told = run("eval", "runs/again")
+    assert told.exit_code == 0, told.output
+    assert "3 rows ask what a training row asks; without them the tag has mse" in told.stdout
+    results = json.loads((folder / "runs/again/results.json").read_text())
+    found, pairs = results["without_repeated"], load_tensors(folder / "runs/again/held_out.safetensors")
+    new_n1 = (pairs["values_nK"] - pairs["targets_nK"])[3:]
+    assert found["repeated"] == 3 and found["metrics"]["mse"] == pytest.approx(float(new_n1.square().mean()), rel=1e-5)
+    assert found["metrics"]["mse"] != results["metrics"]["mse"] and set(found["intervals"]) <= set(found["metrics"])
+    assert run("train", config(folder, "once")).exit_code == 0
+    assert "ask what a training row asks" not in run("eval", "runs/once").stdout

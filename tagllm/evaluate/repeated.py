@@ -1,0 +1,54 @@
+"""Held-out rows that ask what a training row asks: a split by something else than all fields may leave some, and right
+answers to them may be remembered.
+
+n rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from tagllm.build import Built
+from tagllm.config import Split
+from tagllm.evaluate.metrics import intervals, value_metrics
+from tagllm.evaluate.passes import Pass
+from tagllm.evaluate.scoring import by_head
+
+
+def repeated_rows(built: Built, split: Split) -> NDArray[np.bool_]:
+    """Which rows of a pass over the whole split (n) have, in the same prompt, all fields of a training row."""
+    held_out, train = (_asked(built, part) for part in (split, "train"))
+    known = [set(keys) for keys in train]
+    return np.array([key in seen for keys, seen in zip(held_out, known, strict=True) for key in keys], bool)
+
+
+def without_repeated(built: Built, split: Split, held_out: Pass) -> dict[str, Any]:
+    """How many rows are `repeated`, and `metrics` and `intervals` of the others; empty where none or all are."""
+    again_n = repeated_rows(built, split)
+    if again_n.all() or not again_n.any():
+        return {}
+    nothing = np.full_like(held_out.targets_nK, np.nan)
+    others = held_out._replace(targets_nK=np.where(again_n[:, None], nothing, held_out.targets_nK))
+    return {
+        "repeated": int(again_n.sum()),
+        "metrics": by_head(built, split, others, value_metrics),
+        "intervals": by_head(built, split, others, intervals),
+    }
+
+
+def _asked(built: Built, split: Split) -> list[list[int]]:
+    """A number for what each row of each source asks."""
+    pairs = zip(built.examples(split), built.stage.templates, strict=True)
+    columns = [rows.columns(template.fields).values() or [[""] * len(rows)] for rows, template in pairs]
+    return [[hash(tuple(map(str, values))) for values in zip(*each, strict=True)] for each in columns]
+
+
+def note_of(found: dict[str, Any]) -> str:
+    """For people."""
+    if not found:
+        return ""
+    shown = ", ".join(f"{name} {value:.4g}" for name, value in found["metrics"].items())
+    return f"{found['repeated']:,} rows ask what a training row asks; without them the tag has {shown}."
