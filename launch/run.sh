@@ -1,12 +1,13 @@
 #!/usr/bin/env bash
 # Trains one config with any launcher; the stage scripts, quickstart.sh and slurm/stage.sbatch all end here.
 #   launch/run.sh CONFIG [key=value ...]
+#   COMMAND    train (default); eval RUN and predict RUN INPUT OUTPUT are started over ranks in the same way
 #   LAUNCHER   torchrun (default), deepspeed, or none: this process is one rank, or under srun one of several
 #   RANKS      processes on this machine (default: one per GPU, one without); not for none
 #   torchrun   NNODES (2, or 1:2 to go on with fewer), RDZV_ENDPOINT=HOST:PORT, RDZV_ID and RDZV_CONF for several
 #              machines, LOCAL_ADDR where a machine's name does not lead to it; MAX_RESTARTS (default 0): after a
 #              failure all ranks start again from the newest checkpoint
-#   deepspeed  HOSTFILE for several machines (default: this one only), MASTER_PORT
+#   deepspeed  HOSTFILE for several machines (lines of HOST slots=RANKS; default: this one only), MASTER_PORT
 #   LAUNCHER_ARGS  more arguments for torchrun or deepspeed, split at spaces
 # OMP_NUM_THREADS is set to this machine's cores over RANKS, under srun to --cpus-per-task, unless it is given.
 set -euo pipefail
@@ -17,7 +18,7 @@ if (($# == 0)); then
 fi
 if [[ -x $here/.venv/bin/python ]]; then PATH=$here/.venv/bin:$PATH; fi # ninja lies there too
 export PATH TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
-launcher=${LAUNCHER:-torchrun}
+launcher=${LAUNCHER:-torchrun} command=${COMMAND:-train}
 
 if [[ ${DS_ACCELERATOR:-} == cpu ]]; then export CUDA_VISIBLE_DEVICES=; fi
 read -r gpus cores < <(python -c \
@@ -62,11 +63,13 @@ torchrun)
             --rdzv-conf "${RDZV_CONF:-}" ${LOCAL_ADDR:+--local-addr "$LOCAL_ADDR"})
     fi
     exec torchrun "${where[@]}" --nproc-per-node "$ranks" --max-restarts "${MAX_RESTARTS:-0}" \
-        "${more[@]}" -m tagllm train "$@"
+        "${more[@]}" -m tagllm "$command" "$@"
     ;;
 deepspeed)
     # A hostfile that does not exist keeps the launcher on this machine, even on a cluster that has /job/hostfile.
-    where=(--hostfile "${HOSTFILE:-/dev/null}" --num_accelerators "$ranks")
+    # One that is given says how many ranks each machine has (slots=N), unless RANKS does.
+    where=(--hostfile "${HOSTFILE:-/dev/null}")
+    if [[ -z ${HOSTFILE:-} || -n ${RANKS:-} ]]; then where+=(--num_accelerators "$ranks"); fi
     visible=${CUDA_VISIBLE_DEVICES:-}
     if [[ -n ${HOSTFILE:-} ]]; then
         if [[ -z ${DS_ENV_FILE:-} ]]; then share_environment; fi
@@ -85,7 +88,7 @@ deepspeed)
     fi
     # Not its script, which does not start in a folder whose path has a space.
     exec python -m deepspeed.launcher.runner --quiet "${where[@]}" --master_port "${MASTER_PORT:-$(free_port)}" \
-        --no_local_rank "${more[@]}" --module tagllm train "$@"
+        --no_local_rank "${more[@]}" --module tagllm "$command" "$@"
     ;;
 none)
     if [[ -n ${SLURM_STEP_NUM_TASKS:-} && -z ${RANK:-} ]]; then # a task of srun's; a batch script is one process
@@ -96,7 +99,7 @@ none)
             export MASTER_ADDR
         fi
     fi
-    exec python -m tagllm train "$@"
+    exec python -m tagllm "$command" "$@"
     ;;
 *)
     echo "error: LAUNCHER is '$launcher'; it must be torchrun, deepspeed or none" >&2

@@ -207,7 +207,8 @@ def baseline(
         str, typer.Option(help="Learning rates to choose from on validation: 1e-3,3e-3; one is taken as it is.")
     ] = "",
     budget_s: Annotated[
-        float | None, typer.Option(min=0.001, help="Seconds of steps of one training; else what the run took.")
+        float | None,
+        typer.Option(min=0.001, help="Seconds of steps of one training; else the run's, times its GPUs."),
     ] = None,
     tune_share: Annotated[
         float, typer.Option(min=0.001, max=1, help="Share of --budget-s for each learning rate tried.")

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 
 from tagllm.arrays import Floats
 from tagllm.build import Built, build, loaded_digest, new_tag
@@ -23,17 +22,17 @@ from tagllm.evaluate.class_probes import class_baselines
 from tagllm.evaluate.classical import Table, classical_baselines
 from tagllm.evaluate.closed_form import FIT_ROWS
 from tagllm.evaluate.features import Features
+from tagllm.evaluate.held_out import write_held_out
 from tagllm.evaluate.metrics import intervals, value_metrics
 from tagllm.evaluate.passes import Pass
 from tagllm.evaluate.repeated import note_of, without_repeated
 from tagllm.evaluate.results import write_results
 from tagllm.evaluate.scoring import Evaluation, by_head, nats, score_pass, with_tags
-from tagllm.files import tensor_bytes, write_whole
 from tagllm.head import fields_alone
 from tagllm.origin import origin, peak_memory_gib
 from tagllm.ranks import Ranks
 from tagllm.rendezvous import in_contact
-from tagllm.run_folder import RunFolder, read_config, writing
+from tagllm.run_folder import RunFolder, read_config
 from tagllm.stage import Stage, stage_of_run
 from tagllm.tags import Tag, TagLibrary
 from tagllm.template import behind_one_tag
@@ -132,13 +131,7 @@ def _score_values(evaluation: Evaluation, folder: RunFolder, as_trained: bool, r
     held_out = score_pass(built, ranks, split, probing=True)
     results["metrics"] |= by_head(built, split, held_out, value_metrics)
     results["intervals"] = ranks.on_rank_zero(lambda: by_head(built, split, held_out, intervals))
-    pairs = by_head(built, split, held_out, _pairs)
-
-    def write() -> None:
-        with writing(folder.path):
-            write_whole(folder.path / "held_out.safetensors", tensor_bytes(pairs))
-
-    ranks.on_rank_zero(write)
+    ranks.on_rank_zero(lambda: write_held_out(built, split, held_out, folder.path))
     results |= ranks.on_rank_zero(lambda: {"without_repeated": without_repeated(built, split, held_out)})
     heads = built.layout.heads
     probes = _Probes(evaluation, folder if as_trained and len(heads) == 1 else None, held_out)
@@ -154,10 +147,6 @@ def _score_values(evaluation: Evaluation, folder: RunFolder, as_trained: bool, r
             for method, values in of_methods.items():
                 told = {f"{at}{metric}": value for metric, value in values.items()}
                 results.setdefault(part, {}).setdefault(method, {}).update(told)
-
-
-def _pairs(values_nK: Floats, targets_nK: Floats, classes: bool) -> dict[str, torch.Tensor]:
-    return {"values_nK": torch.tensor(values_nK), "targets_nK": torch.tensor(targets_nK)}
 
 
 class _Probes(NamedTuple):

@@ -1,7 +1,8 @@
 """What stands in a run folder, and that it holds one run only.
 
 config.yaml  origin.json  splits.json  bad_rows.jsonl  metrics.jsonl  tensorboard/  checkpoints/  library/  last/
-probe-train.safetensors  probe-valid.safetensors  results.json  held_out.safetensors  generated.jsonl  baselines/  .lock
+probe-train.safetensors  probe-valid.safetensors  results.json  held_out.safetensors  held_out.csv  generated.jsonl
+baselines/  .lock
 """
 
 from __future__ import annotations

@@ -240,7 +240,7 @@ def _without_effect(config: RunConfig, where: str) -> list[str]:
             "all), so nothing would end the run. Set split.valid, or leave patience out."
         )
     for at, source in enumerate(sources):
-        if "rows_per_group" in source.model_fields_set and not source.group_by:
+        if source.rows_per_group != type(source).model_fields["rows_per_group"].default and not source.group_by:
             problems.append(
                 f"{where}: data.sources.{at}.rows_per_group is {source.rows_per_group}, but no group_by names the "
                 "column that groups have in common. Set group_by, or leave rows_per_group out."

@@ -198,15 +198,13 @@ def is_missing(value: Any) -> bool:
 
 def written(value: Any, config: FieldConfig) -> str:
     """The value of a column as text, empty where there is none. Whole numbers are written alike whatever type their
-    column has: one with a gap holds floats. Truth values are written as in JSON.
+    column has: one with a gap holds floats.
 
     Raises:
         ValueError: `decimals` is given and the value is no finite number.
     """
     if is_missing(value):
         return ""
-    if config.decimals is None and isinstance(value, bool):
-        return str(value).lower()
     if config.decimals is None:
         return str(value).removesuffix(".0") if isinstance(value, float) else str(value)
     number = float(value)

@@ -223,7 +223,10 @@ def test_classification(run: Run, folder: Path) -> None:
     file = config(folder, "classes", tags=tags, data__template="{smiles} is <K>", data__target="kind")
     assert run("train", file).exit_code == 0
     assert run("eval", "runs/classes").exit_code == 0
-    assert "accuracy" in json.loads((folder / "runs/classes/results.json").read_text())["metrics"]
+    accuracy = json.loads((folder / "runs/classes/results.json").read_text())["metrics"]["accuracy"]
+    held_out = list(csv.DictReader((folder / "runs/classes/held_out.csv").open()))
+    assert {row["target"] for row in held_out} == {"a", "b"}
+    assert accuracy == pytest.approx(sum(row["target"] == row["predicted"] for row in held_out) / len(held_out))
     assert run("predict", "runs/classes", folder / "rows.csv", folder / "k.jsonl").exit_code == 0
     rows = [json.loads(line) for line in (folder / "k.jsonl").read_text().splitlines()]
     assert len(rows) == 60 and all(row["K"] in "ab" and 0.5 <= row[f"K_probability_{row['K']}"] <= 1 for row in rows)

@@ -58,7 +58,8 @@ def told(folder: Path, **variables: str) -> list[str]:
         ({}, "--num_accelerators 2"),
         ({"CUDA_VISIBLE_DEVICES": "2,3"}, "--include localhost:2,3"),
         ({"CUDA_VISIBLE_DEVICES": "4,6", "RANKS": "1"}, "--include localhost:4"),
-        ({"CUDA_VISIBLE_DEVICES": "4,6", "HOSTFILE": "hosts"}, "--num_accelerators 2"),
+        ({"CUDA_VISIBLE_DEVICES": "4,6", "HOSTFILE": "hosts", "RANKS": "2"}, "--num_accelerators 2"),
+        ({"HOSTFILE": "hosts"}, ""),  # which has slots=N
         ({"CUDA_VISIBLE_DEVICES": "", "RANKS": "3"}, "--num_accelerators 3"),
         ({"CUDA_VISIBLE_DEVICES": "0,1", "RANKS": "3", "DS_ACCELERATOR": "cpu"}, "--num_accelerators 3"),
     ],
@@ -67,10 +68,23 @@ def told(folder: Path, **variables: str) -> list[str]:
 def test_deepspeed_starts_on_the_gpus_that_are_visible(tmp_path: Path, variables: dict[str, str], where: str) -> None:
     hostfile = variables.get("HOSTFILE", "/dev/null")
     command, _, *_ = told(tmp_path, LAUNCHER="deepspeed", **variables)
-    assert command == (
-        f"-m deepspeed.launcher.runner --quiet --hostfile {hostfile} {where} --master_port 1 --no_local_rank "
-        "--module tagllm train x.yaml"
+    assert (
+        command.split()
+        == (
+            f"-m deepspeed.launcher.runner --quiet --hostfile {hostfile} {where} --master_port 1 --no_local_rank "
+            "--module tagllm train x.yaml"
+        ).split()
     )
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "deepspeed", "none"])
+def test_what_is_trained_over_ranks_is_scored_over_them_too(tmp_path: Path, launcher: str) -> None:
+    """`RANK` and its like are made of srun's variables for any command."""
+    (tmp_path / "programs").mkdir()
+    (tmp_path / "programs" / "torchrun").write_text('#!/bin/sh\necho "$@"\n')
+    (tmp_path / "programs" / "torchrun").chmod(0o755)
+    command, *_ = told(tmp_path, LAUNCHER=launcher, COMMAND="eval", **(TASK if launcher == "none" else {}))
+    assert command.endswith(" tagllm eval x.yaml")
 
 
 def test_without_gpus_to_see_deepspeed_is_told_so(tmp_path: Path) -> None:

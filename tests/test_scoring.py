@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 from pathlib import Path
 
@@ -98,5 +99,11 @@ def test_rows_that_ask_what_a_training_row_asks_are_told_and_scored_without(run:
     new_n1 = (pairs["values_nK"] - pairs["targets_nK"])[3:]
     assert found["repeated"] == 3 and found["metrics"]["mse"] == pytest.approx(float(new_n1.square().mean()), rel=1e-5)
     assert found["metrics"]["mse"] != results["metrics"]["mse"] and set(found["intervals"]) <= set(found["metrics"])
+    with (folder / "runs/again/held_out.csv").open(newline="") as stream:
+        rows = list(csv.DictReader(stream))
+    assert [row["row"] for row in rows] == [f"{folder / 'asked.csv'}, line {n + 2}" for n in range(8)]
+    assert [float(row["target"]) for row in rows] == [float(line.split(",")[2]) for line in (*again, *new)]
+    predicted = [float(row["predicted"]) for row in rows]
+    assert predicted == pytest.approx(pairs["values_nK"][:, 0].tolist(), rel=1e-6)
     assert run("train", config(folder, "once")).exit_code == 0
     assert "ask what a training row asks" not in run("eval", "runs/once").stdout

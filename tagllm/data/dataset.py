@@ -21,7 +21,7 @@ from tagllm.errors import UserError
 from tagllm.files import appearing, write_whole
 from tagllm.template import Template
 
-FORMAT = 7
+FORMAT = 6
 CHUNK_ROWS = 1000
 _LISTED_ERRORS = 5
 
@@ -60,6 +60,10 @@ class Examples:
     def row_numbers(self) -> list[int]:
         """Which row of the source each example is."""
         return list(self._table["row"][:])
+
+    def origins(self) -> list[str]:
+        """File and line of each example."""
+        return list(self._table["origin"][:])
 
     def columns(self, names: Sequence[str], limit: int | None = None) -> dict[str, list[Any]]:
         """The values of all rows, or of the first ones, as they stand in the data."""

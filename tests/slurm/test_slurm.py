@@ -100,3 +100,15 @@ def test_starts_without_progress_are_capped(cluster: Cluster) -> None:
     said = log.read_text()
     assert said.count("back into the queue") == 1
     assert "stopped 2 times in a row before one step was done; not queued again" in said
+
+
+def test_a_cancelled_job_stays_away(cluster: Cluster) -> None:
+    """Its ranks save as for any other end, and nobody queues it again."""
+    job = cluster.run("sbatch", "--parsable", *TWO_NODES, *STAGE, config(cluster, "cancelled", 4000)).strip()
+    log = cluster.folder / "cancelled" / "metrics.jsonl"
+    cluster.wait_until(lambda: log.exists() and "train/loss" in log.read_text())
+    cluster.run("scancel", job)
+    cluster.wait_until(lambda: not cluster.run("squeue", "--noheader", f"--jobs={job}", check=False).strip())
+    said = (cluster.folder / f"tagllm-{job}.log").read_text()
+    assert "the state is saved" in said and "cancelled; not queued again" in said
+    assert cluster.state(job) == "CANCELLED"
