@@ -38,6 +38,7 @@ from tagllm.evaluate.text import Scores, no_spbleu
 from tagllm.files import cache_folder, json_bytes, read_json, sha256_file, write_durably, write_whole
 from tagllm.model.backbone import Backbone, as_trained
 from tagllm.origin import origin
+from tagllm.question import fields_as_trained
 from tagllm.ranks import Ranks
 from tagllm.run_folder import writing
 from tagllm.stage import stage_of_run
@@ -176,10 +177,10 @@ class Composer(NamedTuple):
         heads = [n for n in used if tags[n].head is not None]
         known = case.source.model_dump() | {"template": text, "target": case.source.target if heads else []}
         known["split"] |= {"by": self._key(case)}
-        trained = [tags[n].about for kind in ("domain", "function") for n in self._first(case, kind)]
-        fields = {n: field for about in trained for n, field in about.get("fields", {}).items()} | known["fields"]
+        trained = [tags[n] for kind in ("domain", "function") for n in self._first(case, kind)]
+        fields = fields_as_trained(trained, self.library.kinds) | known["fields"]
         known["fields"] = {n: field for n, field in fields.items() if n in (*template.fields, "output")}
-        max_tokens = next((limit for about in trained[::-1] if (limit := about.get("max_tokens"))), None)
+        max_tokens = next((limit for tag in trained[::-1] if (limit := tag.about.get("max_tokens"))), None)
         config = RunConfig.model_construct(
             output=self.config.output, backbone=self.config.backbone, evaluation=self.config.evaluation,
             mask=tags[heads[0]].about.get("mask", "causal") if heads else "causal",

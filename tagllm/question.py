@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -54,8 +54,8 @@ class Question(NamedTuple):
         if name not in tags:
             raise UserError(f"template: it has no <{name}>. Add it, or choose another tag with --tag.")
         _refuse_heads(name, template, tags, kinds)
-        fields = {n: field for tag in tags.values() for n, field in tag.about.get("fields", {}).items()}
-        fields = _renamed(fields | about.get("fields", {}), about.get("template"), template, kinds)
+        fields = fields_as_trained([*(tag for tag in tags.values() if tag.name != name), tags[name]], kinds)
+        fields = _renamed(fields, about.get("template"), template, kinds)
         # older tags do not say how long their answers were
         most = request.max_new_tokens or about.get("max_new_tokens", EvaluationConfig().max_new_tokens)
         backbone = request.backbone or BackboneConfig(model=library.backbone.name)
@@ -79,6 +79,16 @@ class Question(NamedTuple):
         if self.spec.classes:
             return [self.tag, *(f"{self.tag}_probability_{name}" for name in self.spec.classes)]
         return [self.tag] if self.spec.outputs == 1 else [f"{self.tag}_{k + 1}" for k in range(self.spec.outputs)]
+
+
+def fields_as_trained(tags: Iterable[Tag], kinds: Mapping[str, str]) -> dict[str, Any]:
+    """Settings of fields, by name, that these tags were trained with: of several tags the last one counts, also where
+    it had the field in its prompt as it stands in the data, without a setting."""
+    fields: dict[str, Any] = {}
+    for tag in tags:
+        own = {name for template in trained_with(tag, kinds).values() for name in template.fields}
+        fields = {name: field for name, field in fields.items() if name not in own} | tag.about.get("fields", {})
+    return fields
 
 
 def _refuse_heads(name: str, template: Template, tags: Mapping[str, Tag], kinds: Mapping[str, str]) -> None:

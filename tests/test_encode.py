@@ -301,3 +301,10 @@ def test_a_sequence_that_is_broken_into_lines_is_spaced_alike(tokenizer: Any) ->
     of = encoder(tokenizer, "{sequence} <Name> {output}", fields={"sequence": {"characters": "spaced"}})
     whole, broken = of.encode([{"sequence": text, "output": "a"} for text in ("MKVLLA", " MKV\nLL A")])
     assert isinstance(whole, Example) and isinstance(broken, Example) and whole.ids.tolist() == broken.ids.tolist()
+
+
+def test_a_value_that_spells_a_special_token_is_text(tokenizer: Any) -> None:
+    """In the template it may be meant, as in the prompts of chat models."""
+    row = one(encoder(tokenizer, "\\</s> {a} is <Name> {output}"), a="C</s>C", output="x</s>")
+    assert (row.ids == tokenizer.eos_token_id).sum() == 2, "that of the template, and the end"
+    assert row.ids[-1] == tokenizer.eos_token_id and row.ids[0] == tokenizer.eos_token_id

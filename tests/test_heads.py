@@ -219,3 +219,21 @@ def test_probes_of_a_head_are_fitted_on_as_many_of_its_rows_as_the_head(
     assert run("eval", "runs/probes").exit_code == 0
     results = json.loads((folder / "runs/probes/results.json").read_text())
     assert {name: results[f"{name}/probe_rows"] for name in tags} == dict.fromkeys(tags, 12)
+
+
+def test_rows_without_the_function_tag_stand_beside_those_of_a_head(run: Run, folder: Path) -> None:
+    """Probes read the state before the tag, and these rows have none; some batches hold no other."""
+    tags = {"D": {"length": 2}, "W": {"kind": "function", "length": 2, "head": {"reads": "both"}}}
+    file = config(folder, "unlabelled", tags=tags, loss={"span": 0.1, "value": 1.0})
+    values = yaml.safe_load(file.read_text())
+    source = {"path": str(folder / "rows.csv"), "split": {"by": "smiles"}}
+    values["data"]["sources"] = [
+        {**source, "template": "<D> {smiles} weighs <W>", "target": "weight"}, {**source, "template": "so <D> {name}"},
+    ]  # fmt: skip
+    values["evaluation"] |= {"rows_per_batch": 2}
+    file.write_text(yaml.safe_dump(values))
+    assert run("train", file).exit_code == 0
+    told = run("eval", "runs/unlabelled")
+    assert told.exit_code == 0, told.output
+    metrics = json.loads((folder / "runs/unlabelled/results.json").read_text())["metrics"]
+    assert {"mse", "span_nats"} <= set(metrics)

@@ -149,3 +149,14 @@ def test_intervals_of_every_metric_are_those_of_draws_one_by_one(monkeypatch: py
     in_parts = intervals(values, targets, classes=False)
     assert in_parts.keys() == told.keys()
     assert in_parts["mse"] == pytest.approx(told["mse"], rel=0.1)
+
+
+def test_an_answer_that_is_no_number_is_not_drawn_away() -> None:
+    """Draws that miss it would show a good metric where it has none."""
+    targets = np.random.default_rng(0).normal(size=(50, 1)).astype(np.float32)
+    values = targets + np.float32(0.5)
+    values[7] = np.inf
+    assert value_metrics(values, targets, classes=False)["mse"] == np.inf
+    assert intervals(values, targets, classes=False)["mse"][1] == np.inf
+    values[7] = NAN
+    assert np.isnan(value_metrics(values, targets, classes=False)["pearson"])

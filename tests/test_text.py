@@ -85,6 +85,8 @@ def test_numbers_in_text() -> None:
     ]  # fmt: skip
     units = ("7.5kcal", "0.71C", "1.2e", "6nM", "1.5.2", "3.", ".5", "2.5e-3 mol")
     assert [number_in(text) for text in units] == [7.5, 0.71, 1.2, None, 1.5, 3.0, 0.5, 0.0025]
+    commas = ("12.34,5", "0.53,0.61", "0,553", "0,5", "1,234.5", "-12,345")
+    assert [number_in(text) for text in commas] == [None, None, None, None, 1234.5, -12345.0]
     assert all_numbers(["0.5", "-3"]) and not all_numbers(["0.5", "x"]) and not all_numbers([])
     found = number_scores(["0.5", "no idea", "1.5"], [0.5, 1.0, 1.5], fallbacks=[9.0, 1.0, 9.0])
     assert found.metrics["mse"] == 0 and found.metrics["unparsable"] == pytest.approx(1 / 3)

@@ -13,6 +13,7 @@ import pytest
 from tagllm import predict
 from tagllm.data.readers import Row, read_rows
 from tagllm.data.writers import open_writer
+from tagllm.errors import UserError
 from tests.test_cli import Run, config, folder, run
 
 __all__ = ["folder", "run"]  # fixtures
@@ -75,3 +76,17 @@ def test_predictions_of_uneven_objects_are_written(suffix: str, tmp_path: Path, 
     assert list(first) == ["smiles", "id", "W", "tagllm_error", "note"]
     assert (first["id"], second["id"], second["note"]) == ("1", "two", "z")
     assert float(first["W"]) != float(second["W"]) and not first["note"] and not first["tagllm_error"]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "tsv"])
+def test_a_value_that_holds_an_end_of_line_is_one_value(suffix: str, tmp_path: Path) -> None:
+    rows = [{"a": "x\ry", "b": "1"}, {"a": "x\nz", "b": "2"}, {"a": "plain", "b": "3"}]
+    assert written(tmp_path / f"ends.{suffix}", rows, ["a", "b"]) == rows
+
+
+def test_parquet_is_not_packed_again(tmp_path: Path) -> None:
+    with (
+        pytest.raises(UserError, match=r"x.parquet.gz: cannot be written: .* Leave .gz out"),
+        open_writer(tmp_path / "x.parquet.gz", ["a"]),
+    ):
+        pass

@@ -43,7 +43,8 @@ class Collator(NamedTuple):
         """The first position needed in the live part: the first learned row, the first labelled position, or where the
         head reads."""
         if self.cut_at_function:
-            return min([example.function_at, *[example.read_at] * (example.read_at >= 0)])
+            last = example.read_at if example.read_at >= 0 else len(example.ids) - 1
+            return min(example.function_at, last)
         if not self.frozen_prefix:
             return 0
         learned = np.flatnonzero(example.ids >= self.first_learned_id)

@@ -21,7 +21,7 @@ from tagllm.errors import UserError
 from tagllm.files import appearing, write_whole
 from tagllm.template import Template
 
-FORMAT = 6
+FORMAT = 7
 CHUNK_ROWS = 1000
 _LISTED_ERRORS = 5
 

@@ -149,7 +149,7 @@ class Encoder:
         self.template, self.labelled = template._replace(parts=parts), labelled
         self.marks = marks_of(self.template, layout.kinds)
         self.pools = pools_of(self.template, layout.kinds, pool_of(layout.heads.values()))
-        self.fixed = {part.value: self._tokens([part.value])[0] for part in parts if part.kind == "text"}
+        self.fixed = {part.value: self._tokens([part.value], literal=False)[0] for part in parts if part.kind == "text"}
         functions = [i for i, p in enumerate(parts) if p.kind == "tag" and layout.kinds[p.value] == "function"]
         self.function_part = functions[-1] if functions else None
         owner = next((parts[i].value for i in reversed(functions) if parts[i].value in layout.heads), None)
@@ -165,8 +165,12 @@ class Encoder:
         ends_with_output = bool(parts) and parts[-1].kind == "field" and parts[-1].value == "output"
         self.eos = [tokenizer.eos_token_id] if ends_with_output else []
 
-    def _tokens(self, texts: Sequence[str]) -> list[list[int]]:
-        ids: list[list[int]] = self.tokenizer(list(texts), add_special_tokens=False).input_ids if texts else []
+    def _tokens(self, texts: Sequence[str], literal: bool) -> list[list[int]]:
+        """Of fixed text, where `</s>` may be meant, or of `literal` values, where it is a word of the data."""
+        if not texts:
+            return []
+        found = self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=literal)
+        ids: list[list[int]] = found.input_ids
         return ids
 
     def encode(self, rows: Sequence[Mapping[str, Any]]) -> list[Example | Unusable]:
@@ -177,7 +181,7 @@ class Encoder:
             if part.kind == "field" and part not in columns:  # the same column twice may differ in white space
                 config = self.source.fields.get(part.value, FieldConfig())
                 texts = [self._text(row, part.value, config, reasons, i) for i, row in enumerate(rows)]
-                columns[part] = self._tokens([field_text(text, part, config) for text in texts])
+                columns[part] = self._tokens([field_text(text, part, config) for text in texts], literal=True)
         results: list[Example | Unusable] = []
         for i, row in enumerate(rows):
             target = self._target(row, reasons, i)

@@ -23,9 +23,12 @@ class Writer:
     def __init__(self, stream: IO[Any], kind: str, columns: Sequence[str], spool: IO[str]) -> None:
         self._stream, self._kind, self._columns = stream, kind, dict.fromkeys(columns)
         self._lines = stream if kind == "jsonl" else spool  # all columns are known behind the last row
+        self._quoting: Any = csv.QUOTE_MINIMAL
 
     def write(self, row: Mapping[str, Any]) -> None:
         self._columns.update(dict.fromkeys(row))
+        if any(isinstance(value, str) and "\r" in value for value in row.values()):
+            self._quoting = csv.QUOTE_ALL  # before Python 3.13 it would else stand without quotes, and end a line
         self._lines.write(json.dumps(dict(row), ensure_ascii=False) + "\n")
 
     def close(self) -> None:
@@ -37,7 +40,9 @@ class Writer:
             _write_parquet(list(rows), list(self._columns), self._stream)
         else:
             delimiter = "," if self._kind == "csv" else "\t"
-            table = csv.DictWriter(self._stream, list(self._columns), delimiter=delimiter, lineterminator="\n")
+            table = csv.DictWriter(
+                self._stream, list(self._columns), delimiter=delimiter, lineterminator="\n", quoting=self._quoting
+            )
             table.writeheader()
             table.writerows(rows)
 
@@ -64,6 +69,8 @@ def _array(values: list[Any]) -> Any:
 def writable_kind(path: Path) -> str:
     """Raises UserError for a suffix that cannot be written."""
     kind = Path(path.name.lower().removesuffix(".gz")).suffix[1:]
+    if kind == "parquet" and path.name.lower().endswith(".gz"):
+        raise UserError(f"{path}: cannot be written: parquet is packed by itself. Leave .gz out.")
     if kind not in KINDS:
         raise UserError(f"{path}: cannot be written: suffix {path.suffix!r}; known are {', '.join(KINDS)}. Rename it.")
     return kind

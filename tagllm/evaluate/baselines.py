@@ -35,7 +35,7 @@ def value_baselines(
     function tag (`ridge_last`), averaged over the fields (`ridge_mean`), or both side by side; where the head may have
     a kernel, so may they (`kernel_last`, ...). What has to be chosen is chosen on the validation rows. The means are
     those that the run's heads read."""
-    mean_1K = train.targets_nK.mean(axis=0, keepdims=True)
+    mean_1K = train.targets_nK.mean(axis=0, keepdims=True, dtype=np.float64).astype(np.float32)
     found = {"predict_mean": np.repeat(mean_1K, len(held_out.targets_nK), axis=0)}
     probes = [("ridge", HeadConfig()), *([("kernel", head)] if head.kernel == "anova" else [])]
     read = {"outputs": mean_1K.shape[1], "layers": list(layout.layers), "lengths": layout.reads_lengths}
@@ -48,6 +48,6 @@ def value_baselines(
 
 
 def _blank(spec: HeadConfig, pools: tuple[int, ...], train: Features) -> Head:
-    mean_K, std_K = train.targets_nK.mean(axis=0), train.targets_nK.std(axis=0)
+    mean_K, std_K = (of(train.targets_nK, axis=0, dtype=np.float64).astype(np.float32) for of in (np.mean, np.std))
     head = Head.new(spec, train.last_nD.shape[1], pools)
     return replace(head, mean_K=torch.from_numpy(mean_K), std_K=torch.from_numpy(std_K).clamp(min=1e-12))

@@ -65,16 +65,16 @@ def field_of(train: Columns, valid: Columns, held_out: Columns) -> Field:
     """Of values that hardly recur and are neither molecules nor sequences, numbers are taken as numbers and the rest as
     text, which is letters and runs of them like a sequence."""
     lengths = [len(columns[0]) for columns in (train, valid, held_out)]
-    values_nC = np.concatenate([np.array(columns, dtype=object).astype(str).T for columns in (train, valid, held_out)])
-    distinct, at = np.unique(values_nC, return_inverse=True)
-    kind = kind_of(list(distinct))
-    if kind == "category" and len(distinct) > values_nC.size / 2:
+    together = [[value for columns in parts for value in columns] for parts in zip(train, valid, held_out, strict=True)]
+    distinct = sorted({value for column in together for value in column})
+    number_of = {value: number for number, value in enumerate(distinct)}
+    at_nC = np.array([[number_of[value] for value in column] for column in together], np.intp).T
+    kind = kind_of(distinct)
+    if kind == "category" and len(distinct) > at_nC.size / 2:
         kind = "number" if all(map(is_number, distinct)) else "sequence"
-    bits_UF = _bits(list(distinct), kind)
-    features_UF = _features(list(distinct), kind, bits_UF)
-    return Field(
-        kind, list(distinct), bits_UF, features_UF, *np.split(at.reshape(values_nC.shape), np.cumsum(lengths)[:-1])
-    )
+    bits_UF = _bits(distinct, kind)
+    features_UF = _features(distinct, kind, bits_UF)
+    return Field(kind, distinct, bits_UF, features_UF, *np.split(at_nC, np.cumsum(lengths)[:-1]))
 
 
 def is_number(text: str) -> bool:

@@ -5,6 +5,8 @@ n rows, K outputs, R draws of m rows each.
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -50,8 +52,16 @@ def intervals(values_nK: Floats, targets_nK: Floats, classes: bool) -> dict[str,
             parts.append(_regression(values_nK, targets_nK, draws_Rm))
     names = dict.fromkeys(name for part in parts for name in part)
     found = {name: np.concatenate([part[name] for part in parts if name in part]) for name in names}
-    found = {name: of_draws[np.isfinite(of_draws)] for name, of_draws in found.items()}
-    return {name: (float(np.quantile(v, 0.025)), float(np.quantile(v, 0.975))) for name, v in found.items() if len(v)}
+    if "r2" in found:
+        found["r2"] = found["r2"][~np.isnan(found["r2"])]
+    return {name: _between(of_draws) for name, of_draws in found.items() if len(of_draws)}
+
+
+def _between(of_draws: Doubles) -> tuple[float, float]:
+    """Where 95 % of the draws are; infinite ones are draws too, but there is nothing between two of them."""
+    method: Literal["linear", "nearest"] = "linear" if np.isfinite(of_draws).all() else "nearest"
+    low, high = np.quantile(of_draws, [0.025, 0.975], method=method)
+    return float(low), float(high)
 
 
 def _regression(values_nK: Floats, targets_nK: Floats, draws_Rm: NDArray[np.intp]) -> dict[str, Doubles]:
@@ -83,11 +93,12 @@ def _of_columns(values_mR: Doubles, targets_mR: Doubles) -> dict[str, Doubles]:
 
 
 def _correlation(values_mR: Doubles, targets_mR: Doubles) -> Doubles:
-    """Pearson's; 0 where either is constant."""
+    """Pearson's; 0 where either is constant, NaN where one is not finite."""
     from torchmetrics.functional import pearson_corrcoef
 
-    varied = (values_mR.std(axis=0) > 1e-12) & (targets_mR.std(axis=0) > 1e-12)
-    found_R = np.zeros(len(varied))
+    with np.errstate(invalid="ignore"):
+        varied = (values_mR.std(axis=0) > 1e-12) & (targets_mR.std(axis=0) > 1e-12)
+    found_R = np.where(np.isfinite(values_mR).all(axis=0), 0.0, np.nan)
     if varied.any():
         pair = (torch.from_numpy(x[:, varied]) for x in (values_mR, targets_mR))
         found_R[varied] = np.atleast_1d(pearson_corrcoef(*pair).numpy())

@@ -24,10 +24,10 @@ _COMET_APART = (
     "Its releases want transformers before 5, so it cannot stand beside tagllm: leave the key out, and score "
     "generated.jsonl (prompt, given, reference, generated) in an environment of its own."
 )
-_NUMBER = re.compile(r"[-+]?(\d*\.\d+([eE][-+]?\d+)?|\d+\.?([eE][-+]?\d+)?(?![\w.]*\w))(?!,\d)")
+_NUMBER = re.compile(r"[-+]?(\d*+\.\d++([eE][-+]?\d++)?+|\d++\.?+([eE][-+]?\d++)?+(?![\w.]*\w))(?!,\d)")
 """A unit may stand right behind a decimal point's digits (7.5kcal); behind others it may be a word (7th). A comma and
 digits behind it make it another number."""
-_THOUSANDS = re.compile(r"(?<![\d.,])\d{1,3}(,\d{3})+(?![\d,])")
+_THOUSANDS = re.compile(r"(?<![\d.,])[1-9]\d{0,2}(,\d{3})+(?![\d,])")
 _LARGEST = float(np.finfo(np.float32).max)
 
 
