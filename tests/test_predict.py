@@ -129,15 +129,15 @@ def test_a_field_is_asked_as_the_function_tag_had_it_and_not_as_a_domain_tag(run
     """Stage 1 saw no more than a token of each molecule, the head all of it."""
     short = {"smiles": {"max_tokens": 1}}
     domain = config(
-        folder, "short", tags={"D": {"length": 2}}, data__template="<D> {smiles}", data__target=[], data__fields=short
+        folder, "beginning", tags={"D": {"length": 2}}, data__template="<D> {smiles}", data__target=[], data__fields=short
     )
     assert run("train", domain).exit_code == 0
-    tags = {"D": {"load": "runs/short/library"}, "W": {"kind": "function", "length": 2, "head": {"reads": "both"}}}
-    assert run("train", config(folder, "long", tags=tags, data__template="<D> {smiles} weighs <W>")).exit_code == 0
-    assert run("eval", "runs/long").exit_code == 0
-    assert run("predict", "runs/long", folder / "rows.csv", folder / "long.csv").exit_code == 0
-    predicted = {f"line {n + 2}": float(row["W"]) for n, row in enumerate(rows_of(folder / "long.csv"))}
+    tags = {"D": {"load": "runs/beginning/library"}, "W": {"kind": "function", "length": 2, "head": {"reads": "both"}}}
+    assert run("train", config(folder, "entire", tags=tags, data__template="<D> {smiles} weighs <W>")).exit_code == 0
+    assert run("eval", "runs/entire").exit_code == 0
+    assert run("predict", "runs/entire", folder / "rows.csv", folder / "entire.csv").exit_code == 0
+    predicted = {f"line {n + 2}": float(row["W"]) for n, row in enumerate(rows_of(folder / "entire.csv"))}
     held_out = {
-        row["row"].split(", ")[1]: float(row["predicted"]) for row in rows_of(folder / "runs/long/held_out.csv")
+        row["row"].split(", ")[1]: float(row["predicted"]) for row in rows_of(folder / "runs/entire/held_out.csv")
     }
     assert len(held_out) > 2 and {line: predicted[line] for line in held_out} == pytest.approx(held_out, rel=1e-4)
