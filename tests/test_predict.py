@@ -129,7 +129,12 @@ def test_a_field_is_asked_as_the_function_tag_had_it_and_not_as_a_domain_tag(run
     """Stage 1 saw no more than a token of each molecule, the head all of it."""
     short = {"smiles": {"max_tokens": 1}}
     domain = config(
-        folder, "beginning", tags={"D": {"length": 2}}, data__template="<D> {smiles}", data__target=[], data__fields=short
+        folder,
+        "beginning",
+        tags={"D": {"length": 2}},
+        data__template="<D> {smiles}",
+        data__fields=short,
+        data__target=[],
     )
     assert run("train", domain).exit_code == 0
     tags = {"D": {"load": "runs/beginning/library"}, "W": {"kind": "function", "length": 2, "head": {"reads": "both"}}}
