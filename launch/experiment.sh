@@ -5,23 +5,25 @@
 # The tables go to results/NAME/ (report.md, report.json, report.html). What is finished is not done again.
 # SEEDS=3 JOBS=1 TUNE="optim.tag_lr=3e-3,1e-2,3e-2" BASELINES="prompt_tuning lora" ABLATE=1 BACKBONE=FOLDER in the environment
 # change what runs. A method of BASELINES trains for BUDGET_S seconds for each seed, and half of them for each of three to five
-# rates; passes over the rows come on top. Unless given it is as long as a run for qed, where that is asked, else 600.
+# rates; passes over the rows come on top. Unless given it is as long as a run for qed, where that is asked, else 600; its heads are
+# fitted on FIT_ROWS rows: for qed all, else 2000. With whole proteins (binding_affinity): prompt tuning, one seed, 512 rows.
 set -euo pipefail
 unset CDPATH
 data=${2:+$(realpath -m -- "$2")}
+if [[ -d ${BACKBONE:-} ]]; then BACKBONE=$(realpath -- "$BACKBONE"); fi
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 name=${1:?"name an experiment: qed, descriptor, isoelectric_point, molecular_weight, binding_affinity, drug_combination, synergy_loewe, translate"}
 seeds=${SEEDS:-3} jobs=${JOBS:-1} tune=${TUNE:-} ablate=${ABLATE:-} out=${OUT:-results/$name}
 backbone=(${BACKBONE:+"backbone.model=$BACKBONE"})
 # Whole proteins make a step and a pass of what has no prefix to remember slow: one method there, one seed, few rows to fit.
-compared="prompt_tuning lora" fit_rows=2000 compared_seeds=$seeds budget_s=${BUDGET_S:-600}
+compared=${BASELINES-prompt_tuning lora} fit_rows=${FIT_ROWS:-2000} compared_seeds=$seeds budget_s=${BUDGET_S:-600}
 case $name in
-qed) budget_s=${BUDGET_S:-} fit_rows= ;;
-binding_affinity) compared=prompt_tuning fit_rows=512 compared_seeds=1 ;;
+qed) budget_s=${BUDGET_S:-} fit_rows=${FIT_ROWS:-} ;;
+binding_affinity) compared=${BASELINES-prompt_tuning} fit_rows=${FIT_ROWS:-512} compared_seeds=1 ;;
 translate) compared= ;; # has no head
 esac
-read -r -a methods <<<"${BASELINES-$compared}"
+read -r -a methods <<<"$compared"
 if [[ -x .venv/bin/python ]]; then python=.venv/bin/python; else python=python3; fi
 tagllm() { "$python" -m tagllm "$@"; }
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains one config with any launcher; the stage scripts, quickstart.sh and slurm/stage.sbatch all end here.
 #   launch/run.sh CONFIG [key=value ...]
-#   COMMAND    train (default); eval RUN and predict RUN INPUT OUTPUT are started over ranks in the same way
+#   TAGLLM_COMMAND  train (default); eval RUN and predict RUN INPUT OUTPUT are started over ranks in the same way
 #   LAUNCHER   torchrun (default), deepspeed, or none: this process is one rank, or under srun one of several
 #   RANKS      processes on this machine (default: one per GPU, one without); not for none
 #   torchrun   NNODES (2, or 1:2 to go on with fewer), RDZV_ENDPOINT=HOST:PORT, RDZV_ID and RDZV_CONF for several
@@ -18,13 +18,15 @@ if (($# == 0)); then
 fi
 if [[ -x $here/.venv/bin/python ]]; then PATH=$here/.venv/bin:$PATH; fi # ninja lies there too
 export PATH TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
-launcher=${LAUNCHER:-torchrun} command=${COMMAND:-train}
+launcher=${LAUNCHER:-torchrun} command=${TAGLLM_COMMAND:-train}
 
 if [[ ${DS_ACCELERATOR:-} == cpu ]]; then export CUDA_VISIBLE_DEVICES=; fi
 read -r gpus cores < <(python -c \
     'import os, torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0, len(os.sched_getaffinity(0)))')
 if ((gpus == 0)) && [[ -z ${HOSTFILE:-} ]]; then export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}; fi
-ranks=${RANKS:-$((gpus > 0 ? gpus : 1))}
+slots=
+if [[ -n ${HOSTFILE:-} ]]; then slots=$(grep -os 'slots=[0-9]*' "$HOSTFILE" | cut -d = -f 2 | sort -n | tail -n 1) || true; fi
+ranks=${RANKS:-${slots:-$((gpus > 0 ? gpus : 1))}}
 tasks=${SLURM_TASKS_PER_NODE:-1} # as in 2(x3),1
 if [[ $launcher == none ]]; then
     ranks=1 # but for tasks of srun's

@@ -17,7 +17,7 @@ from tagllm.data.collate import Collator
 from tagllm.data.dataset import Data, Examples, Prompts, tokenise, tokenizer_digest
 from tagllm.data.encode import Example, TagLayout
 from tagllm.data.sampler import Draw, all_draws
-from tagllm.errors import SharedError
+from tagllm.errors import SharedError, UserError
 from tagllm.files import cache_folder
 from tagllm.head import Head
 from tagllm.model.backbone import Backbone, download, fastest_dtype, load_backbone
@@ -88,7 +88,7 @@ def _digest_of(tag: Tag) -> str:
     if tag.head is None:
         return rows
     tensors = {name: _sha256(tensor) for name, tensor in tag.head.tensors().items()}
-    return digest_of([rows, tag.head.spec.model_dump(mode="json"), tensors])
+    return digest_of([rows, tag.head.spec.model_dump(mode="json", exclude_defaults=True), tensors])
 
 
 def _sha256(tensor: Tensor) -> str:
@@ -132,7 +132,7 @@ def build_on(backbone: Backbone, stage: Stage, ranks: Ranks, splits: Sequence[Sp
     config, layout = stage.config, stage.layout(backbone.vocabulary_size)
     limit = config.data.max_tokens or backbone.max_tokens
     if limit > backbone.max_tokens:
-        raise SharedError(f"data.max_tokens is {limit}; the backbone takes at most {backbone.max_tokens}. Lower it.")
+        raise UserError(f"data.max_tokens is {limit}; the backbone takes at most {backbone.max_tokens}. Lower it.")
     data = tokenise_on_all(config.data, stage.templates, Prompts(layout, backbone.tokenizer, limit), ranks, splits)
     tags = stage.loaded | {
         name: new_tag(stage, name, backbone, data) for name in config.tags if name not in stage.loaded
@@ -177,7 +177,7 @@ def new_tag(stage: Stage, name: str, backbone: Backbone, data: Data) -> Tag:
     text = config.init.removeprefix("text:") if config.init.startswith("text:") else ""
     text_ids = backbone.tokenizer(text, add_special_tokens=False).input_ids if text else []
     if config.init.startswith("text:") and not text_ids:
-        raise SharedError(f"tags.{name}.init is {config.init!r}; the text after `text:` gives no token. Write a word.")
+        raise UserError(f"tags.{name}.init is {config.init!r}; the text after `text:` gives no token. Write a word.")
     seed = int(np.random.SeedSequence([stage.config.seed, *name.encode()]).generate_state(1)[0])
     length = len(stage.loaded[name].rows_PD) if name in stage.loaded else config.length
     rows = initial_rows(config.init, length, embedding_VD, text_ids, seed) * backbone.token_scale
@@ -186,7 +186,7 @@ def new_tag(stage: Stage, name: str, backbone: Backbone, data: Data) -> Tag:
         targets = np.concatenate([_targets_of(stage, name, data, at) for at in range(len(stage.templates))])
         mean, std = targets.mean(axis=0, dtype=np.float64), targets.std(axis=0, dtype=np.float64)
         if not (std > 0).all():
-            raise SharedError(
+            raise UserError(
                 f"tags.{name}.head: the target is the same in all training rows; there is nothing to learn."
             )
         head = replace(head, mean_K=torch.from_numpy(mean).float(), std_K=torch.from_numpy(std).float())

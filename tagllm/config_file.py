@@ -84,9 +84,12 @@ def _apply(raw: Any, override: str) -> None:
         raise UserError(f"override {override!r}: cannot be applied: {error}") from None
 
 
+_CLOSED = {('"', '"'), ("'", "'"), ("[", "]"), ("{", "}")}
+
+
 def _value(text: str) -> Any:
-    """As YAML reads it, but for comments behind plain text: a path may hold ` #`."""
-    if not text or (" #" in text and text[0] not in "\"'[{"):
+    """As YAML reads it, but for comments: a path may hold ` #`, and so may what stands in quotes or brackets."""
+    if not text or (" #" in text and (text[0], text[-1]) not in _CLOSED):
         return text
     value = OmegaConf.to_container(OmegaConf.create(f"value: {text}"))
     assert isinstance(value, dict)

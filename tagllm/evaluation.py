@@ -132,7 +132,8 @@ def _score_values(evaluation: Evaluation, folder: RunFolder, as_trained: bool, r
     results["metrics"] |= by_head(built, split, held_out, value_metrics)
     results["intervals"] = ranks.on_rank_zero(lambda: by_head(built, split, held_out, intervals))
     ranks.on_rank_zero(lambda: write_held_out(built, split, held_out, folder.path))
-    results |= ranks.on_rank_zero(lambda: {"without_repeated": without_repeated(built, split, held_out)})
+    if as_trained:  # other data has other training rows than the tag had
+        results |= ranks.on_rank_zero(lambda: {"without_repeated": without_repeated(built, split, held_out)})
     heads = built.layout.heads
     probes = _Probes(evaluation, folder if as_trained and len(heads) == 1 else None, held_out)
     for name in heads:

@@ -20,7 +20,7 @@ from pydantic import ValidationError
 from tagllm.config import BackboneConfig, Dtype, RunConfig, Split
 from tagllm.config_file import load_config
 from tagllm.data.dataset import Data
-from tagllm.errors import SharedError, UserError
+from tagllm.errors import UserError
 from tagllm.files import json_bytes, read_json, write_whole
 from tagllm.origin import origin
 from tagllm.tags import TagLibrary
@@ -90,7 +90,7 @@ class RunFolder:
                 then = recorded.get(source, {}).get("splits", {}).get(name)
                 here = now["splits"][name]
                 if then is None or then != {key: here[key] for key in then}:  # records of before have no `answers`
-                    raise SharedError(
+                    raise UserError(
                         f"{self.path}/splits.json: the {name} rows of source {source} were {then}, now they are "
                         f"{here}; the data changed since training. Restore it, or train anew."
                     )

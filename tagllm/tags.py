@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tagllm import __version__
 from tagllm.config import HeadConfig
-from tagllm.errors import SharedError, UserError, did_you_mean
+from tagllm.errors import UserError, did_you_mean
 from tagllm.files import (
     DamagedFile,
     appearing_folder,
@@ -77,7 +77,7 @@ class BackboneIdentity(NamedTuple):
         if self[1:5] == other[1:5] and not differ:
             return
         besides = f"whose {' and '.join(differ)} {'is' if len(differ) == 1 else 'are'} not the same" if differ else ""
-        raise SharedError(
+        raise UserError(
             f"{where}: its tags were trained for {_identity(self)} but the backbone is {_identity(other)}"
             f"{', ' * bool(besides)}{besides}; tags fit only the backbone they were trained on, with its tokenizer. "
             "Load that backbone, or train the tags anew."

@@ -156,6 +156,7 @@ def test_all_mistakes_are_told_at_once(file: Path) -> None:
         ("tags.New.length=4", "tags.New.length", 4),
         ("output=runs/a b", "output", "runs/a b"),
         ("output=runs/a #1", "output", "runs/a #1"),
+        ("data.sources.0.template={smiles} # is <QED>", "data.sources.0.template", "{smiles} # is <QED>"),
         (
             'data.sources.0.template="# # Input: \\u00e9 {smiles}.\\n# # Output <QED>"',
             "data.sources.0.template",

@@ -83,7 +83,7 @@ def test_what_is_trained_over_ranks_is_scored_over_them_too(tmp_path: Path, laun
     (tmp_path / "programs").mkdir()
     (tmp_path / "programs" / "torchrun").write_text('#!/bin/sh\necho "$@"\n')
     (tmp_path / "programs" / "torchrun").chmod(0o755)
-    command, *_ = told(tmp_path, LAUNCHER=launcher, COMMAND="eval", **(TASK if launcher == "none" else {}))
+    command, *_ = told(tmp_path, LAUNCHER=launcher, TAGLLM_COMMAND="eval", **(TASK if launcher == "none" else {}))
     assert command.endswith(" tagllm eval x.yaml")
 
 

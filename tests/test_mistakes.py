@@ -76,8 +76,7 @@ def test_deepspeed_settings_that_cannot_be_are_told(
 def test_check_finds_what_would_end_a_run_later(run: Run, folder: Path) -> None:
     """A metric's model is needed behind the training, DeepSpeed's settings behind the loading of the backbone."""
     file = config(folder, "early", evaluation={"spbleu_model": "none.model"}, engine={"deepspeed": "none.json"})
-    told = fails(run("check", file), "evaluation.spbleu_model is", "none.model", "engine.deepspeed: ", "none.json")
-    assert len(told) == 3, "and the package that the model is for"
+    fails(run("check", file), "evaluation.spbleu_model is", "none.model", "engine.deepspeed: ", "none.json")
 
 
 def test_results_that_cannot_be_written_are_told(run: Run, folder: Path) -> None:

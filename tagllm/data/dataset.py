@@ -21,7 +21,10 @@ from tagllm.errors import UserError
 from tagllm.files import appearing, write_whole
 from tagllm.template import Template
 
-FORMAT = 7
+FORMAT = 6
+"""What a checkpoint of the same data must agree on."""
+CACHED = 2
+"""Raised where a mended fault changes the ids of rare values: cached rows are made anew, and runs still go on."""
 CHUNK_ROWS = 1000
 _LISTED_ERRORS = 5
 
@@ -164,12 +167,13 @@ def tokenise(
             "splits": of_splits, "held_out": drawn_from(source, split_by(source, template), rows.given_splits),
         }  # fmt: skip
         for split in wanted:
-            file = cache / f"examples-{digest_of([*stem, split, rows.file])}.arrow"
+            digest = digest_of([*stem, split, rows.file])
+            file = cache / f"examples-{CACHED}-{digest}.arrow"
             if not file.exists():
                 _write_examples(file, table, found[split], encoder)
             examples, report = _read_examples(file, table, at)
             bad_rows += [RejectedRow(*row) for row in report["bad_rows"]]
-            record[str(at)][split] = {"examples": len(examples), "sha256": file.stem.removeprefix("examples-")} | {
+            record[str(at)][split] = {"examples": len(examples), "sha256": digest} | {
                 key: report[key] for key in ("unlabelled", "rows_cut", "tokens_cut")
             }
             _refuse_unlabelled(config, report, len(examples), f"{where} ({rows.name}), {split}")

@@ -12,6 +12,7 @@ from tagllm.config import digest_of
 from tagllm.evaluate.generate import generate
 from tagllm.files import DamagedFile, cache_folder, json_bytes, read_json, write_whole
 from tagllm.origin import code_digest, hardware, versions
+from tagllm.run_folder import writing
 
 Ask = Callable[[Built, Sequence[NDArray[np.int32]]], list[str]]
 
@@ -38,5 +39,6 @@ def generate_once(built: Built, prompts: Sequence[NDArray[np.int32]]) -> list[st
         texts: list[str] = read_json(file)["texts"]
     except DamagedFile:  # or not there
         texts = generate_of(built, prompts)
-        write_whole(file, json_bytes({"texts": texts}))
+        with writing(file.parent):
+            write_whole(file, json_bytes({"texts": texts}))
     return texts

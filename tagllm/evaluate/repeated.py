@@ -1,5 +1,5 @@
-"""Held-out rows that ask what a training row asks: a split by something else than all fields may leave some, and right
-answers to them may be remembered.
+"""Held-out rows of a head that ask what a training row asks: a split by something else than all fields may leave some,
+and right answers to them may be remembered.
 
 n rows.
 """
@@ -20,9 +20,8 @@ from tagllm.evaluate.scoring import by_head
 
 def repeated_rows(built: Built, split: Split) -> NDArray[np.bool_]:
     """Which rows of a pass over the whole split (n) have, in the same prompt, all fields of a training row."""
-    held_out, train = (_asked(built, part) for part in (split, "train"))
-    known = [set(keys) for keys in train]
-    return np.array([key in seen for keys, seen in zip(held_out, known, strict=True) for key in keys], bool)
+    known = {key for keys in _asked(built, "train") for key in keys}
+    return np.array([key in known for keys in _asked(built, split) for key in keys], bool)
 
 
 def without_repeated(built: Built, split: Split, held_out: Pass) -> dict[str, Any]:
@@ -42,13 +41,13 @@ def without_repeated(built: Built, split: Split, held_out: Pass) -> dict[str, An
 def _asked(built: Built, split: Split) -> list[list[int]]:
     """A number for what each row of each source asks."""
     pairs = zip(built.examples(split), built.stage.templates, strict=True)
-    columns = [rows.columns(template.fields).values() or [[""] * len(rows)] for rows, template in pairs]
-    return [[hash(tuple(map(str, values))) for values in zip(*each, strict=True)] for each in columns]
+    found = []
+    for rows, template in pairs:
+        columns = rows.columns(template.fields).values() or [[""] * len(rows)]
+        found.append([hash((template.text, *map(str, values))) for values in zip(*columns, strict=True)])
+    return found
 
 
 def note_of(found: dict[str, Any]) -> str:
     """For people."""
-    if not found:
-        return ""
-    shown = ", ".join(f"{name} {value:.4g}" for name, value in found["metrics"].items())
-    return f"{found['repeated']:,} rows ask what a training row asks; without them the tag has {shown}."
+    return f"{found['repeated']:,} rows ask what a training row asks." if found else ""

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from tagllm.data.batch import Batch, PiecePositions, Tokens
 from tagllm.data.encode import TagLayout
-from tagllm.errors import SharedError, UserError
+from tagllm.errors import UserError
 from tagllm.head import Head, fields_read
 from tagllm.model.allocator import give_back_freed_memory
 from tagllm.model.architecture import logit_factor
@@ -222,13 +222,13 @@ def states_of(out: Any, layers: Sequence[int]) -> list[Tensor]:
 def _require_readable(name: str, head: Head, layout: TagLayout, num_layers: int) -> None:
     """Raises UserError where the model cannot give what the head reads."""
     if len(head.pools) != layout.num_pools:
-        raise SharedError(
+        raise UserError(
             f"tags.{name}.head: it reads {len(head.pools)} means over fields side by side (pool is {head.spec.pool}), "
             f"but the prompts here have {layout.num_pools}. Use a template with as many kinds of fields, and heads of "
             "one pool."
         )
     if max(head.spec.layers, default=0) > num_layers:
-        raise SharedError(
+        raise UserError(
             f"tags.{name}.head.layers is {head.spec.layers}; the backbone has {num_layers} layers (and 0, the "
             "embeddings). Leave out those beyond."
         )

@@ -173,6 +173,9 @@ def read_run(path: Path) -> Run:
 
 
 def _config(path: Path) -> str:
+    """Empty where only the results were kept."""
+    if not (path / "config.yaml").is_file():
+        return ""
     config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
     return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
 

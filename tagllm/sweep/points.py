@@ -100,15 +100,17 @@ class Sweep(NamedTuple):
 
     def require_stages(self) -> None:
         """Raises UserError with what `train` would say of any run before it loads a weight: once, however many runs."""
-        problems = list[str]()
+        of = dict[str, list[str | None]]()
         for point in self.trials() if self.tuned else self.finals():
             if point.seed == 0:  # the others differ in nothing that is looked at
                 try:
                     read_stage(self.config(point), str(self.path))
                 except UserError as error:
-                    problems += error.problems
-        if problems:
-            raise UserError(*dict.fromkeys(problems))
+                    for problem in error.problems:
+                        of[problem] = [*of.get(problem, []), point.shown.get("variant")]
+        if of:
+            named = {told: ", ".join(filter(None, names)) for told, names in of.items()}
+            raise UserError(*(f"{names}: {told}" if names else told for told, names in named.items()))
 
     def config(self, point: Point) -> RunConfig:
         return load_config(self.path, [*self.overrides, *point.overrides()])

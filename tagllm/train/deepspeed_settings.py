@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from tagllm.config import EngineConfig, OptimConfig
-from tagllm.errors import SharedError
+from tagllm.errors import UserError
 from tagllm.ranks import Ranks
 
 BUCKET_ELEMENTS = 1_000_000  # DeepSpeed's default reserves 1 GB for gradients of a few kilobytes
@@ -54,7 +54,7 @@ def settings(optim: OptimConfig, engine: EngineConfig, ranks: Ranks) -> dict[str
 def _refuse_misspelt(theirs: dict[str, Any], known: set[str], where: str) -> None:
     meant = {key: difflib.get_close_matches(key, known, n=1, cutoff=0.85) for key in theirs if key not in known}
     if any(meant.values()):
-        raise SharedError(
+        raise UserError(
             *(
                 f"engine.deepspeed: {where} sets {key}, which DeepSpeed passes by; it reads {close[0]}. Mend it, or "
                 "leave it out."
@@ -70,7 +70,7 @@ def _require_known(zero: dict[str, Any], where: str) -> None:
     try:
         DeepSpeedZeroConfig(**zero)
     except ValidationError as error:
-        raise SharedError(
+        raise UserError(
             *(
                 f"engine.deepspeed: {where} sets zero_optimization.{'.'.join(map(str, one['loc']))} to "
                 f"{one['input']!r}; DeepSpeed says: {one['msg']}. Mend it, or leave it out."
@@ -83,9 +83,9 @@ def read_deepspeed(path: str) -> dict[str, Any]:
     try:
         settings = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise SharedError(f"engine.deepspeed: {path} cannot be read as JSON: {error}") from None
+        raise UserError(f"engine.deepspeed: {path} cannot be read as JSON: {error}") from None
     if not isinstance(settings, dict):
-        raise SharedError(f"engine.deepspeed: {path} holds a {type(settings).__name__}; it must be a JSON object.")
+        raise UserError(f"engine.deepspeed: {path} holds a {type(settings).__name__}; it must be a JSON object.")
     return settings
 
 
@@ -106,7 +106,7 @@ def _merged(own: dict[str, Any], theirs: dict[str, Any], where: str, at: str = "
         elif value != "auto":
             merged[key] = value
     if clashes:
-        raise SharedError(*clashes)
+        raise UserError(*clashes)
     return merged
 
 

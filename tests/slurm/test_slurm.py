@@ -110,5 +110,5 @@ def test_a_cancelled_job_stays_away(cluster: Cluster) -> None:
     cluster.run("scancel", job)
     cluster.wait_until(lambda: not cluster.run("squeue", "--noheader", f"--jobs={job}", check=False).strip())
     said = (cluster.folder / f"tagllm-{job}.log").read_text()
-    assert "the state is saved" in said and "cancelled; not queued again" in said
+    assert "the state is saved" in said and "not queued again: the job was cancelled" in said
     assert cluster.state(job) == "CANCELLED"
