@@ -46,12 +46,15 @@ class Predictor:
     """A model, a prompt, and the names of the columns it answers in. On several ranks each holds a part of the backbone
     and all must ask the same rows."""
 
-    def __init__(self, request: Request, ranks: Ranks | None = None) -> None:
+    def __init__(self, request: Request, ranks: Ranks | None = None, question: Question | None = None) -> None:
         """
+        Args:
+            question: `Question.of(request)`, where it is known already.
+
         Raises:
             UserError: as `Question.of`; or the backbone is not there, or not the one of the tags.
         """
-        question = Question.of(request)
+        question = question or Question.of(request)
         tags, kinds, about = question.tags, question.library.kinds, question.about
         self.spec, self.columns = question.spec, question.columns
         self.ranks = ranks or Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
@@ -138,11 +141,11 @@ def predict_file(request: Request, source: Path, output: Path) -> Predicted:
         raise UserError(*(f"{has_not} {n!r}, which the template needs. {did_you_mean(n, columns)}" for n in missing))
     _refuse_clash(str(source), columns, new)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return _answered(Predictor(request), source, output, columns)
+        return _answered(Predictor(request, question=question), source, output, columns)
     ranks = Ranks.start(EngineConfig().timeout_s)
     with in_contact(ranks.silent, lambda: f"rank {ranks.rank} predicting {source}"):
         require_same_everywhere(ranks.gather({str(source): sha256_file(source)}))
-        return _answered(Predictor(request, ranks), source, output, columns)
+        return _answered(Predictor(request, ranks, question), source, output, columns)
 
 
 def _answered(predictor: Predictor, source: Path, output: Path, columns: Sequence[str]) -> Predicted:

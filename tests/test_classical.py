@@ -12,7 +12,7 @@ from scipy.sparse import random as sparse_random
 from sklearn.ensemble import HistGradientBoostingRegressor
 
 from tagllm.evaluate.classical import Table, _nearest, _pair_means, classical_baselines
-from tagllm.evaluate.estimators import Problem, boosting
+from tagllm.evaluate.estimators import Problem, boosting, logistic
 from tagllm.evaluate.fields import Field, field_of, kind_of
 from tagllm.evaluate.metrics import concordance, value_metrics
 from tagllm.evaluate.ridge import Rows
@@ -91,6 +91,22 @@ def test_one_class_is_all_that_is_answered_where_training_rows_have_no_other() -
     table = Table({"smiles": MOLECULES}, np.ones((len(MOLECULES), 1), np.float32))
     for logits in classical_baselines(table, table, {"smiles": MOLECULES[:3]}, num_classes=2).values():
         assert logits.argmax(axis=1).tolist() == [1, 1, 1] and np.isfinite(logits).all()
+
+
+def test_a_class_that_a_fit_finds_impossible_costs_a_finite_number_of_nats() -> None:
+    """Else no strength could be compared with another, and numpy would warn of infinities."""
+    sign_n = np.repeat([-1.0, 1.0], 300)
+    rows = Rows(1e4 * sign_n[:, None], (sign_n[:, None] > 0).astype(np.float32))
+    turned = Rows(1e4 * rows.features_nF, 1 - rows.targets_nK)
+    with np.errstate(all="raise"):
+        shares_nK = logistic(Problem(rows, turned, rows.features_nF[:5]), 2)
+    assert np.isfinite(shares_nK).all()
+
+
+def test_one_training_row_is_fitted_and_chosen_by() -> None:
+    alone = Rows(csr_matrix(np.ones((1, 2), np.float32)), np.ones((1, 1), np.float32))
+    fit, choose = Problem(alone, alone.some(np.arange(0)), alone.features_nF).halves(0.2)
+    assert len(fit.targets_nK) == len(choose.targets_nK) == 1
 
 
 def test_columns_that_trade_places_tell_the_same() -> None:

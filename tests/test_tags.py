@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -320,6 +322,21 @@ def test_rows_begin_as_what_the_embedding_gives(tmp_path: Path) -> None:
     torch.testing.assert_close(rows_PD, backbone.model.get_input_embeddings()(ids))
     enriched = read_stage(config, "here")._replace(loaded={"S": Tag("S", "domain", torch.ones(5, tiny.HIDDEN))})
     assert len(new_tag(enriched, "S", backbone, Data({}, {}, [])).rows_PD) == 5, "as long as the tag it stands beside"
+
+
+def test_far_targets_keep_their_mean_and_spread(tmp_path: Path) -> None:
+    """In fp32 a sum of 300,000 of them is off by more than what tells them apart."""
+    backbone = load_backbone(BackboneConfig(model=str(tiny.save_backbone(tmp_path)), dtype="fp32"), torch.device("cpu"))
+    tags = {"W": {"kind": "function", "length": 2, "head": {"outputs": 2}}}
+    source = {"path": "a.csv", "template": "{smiles} <W>", "target": ["y", "z"]}
+    values = {"output": "o", "backbone": {"model": "smollm2"}, "tags": tags, "data": {"sources": [source]}}
+    config = parse_as(RunConfig, {**values, "optim": {"steps": 1}}, "")
+    targets_nK = np.random.default_rng(0).normal(5000, 10, size=(300_000, 2)).astype(np.float32)
+    rows: Any = SimpleNamespace(targets=lambda: targets_nK)
+    head = new_tag(read_stage(config, "here"), "W", backbone, Data({"train": [rows]}, {}, [])).head
+    assert head is not None
+    assert head.mean_K.tolist() == pytest.approx([5000, 5000], abs=0.1)
+    assert head.std_K.tolist() == pytest.approx([10, 10], rel=0.01)
 
 
 @pytest.mark.parametrize("init", ["mean", "vocabulary", "normal"])
