@@ -98,7 +98,7 @@ def test_a_class_that_a_fit_finds_impossible_costs_a_finite_number_of_nats() -> 
     sign_n = np.repeat([-1.0, 1.0], 300)
     rows = Rows(1e4 * sign_n[:, None], (sign_n[:, None] > 0).astype(np.float32))
     turned = Rows(1e4 * rows.features_nF, 1 - rows.targets_nK)
-    with np.errstate(all="raise"):
+    with np.errstate(divide="raise"):
         shares_nK = logistic(Problem(rows, turned, rows.features_nF[:5]), 2)
     assert np.isfinite(shares_nK).all()
 
