@@ -19,7 +19,7 @@ class Words:
 
     bos_token_id, eos_token_id = 1, 2
 
-    def __call__(self, texts: Any, add_special_tokens: bool = True) -> Any:
+    def __call__(self, texts: Any, add_special_tokens: bool = True, split_special_tokens: bool = False) -> Any:
         ids = [[self.bos_token_id] * add_special_tokens + [3 + len(word) for word in text.split()] for text in texts]
         return type("Encoding", (), {"input_ids": ids if isinstance(texts, list) else ids[0]})()
 
