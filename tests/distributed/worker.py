@@ -18,6 +18,8 @@ from tagllm.cli import app
 from tagllm.train import deepspeed_settings
 from tests.distributed.faults import injected, of_json
 
+PERSIST_ELEMENTS = deepspeed_settings.PERSIST_ELEMENTS
+
 
 def run(arguments: list[str]) -> tuple[int, str]:
     """Exit status and stderr of one command; a crash is 1, as it is for the interpreter."""
@@ -33,9 +35,10 @@ def run(arguments: list[str]) -> tuple[int, str]:
 
 
 def main() -> None:
-    deepspeed_settings.PERSIST_ELEMENTS = 0  # else no weight of a tiny backbone is gathered
     for line in sys.stdin:
         arguments, outcome, fault = json.loads(line)
+        # predict takes no settings of DeepSpeed's, and without this no weight of a tiny backbone would be gathered
+        deepspeed_settings.PERSIST_ELEMENTS = 0 if arguments[0] == "predict" else PERSIST_ELEMENTS
         with injected(of_json(fault)):
             status, errors = run(arguments)
         gc.collect()
