@@ -184,12 +184,15 @@ def new_tag(stage: Stage, name: str, backbone: Backbone, data: Data) -> Tag:
     head = Head.new(config.head, embedding_VD.shape[1], stage.layout(0).pools) if config.head else None
     if head is not None and not head.spec.classes:
         targets = np.concatenate([_targets_of(stage, name, data, at) for at in range(len(stage.templates))])
-        mean, std = targets.mean(axis=0, dtype=np.float64), targets.std(axis=0, dtype=np.float64)
+        of_each = np.ascontiguousarray(
+            targets.T
+        )  # numpy adds up in pairs along rows alone, and loses digits along columns
+        mean, std = of_each.mean(axis=1), of_each.std(axis=1)
         if not (std > 0).all():
             raise UserError(
                 f"tags.{name}.head: the target is the same in all training rows; there is nothing to learn."
             )
-        head = replace(head, mean_K=torch.from_numpy(mean).float(), std_K=torch.from_numpy(std).float())
+        head = replace(head, mean_K=torch.from_numpy(mean), std_K=torch.from_numpy(std))
     return Tag(name, config.kind, rows[:0] if config.absent else rows, head)
 
 
