@@ -184,9 +184,7 @@ def new_tag(stage: Stage, name: str, backbone: Backbone, data: Data) -> Tag:
     head = Head.new(config.head, embedding_VD.shape[1], stage.layout(0).pools) if config.head else None
     if head is not None and not head.spec.classes:
         targets = np.concatenate([_targets_of(stage, name, data, at) for at in range(len(stage.templates))])
-        of_each = np.ascontiguousarray(
-            targets.T
-        )  # numpy adds up in pairs along rows alone, and loses digits along columns
+        of_each = np.ascontiguousarray(targets.T)  # along columns numpy does not add up in pairs, and loses digits
         mean, std = of_each.mean(axis=1), of_each.std(axis=1)
         if not (std > 0).all():
             raise UserError(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from tagllm.config import SPLITS, SourceConfig, Split
@@ -25,39 +26,24 @@ def check_config(path: Path, overrides: list[str], num_ranks: int) -> list[str]:
         UserError: every problem found in the config, its libraries, templates, data files and division of rows.
     """
     config = load_config(path, overrides)
-    where, problems = str(path), list[str]()
-    try:
+    where, stage, problems = str(path), None, list[str]()
+    with _gathered(problems):
         stage = read_stage(config, where)
-    except UserError as error:
-        stage, problems = None, list(error.problems)
-    try:
+    with _gathered(problems):
         check_world(config, num_ranks, where)
-    except UserError as error:
-        problems += error.problems
     problems += [f"{where}: {problem}" for problem in problems_of(config.evaluation, "evaluation")]
     if config.engine.deepspeed is not None:
-        try:
+        with _gathered(problems, where):
             read_deepspeed(config.engine.deepspeed)
-        except UserError as error:
-            problems += [f"{where}: {problem}" for problem in error.problems]
     for at, source in enumerate(config.data.sources):
         place = f"{where}: data.sources.{at}"
-        try:
-            if source.recipe is not None:
-                found = {source.recipe: list(recipe_of(source.recipe).columns)}
-            else:
-                paths = [source.path] if isinstance(source.path, str) else list((source.path or {}).values())
-                found = {file: column_names(Path(file)) for file in paths}
-            if stage is not None:
-                for name, columns in found.items():
+        with _gathered(problems, place, where):
+            for name, columns in _columns(source).items():
+                if stage is not None:
                     check_columns(source, stage.templates[at], columns, f"{place} ({name})")
-        except UserError as error:
-            problems += [problem if problem.startswith(where) else f"{place}: {problem}" for problem in error.problems]
     if stage is not None:
-        try:
+        with _gathered(problems, where):
             check_keys(config.data.sources, stage.templates, [_given(source) for source in config.data.sources])
-        except UserError as error:
-            problems += [f"{where}: {problem}" for problem in error.problems]
     if problems or stage is None:
         raise UserError(*problems)
     tags = ", ".join(f"<{name}>{'' if name in stage.learned else ' (frozen)'}" for name in config.tags)
@@ -72,3 +58,22 @@ def _given(source: SourceConfig) -> Collection[Split]:
     if source.path is None:
         return SPLITS
     return () if isinstance(source.path, str) else source.path
+
+
+def _columns(source: SourceConfig) -> dict[str, list[str]]:
+    """By recipe or file; of a hub only reading tells."""
+    if source.recipe is not None:
+        return {source.recipe: list(recipe_of(source.recipe).columns)}
+    paths = [source.path] if isinstance(source.path, str) else list((source.path or {}).values())
+    return {file: column_names(Path(file)) for file in paths}
+
+
+@contextmanager
+def _gathered(problems: list[str], place: str = "", unless: str = "") -> Iterator[None]:
+    """Puts mistakes with the others, behind their place, unless they begin with one already."""
+    try:
+        yield
+    except UserError as error:
+        for problem in error.problems:
+            told = bool(unless) and problem.startswith(unless)
+            problems.append(problem if told or not place else f"{place}: {problem}")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tagllm.config import BackboneConfig, EvaluationConfig, FieldConfig, HeadConfig
+from tagllm.data.writers import numbered
 from tagllm.errors import UserError, did_you_mean
 from tagllm.field_order import order_problems, trained_with
 from tagllm.model.backbone import as_trained
@@ -78,7 +79,7 @@ class Question(NamedTuple):
             return [self.tag]
         if self.spec.classes:
             return [self.tag, *(f"{self.tag}_probability_{name}" for name in self.spec.classes)]
-        return [self.tag] if self.spec.outputs == 1 else [f"{self.tag}_{k + 1}" for k in range(self.spec.outputs)]
+        return numbered(self.tag, self.spec.outputs)
 
 
 def fields_as_trained(tags: Iterable[Tag], kinds: Mapping[str, str]) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -189,6 +190,18 @@ def test_an_experiment_without_a_folder_takes_what_was_prepared(folder: str | No
     ]
     of_backbone = [line for line in asked if line.startswith(("train", "sweep", "compose"))]
     assert len(of_backbone) == 3 and all("backbone.model=/models/other" in line for line in of_backbone)
+
+
+def test_translation_has_no_trained_baselines_whatever_is_asked(tmp_path: Path) -> None:
+    (tmp_path / "launch").mkdir()
+    shutil.copy(ROOT / "launch" / "experiment.sh", tmp_path / "launch")
+    (tmp_path / "python3").write_text('#!/bin/sh\necho "$@" >> asked\n')
+    (tmp_path / "python3").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "BASELINES": "lora"}
+    command = ["bash", tmp_path / "launch" / "experiment.sh", "translate"]
+    subprocess.run(command, cwd=tmp_path, env=environment, timeout=60, check=True)
+    asked = (tmp_path / "asked").read_text()
+    assert "tagllm sweep" in asked and "tagllm report" in asked and "tagllm baseline" not in asked
 
 
 @pytest.mark.skipif(not (ROOT / ".venv" / "installed").exists(), reason="needs the .venv that the quickstart uses")

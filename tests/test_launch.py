@@ -151,5 +151,9 @@ def test_a_stopped_job_requeues_itself_alone(tmp_path: Path, variables: dict[str
     ended = launch(tmp_path, "launch/slurm/stage.sbatch", "launch/run.sh", "x.yaml", **variables)
     assert ended.returncode == 76, ended.stderr
     asked = [line for line in ended.stdout.splitlines() if line.startswith(("srun", "scontrol"))]
+    scored = launch(
+        tmp_path / "scored", "launch/slurm/stage.sbatch", "launch/run.sh", "run", TAGLLM_COMMAND="eval", **variables
+    )
+    assert scored.returncode == 76 and "scontrol requeue" not in scored.stdout, "nothing is saved to go on from"
     update, requeue = f"scontrol update JobId={job} Comment=tagllm-idle-1", f"scontrol requeue {job}"
     assert asked == ["srun with 4 cores", update, requeue]

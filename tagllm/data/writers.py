@@ -66,6 +66,11 @@ def _array(values: list[Any]) -> Any:
     return pa.array(texts, pa.string())
 
 
+def numbered(name: str, number: int) -> list[str]:
+    """Names of so many columns of one kind."""
+    return [name] if number == 1 else [f"{name}_{k + 1}" for k in range(number)]
+
+
 def writable_kind(path: Path) -> str:
     """Raises UserError for a suffix that cannot be written."""
     kind = Path(path.name.lower().removesuffix(".gz")).suffix[1:]

@@ -15,7 +15,7 @@ import torch
 from tagllm.arrays import Floats
 from tagllm.build import Built
 from tagllm.config import Split
-from tagllm.data.writers import open_writer
+from tagllm.data.writers import numbered, open_writer
 from tagllm.evaluate.passes import Pass
 from tagllm.evaluate.scoring import by_head
 from tagllm.files import tensor_bytes, write_whole
@@ -50,10 +50,6 @@ def _rows(built: Built, split: Split, held_out: Pass) -> Iterator[dict[str, Any]
             if spec.classes:
                 found = {"target": spec.classes[int(target_K[0])], "predicted": spec.classes[int(value_K.argmax())]}
             else:
-                pairs = zip(("target", "predicted"), (target_K, value_K), strict=True)
-                found = {_column(kind, k, len(value_K)): float(v) for kind, of in pairs for k, v in enumerate(of)}
+                of = {"target": target_K.tolist(), "predicted": value_K.tolist()}
+                found = {n: v for kind in of for n, v in zip(numbered(kind, spec.outputs), of[kind], strict=True)}
             yield {"row": origin, **({"head": name} if len(built.layout.heads) > 1 else {}), **found}
-
-
-def _column(kind: str, k: int, number: int) -> str:
-    return kind if number == 1 else f"{kind}_{k + 1}"

@@ -6,6 +6,7 @@ n rows.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,8 +21,8 @@ from tagllm.evaluate.scoring import by_head
 
 def repeated_rows(built: Built, split: Split) -> NDArray[np.bool_]:
     """Which rows of a pass over the whole split (n) have, in the same prompt, all fields of a training row."""
-    known = {key for keys in _asked(built, "train") for key in keys}
-    return np.array([key in known for keys in _asked(built, split) for key in keys], bool)
+    known = {*_asked(built, "train")}
+    return np.array([asked in known for asked in _asked(built, split)], bool)
 
 
 def without_repeated(built: Built, split: Split, held_out: Pass) -> dict[str, Any]:
@@ -38,14 +39,12 @@ def without_repeated(built: Built, split: Split, held_out: Pass) -> dict[str, An
     }
 
 
-def _asked(built: Built, split: Split) -> list[list[int]]:
-    """A number for what each row of each source asks."""
-    pairs = zip(built.examples(split), built.stage.templates, strict=True)
-    found = []
-    for rows, template in pairs:
+def _asked(built: Built, split: Split) -> Iterator[int]:
+    """A number for what each row asks, in the order of a pass."""
+    for rows, template in zip(built.examples(split), built.stage.templates, strict=True):
         columns = rows.columns(template.fields).values() or [[""] * len(rows)]
-        found.append([hash((template.text, *map(str, values))) for values in zip(*columns, strict=True)])
-    return found
+        for values in zip(*columns, strict=True):
+            yield hash((template.text, *map(str, values)))
 
 
 def note_of(found: dict[str, Any]) -> str:

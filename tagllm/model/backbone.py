@@ -206,8 +206,8 @@ def _attention(config: BackboneConfig, device: torch.device, dtype: torch.dtype)
     if config.attention == "flash_attention_2" and not usable:
         raise UserError(
             f"backbone.attention is flash_attention_2; it needs the package flash-attn, CUDA (here: {device.type}) and "
-            f"bf16 (here: {str(dtype).removeprefix('torch.')}). With nvcc run: pip install "
-            "--no-build-isolation 'tagllm[gpu]'; or set backbone.attention=auto."
+            f"bf16 (here: {str(dtype).removeprefix('torch.')}). With nvcc, in the checkout, "
+            "run: pip install --no-build-isolation -e '.[gpu]'; or set backbone.attention=auto."
         )
     return "flash_attention_2" if usable and config.attention != "sdpa" else "sdpa"
 

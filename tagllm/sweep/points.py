@@ -7,7 +7,7 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -83,34 +83,34 @@ class Sweep(NamedTuple):
         return sweep
 
     def _check(self, variants: Path | None) -> None:
-        problems = list[str]()
-        points = self.trials() if self.tuned else self.finals()
-        for point in points:
-            try:
-                self.config(point)
-            except UserError as error:
-                name = point.shown.get("variant")
-                problems += [f"{name}: {problem}" if name else problem for problem in error.problems]
-        if len({point.folder for point in points}) < len(points):
+        problems, folders = self._problems(self.config), [point.folder for point in self._first()]
+        if len({*folders}) < len(folders):
             problems.append(
                 f"--variants {variants}, --grid: two of them differ in signs only, and give one folder. Rename."
             )
         if problems:
-            raise UserError(*dict.fromkeys(problems))
+            raise UserError(*problems)
 
     def require_stages(self) -> None:
-        """Raises UserError with what `train` would say of any run before it loads a weight: once, however many runs."""
-        of = dict[str, list[str | None]]()
-        for point in self.trials() if self.tuned else self.finals():
-            if point.seed == 0:  # the others differ in nothing that is looked at
-                try:
-                    read_stage(self.config(point), str(self.path))
-                except UserError as error:
-                    for problem in error.problems:
-                        of[problem] = [*of.get(problem, []), point.shown.get("variant")]
-        if of:
-            named = {told: ", ".join(filter(None, names)) for told, names in of.items()}
-            raise UserError(*(f"{names}: {told}" if names else told for told, names in named.items()))
+        """Raises UserError with what `train` would say of any run before it loads a weight."""
+        if problems := self._problems(lambda point: read_stage(self.config(point), str(self.path))):
+            raise UserError(*problems)
+
+    def _first(self) -> list[Point]:
+        """A run of each combination, and of each value of the tuned key: other seeds differ in nothing that is read."""
+        return [point for point in (self.trials() if self.tuned else self.finals()) if point.seed == 0]
+
+    def _problems(self, look: Callable[[Point], object]) -> list[str]:
+        """What `look` refuses, each mistake once, with the variants that have it in front."""
+        of = dict[str, list[str]]()
+        for point in self._first():
+            try:
+                look(point)
+            except UserError as error:
+                for problem in error.problems:
+                    of.setdefault(problem, []).append(point.shown.get("variant", ""))
+        named = {problem: ", ".join(filter(None, dict.fromkeys(names))) for problem, names in of.items()}
+        return [f"{names}: {problem}" if names else problem for problem, names in named.items()]
 
     def config(self, point: Point) -> RunConfig:
         return load_config(self.path, [*self.overrides, *point.overrides()])
