@@ -1,7 +1,7 @@
 # The two commands of the README, and those of a developer. All use .venv and need no root.
 SHELL := bash
 PYTEST := .venv/bin/python -m pytest
-unexport PYTHONPATH PYTHONHOME VIRTUAL_ENV
+unexport PYTHONPATH PYTHONHOME PYTHONDONTWRITEBYTECODE VIRTUAL_ENV
 
 .PHONY: quickstart test lint types clean venv
 
@@ -14,9 +14,9 @@ venv:
 # Every test is in exactly one tier; the quick one comes first, in two processes: it is one thread's work.
 test: venv
 	@echo "--- unit"
-	@OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile -m "not (distributed or slow or real)"
-	@echo "--- distributed and slow"
-	@$(PYTEST) -m "(distributed or slow) and not real"
+	@OMP_NUM_THREADS=1 $(PYTEST) -n 2 --dist loadfile -m "not (distributed or real)"
+	@echo "--- distributed"
+	@$(PYTEST) -m "distributed and not real"
 	@echo "--- real: SmolLM2"
 	@$(PYTEST) -m real
 

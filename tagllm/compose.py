@@ -162,7 +162,7 @@ class Composer(NamedTuple):
                 elif part.kind == "text":
                     pieces.append(escaped(part.value))
                 else:
-                    column = source.output if part.value == "output" else part.value
+                    column = source.output if part.is_output else part.value
                     about = source.fields.get(part.value, FieldConfig())
                     pieces.append(escaped(field_text(written(rows[column][at], about), part, about)))
             pieces.append("\n\n")

@@ -99,7 +99,7 @@ def _mistakes(about: PromptConfig, target: Sequence[str], library: TagLibrary, w
             f"{where}.shots is {about.shots}; worked examples need {{output}}, a head answers without. Set it to 0."
         ]
     for name, head in heads.items():
-        if head and len(target) != (wanted := 1 if head.spec.classes else head.spec.outputs):
+        if head and len(target) != (wanted := head.spec.num_targets):
             return [
                 f"{where}: source.target names {len(target)} columns ({', '.join(target) or 'none'}); the head of "
                 f"<{name}> needs {wanted}. Give as many."

@@ -133,6 +133,11 @@ class HeadConfig(Section):
     def censored(self) -> bool:
         return self.censored_below is not None or self.censored_above is not None
 
+    @property
+    def num_targets(self) -> int:
+        """Columns of a row that it learns: of classes one, which class it is."""
+        return 1 if self.classes else self.outputs
+
 
 class TagConfig(Section):
     """One tag. With `load` it comes from a library and stays frozen unless `learn: true`; without, it is new.
@@ -231,6 +236,11 @@ class RowsConfig(Section):
         if sum(origin is not None for origin in (self.path, self.recipe, self.hub)) != 1:
             raise ValueError("give exactly one of path, recipe and hub")
         return self
+
+    @property
+    def paths(self) -> dict[Split | None, str]:
+        """Files by the split they are, None where one holds all; none for recipes and hubs."""
+        return {None: self.path} if isinstance(self.path, str) else dict((self.path or {}).items())
 
 
 class SourceConfig(RowsConfig):

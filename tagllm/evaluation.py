@@ -202,7 +202,7 @@ def _classical(built: Built, name: str, split: Split) -> dict[str, Floats]:
     def table(part: Split) -> Table:
         sources = [built.examples(part)[at] for at in labelled]
         fields = [rows.fields(template.fields) for rows in sources]
-        targets = [rows.targets().reshape(-1, 1 if head.classes else head.outputs) for rows in sources]
+        targets = [rows.targets().reshape(-1, head.num_targets) for rows in sources]
         return Table({n: [v for rows in fields for v in rows[n]] for n in template.fields}, np.concatenate(targets))
 
     trading = behind_one_tag(template, built.layout.kinds) if head.symmetric else []

@@ -182,7 +182,7 @@ def _of_source(stage: Stage, at: int, place: str) -> list[str]:
             f"{place}.fields.output.max_tokens is {limit}; the answer is never cut. Drop it, or leave long "
             "rows out with max_characters."
         )
-    behind = itertools.dropwhile(lambda part: part.value != "output" or part.kind != "field", template.parts)
+    behind = itertools.dropwhile(lambda part: not part.is_output, template.parts)
     if late := [part.value for part in behind if part.kind == "tag" and part.value in heads]:
         problems.append(
             f"{place}.template: <{late[0]}> stands behind {{output}}, which is not there yet when the head is to "
@@ -209,7 +209,7 @@ def _of_target(source: SourceConfig, template: Template, heads: Mapping[str, Hea
     if len(owners) > 1:
         return [f"{place}.template: {', '.join(sorted(owners))} all have heads; one per template can answer."]
     wanted = heads[next(iter(owners))] if owners else None
-    width = 0 if wanted is None else 1 if wanted.classes else wanted.outputs
+    width = 0 if wanted is None else wanted.num_targets
     if len(source.target) == width:
         return []
     return [
@@ -257,7 +257,7 @@ def _without_effect(config: RunConfig, where: str) -> list[str]:
 
 def _may_validate(source: SourceConfig) -> bool:
     """Recipes and hub data sets may come with such rows, and files that are given by split too."""
-    return source.split.valid > 0 or source.path is None or (isinstance(source.path, dict) and "valid" in source.path)
+    return source.split.valid > 0 or not source.paths or "valid" in source.paths
 
 
 def _cannot_remember(config: RunConfig, where: str) -> str:

@@ -27,6 +27,11 @@ class Part(NamedTuple):
     value: str
     space: str = ""
 
+    @property
+    def is_output(self) -> bool:
+        """Whether it is `{output}`, the answer in text."""
+        return self.kind == "field" and self.value == "output"
+
 
 class Template(NamedTuple):
     text: str
@@ -39,11 +44,11 @@ class Template(NamedTuple):
     @property
     def fields(self) -> list[str]:
         """Names of the input fields, each once, in order; without `output`."""
-        return list(dict.fromkeys(p.value for p in self.parts if p.kind == "field" and p.value != "output"))
+        return list(dict.fromkeys(p.value for p in self.parts if p.kind == "field" and not p.is_output))
 
     @property
     def has_output(self) -> bool:
-        return any(part == ("field", "output", part.space) for part in self.parts)
+        return any(part.is_output for part in self.parts)
 
 
 def parse_template(text: str, known_tags: Mapping[str, str], where: str = "template") -> Template:
@@ -78,7 +83,7 @@ def parse_template(text: str, known_tags: Mapping[str, str], where: str = "templ
             parts.append(Part("field", match["field"].strip(), literal[len(kept) :]))
             literal = ""
     _append_text(parts, literal + _plain(text[at:], problems, where))
-    outputs = sum(part.kind == "field" and part.value == "output" for part in parts)
+    outputs = sum(part.is_output for part in parts)
     if outputs > 1:
         problems.append(f"{where}: {{output}} stands {outputs} times; it may stand once.")
     if not any(part.kind == "field" for part in parts):
@@ -107,7 +112,7 @@ def marks_of(template: Template, kinds: Mapping[str, str]) -> list[int]:
             marks.append(TEXT)
         elif part.kind == "tag":
             marks.append(TAG)
-        elif part.value == "output":
+        elif part.is_output:
             marks.append(OUTPUT)
         else:
             behind_domain = before is not None and before.kind == "tag" and kinds[before.value] == "domain"

@@ -173,6 +173,7 @@ def test_every_experiment_has_its_configs() -> None:
 def test_an_experiment_without_a_folder_takes_what_was_prepared(folder: str | None, tmp_path: Path) -> None:
     """With a python3 that only notes what it is asked, where Debian's package is not installed."""
     (tmp_path / "launch").mkdir()
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
     text = (ROOT / "launch" / "experiment.sh").read_text()
     script = tmp_path / "launch" / "experiment.sh"
     script.write_text(text.replace("/usr/share/doc/mmseqs2/example-data", str(tmp_path / "none")))
@@ -189,11 +190,39 @@ def test_an_experiment_without_a_folder_takes_what_was_prepared(folder: str | No
         "prepare mmseqs-proteins",
     ]
     of_backbone = [line for line in asked if line.startswith(("train", "sweep", "compose"))]
-    assert len(of_backbone) == 3 and all("backbone.model=/models/other" in line for line in of_backbone)
+    assert len(of_backbone) == 4 and all("backbone.model=/models/other" in line for line in of_backbone)
+    configs = {line.split()[1] for line in of_backbone}
+    assert configs == {
+        f"runs/offline-other/configs/{stem}.yaml"
+        for stem in ("1_protein", "1_smiles", "3_binding_affinity", "4_binding_affinity")
+    }
+    for config in configs:  # nothing of SmolLM2's runs is taken or overwritten
+        of_smollm2 = (ROOT / "configs" / "offline" / Path(config).name).read_text()
+        assert (tmp_path / config).read_text() == of_smollm2.replace("runs/offline/", "runs/offline-other/")
+
+
+@pytest.mark.parametrize(
+    ("name", "prepared"), [("qed", []), ("translate", []), ("drug_combination", ["prepare drugcomb-css"])]
+)
+def test_an_experiment_of_the_paper_asks_no_data_of_ours(name: str, prepared: list[str], tmp_path: Path) -> None:
+    (tmp_path / "launch").mkdir()
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    shutil.copy(ROOT / "launch" / "experiment.sh", tmp_path / "launch")
+    (tmp_path / "python3").write_text('#!/bin/sh\necho "$@" >> asked\n')
+    (tmp_path / "python3").chmod(0o755)
+    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CONFIGS": "paper"}
+    subprocess.run(
+        ["bash", tmp_path / "launch" / "experiment.sh", name], cwd=tmp_path, env=environment, timeout=60, check=True
+    )
+    asked = [line.removeprefix("-m tagllm ") for line in (tmp_path / "asked").read_text().splitlines()]
+    assert [line for line in asked if line.startswith("prepare")] == prepared
+    used = [line.split()[1] for line in asked if line.startswith(("train", "sweep", "compose"))]
+    assert used and all(path.startswith("configs/paper/") and (ROOT / path).is_file() for path in used)
 
 
 def test_translation_has_no_trained_baselines_whatever_is_asked(tmp_path: Path) -> None:
     (tmp_path / "launch").mkdir()
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
     shutil.copy(ROOT / "launch" / "experiment.sh", tmp_path / "launch")
     (tmp_path / "python3").write_text('#!/bin/sh\necho "$@" >> asked\n')
     (tmp_path / "python3").chmod(0o755)

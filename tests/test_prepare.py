@@ -5,6 +5,8 @@ from __future__ import annotations
 import gzip
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -374,6 +376,35 @@ def test_a_pickle_is_never_opened(tmp_path: Path) -> None:
     (tmp_path / "train_val.pkl").write_bytes(b"not even a pickle")
     with pytest.raises(UserError, match="is a pickle, which may run any code .*to_csv"):
         prepare(recipe_of("drugcomb-css"), tmp_path, tmp_path / "cache")
+
+
+def test_the_command_that_a_pickle_is_answered_with_makes_files_that_are_read(tmp_path: Path) -> None:
+    """As PyTDC writes them: pickles of both splits, with the expression of all genes in a column of its own."""
+    pandas, origin = pytest.importorskip("pandas"), tmp_path / "drug comb"
+    origin.mkdir()
+    for at, stem in enumerate(("train_val", "test")):
+        row = {"Drug1_ID": "a", "Drug1": "CC", "Drug2_ID": "b", "Drug2": "C" * (at + 2), "Cell_Line_ID": "HT29"}
+        rows = [row | {"CellLine": [0.5] * 1000, "Y": 12.5}, row | {"Drug1": "CCO", "CellLine": [0.1] * 1000, "Y": 3.0}]
+        pandas.DataFrame(rows).to_pickle(origin / f"{stem}.pkl")
+    with pytest.raises(UserError) as caught:
+        prepare(recipe_of("drugcomb-css"), origin, tmp_path / "cache")
+    (told,) = caught.value.problems
+    command = told.partition("If you trust it: ")[2].replace(" python ", f" {sys.executable} ")
+    subprocess.run(["bash", "-c", command], check=True, timeout=100)
+    assert (origin / "test.csv").stat().st_size < 1000
+    rows = rows_of(prepare(recipe_of("drugcomb-css"), origin, tmp_path / "cache"))
+    assert [(split, row["css"]) for split, row in rows] == [
+        ("train", 12.5), ("train", 3.0), ("test", 12.5), ("test", 3.0),
+    ]  # fmt: skip
+
+
+def test_the_descriptor_is_that_of_the_authors_code(tmp_path: Path) -> None:
+    """BLOSUM1, as peptides 0.3.2 gave it for these; the first descriptor of later versions is another one."""
+    pytest.importorskip("peptides")
+    fasta = f">a\n{PROTEIN}\n>b\n{'ACDEFGHIKLMNPQRSTVWY' * 2}\n"
+    gzipped(tmp_path / "DB.fasta.gz", fasta)
+    rows = rows_of(prepare(recipe_of("mmseqs-proteins"), tmp_path, tmp_path / "cache"))
+    assert [row["descriptor"] for _, row in rows] == pytest.approx([0.10545454545454547, 0.048], abs=1e-9)
 
 
 def test_the_command_lists_and_prepares(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import sacrebleu
 import torch
 import yaml
 from transformers import AutoTokenizer
@@ -103,6 +104,26 @@ def test_a_file_that_is_no_model_is_told_as_well(tmp_path: Path) -> None:
     (tmp_path / "page.html").write_text("<html>not found</html>")
     (problem,) = problems_of(EvaluationConfig(spbleu_model=str(tmp_path / "page.html")), "evaluation")
     assert "that is no model of sentencepiece" in problem
+
+
+def test_spbleu_is_bleu_over_the_pieces_of_the_model(tmp_path: Path) -> None:
+    """As sacrebleu has it for flores101: pieces instead of words, whatever stands at the end of a line."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    texts = ["the cat sat on the mat", "a dog ran over the hill", "one bird flew away", "two birds sat on the hill"]
+    trainer = sentencepiece.SentencePieceTrainer
+    trainer.train(sentence_iterator=iter(texts), model_prefix=str(tmp_path / "m"), vocab_size=28, minloglevel=2)
+    model = tmp_path / "m.model"
+    config = EvaluationConfig(spbleu_model=str(model))
+    assert problems_of(config, "evaluation") == []
+    made, wanted = ["the cat sat on a mat ", "two dogs ran over hills"], ["the cat sat on the mat", texts[1]]
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    pieces = [[" ".join(processor.encode(text.rstrip(), out_type=str)) for text in rows] for rows in (made, wanted)]
+    expected = sacrebleu.corpus_bleu(pieces[0], [pieces[1]], tokenize="none", force=True).score
+    found = text_scores(made, wanted, [], config)
+    assert found.metrics["spbleu"] == pytest.approx(expected, abs=1e-9)
+    assert found.metrics["bleu"] != pytest.approx(expected, abs=1e-3)
+    low, high = found.intervals["spbleu"]
+    assert 0 <= low <= expected <= high <= 100
 
 
 def test_intervals_end_where_the_metric_does() -> None:

@@ -145,7 +145,7 @@ class Encoder:
         self.source, self.layout, self.tokenizer, self.max_tokens = source, layout, tokenizer, max_tokens
         parts = template.parts
         if not labelled:  # generation starts where {output} stood
-            parts = parts[: next((i for i, p in enumerate(parts) if p.value == "output" and p.kind == "field"), None)]
+            parts = parts[: next((i for i, p in enumerate(parts) if p.is_output), None)]
         self.template, self.labelled = template._replace(parts=parts), labelled
         self.marks = marks_of(self.template, layout.kinds)
         self.pools = pools_of(self.template, layout.kinds, pool_of(layout.heads.values()))
@@ -162,7 +162,7 @@ class Encoder:
         self.spans = spans_of(self.marks)
         grouped = [at for at, i in enumerate(self.inputs) if parts[i].value in source.group_by]
         self.num_alike = grouped[-1] + 1 if grouped else 0
-        ends_with_output = bool(parts) and parts[-1].kind == "field" and parts[-1].value == "output"
+        ends_with_output = bool(parts) and parts[-1].is_output
         self.eos = [tokenizer.eos_token_id] if ends_with_output else []
 
     def _tokens(self, texts: Sequence[str], literal: bool) -> list[list[int]]:

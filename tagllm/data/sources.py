@@ -106,11 +106,9 @@ def _origin(source: RowsConfig, cache: Path) -> tuple[str, list[Any], Callable[[
                 "may change. Give its files with `path:`."
             )
         return f"hub {hub}", ["hub", hub], lambda: _hub_parts(hub)
-    paths: list[tuple[Split | None, str]] = (
-        [(None, source.path)] if isinstance(source.path, str) else [*(source.path or {}).items()]
-    )
-    identity = ["path", *([split, path, kind_of(Path(path)), _sha256(Path(path))] for split, path in paths)]
-    return ", ".join(path for _, path in paths), identity, lambda: [_file_part(Path(p), split) for split, p in paths]
+    paths = {split: Path(path) for split, path in source.paths.items()}
+    identity = ["path", *([split, str(path), kind_of(path), _sha256(path)] for split, path in paths.items())]
+    return ", ".join(source.paths.values()), identity, lambda: [_file_part(p, split) for split, p in paths.items()]
 
 
 def _file_part(path: Path, split: Split | None) -> _Part:

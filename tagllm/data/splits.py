@@ -72,8 +72,7 @@ def check_keys(
 
 def drawn_from(source: RowsConfig, by: Sequence[str], given: Collection[Split]) -> dict[str, Any]:
     """What a tag keeps of how rows were held out from it: whoever asks it of the same `data` must draw the same."""
-    paths = [source.path] if isinstance(source.path, str) else (source.path or {}).values()
-    data = source.recipe or source.hub or sorted(Path(path).name for path in paths)
+    data = source.recipe or source.hub or sorted(Path(path).name for path in source.paths.values())
     return {"data": data, "by": list(by), "drawn": _drawn(source, given)}
 
 
@@ -98,10 +97,9 @@ def refuse_seen(tag: str, held_out: Sequence[dict[str, Any]], mine: dict[str, An
 
 
 def _data_of(source: RowsConfig) -> Any:
-    if source.path is None:
+    if not source.paths:
         return source.recipe, source.hub
-    paths = {None: source.path} if isinstance(source.path, str) else source.path
-    return {split: Path(path).resolve() for split, path in paths.items()}
+    return {split: Path(path).resolve() for split, path in source.paths.items()}
 
 
 def _drawn(source: RowsConfig, given: Collection[Split]) -> dict[str, float]:

@@ -119,7 +119,7 @@ def scores_of(
 def language_of(template: Template, kinds: dict[str, str]) -> str:
     """The language that {output} is to be in: the domain tag before it, with at most function tags in between, if its
     name is a language's code."""
-    at = next(i for i, part in enumerate(template.parts) if part.kind == "field" and part.value == "output")
+    at = next(i for i, part in enumerate(template.parts) if part.is_output)
     tags = itertools.takewhile(lambda part: part.kind == "tag", reversed(template.parts[:at]))
     name = next((part.value.lower() for part in tags if kinds[part.value] == "domain"), "")
     return name if name in known_languages() else ""

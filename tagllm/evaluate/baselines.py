@@ -22,7 +22,7 @@ def probe_of(result: Pass, mine_n: NDArray[np.bool_], layout: TagLayout, name: s
     """What a probe on the frozen LLM sees of the rows of a head: states before the function tag, and means over the
     fields. Only rows with a target. Where the function tag is absent, its head itself reads the state before it."""
     head = layout.heads[name]
-    targets_nK = result.targets_nK[:, : 1 if head.classes else head.outputs]
+    targets_nK = result.targets_nK[:, : head.num_targets]
     known_n = mine_n & np.isfinite(targets_nK).all(axis=1)
     last_nD = result.prefix_last_nD if layout.lengths[name] else result.last_nD
     return Features(last_nD[known_n], result.mean_nD[known_n], targets_nK[known_n])

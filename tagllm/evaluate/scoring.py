@@ -14,6 +14,7 @@ from tagllm.config import Split
 from tagllm.data.sampler import Draw
 from tagllm.evaluate.metrics import value_metrics
 from tagllm.evaluate.passes import Pass, run_over
+from tagllm.model.loss import nats_per_token
 from tagllm.ranks import Ranks
 from tagllm.tags import Tag
 
@@ -58,14 +59,12 @@ def score_pass(
 
 
 def nats(result: Pass) -> dict[str, float]:
+    """Per token of spans and outputs, as perplexity too, and how many tokens that is."""
     found: dict[str, float] = {}
-    for name, total, n in zip(("span", "output"), result.sums, result.counts, strict=False):
-        if n:
-            found |= {
-                f"{name}_nats": total / n,
-                f"{name}_perplexity": math.exp(min(total / n, 50.0)),
-                f"{name}_tokens": n,
-            }
+    tokens = {"span_nats": result.counts.span, "output_nats": result.counts.output}
+    for name, value in nats_per_token(result.sums, result.counts).items():
+        term = name.removesuffix("_nats")
+        found |= {name: value, f"{term}_perplexity": math.exp(min(value, 50.0)), f"{term}_tokens": tokens[name]}
     return found
 
 

@@ -33,6 +33,11 @@ class LossWeights(NamedTuple):
         return sum(w * s / c for w, s, c in zip(self, sums, counts, strict=True) if c)
 
 
+def nats_per_token(sums: Sequence[float], counts: Sequence[int]) -> dict[str, float]:
+    """Of spans and of outputs, as far as there are such tokens: `span_nats`, `output_nats`."""
+    return {f"{term}_nats": s / c for term, s, c in zip(("span", "output"), sums, counts, strict=False) if c}
+
+
 def value_losses(values_BK: Tensor, target_BK: Tensor, num_classes: int) -> Tensor:
     """Squared errors (B, K), or cross entropy (B, 1) where `num_classes` > 0. NaN targets give 0."""
     known_BK = ~target_BK.isnan()

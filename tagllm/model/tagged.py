@@ -206,7 +206,7 @@ class TaggedModel(nn.Module):
             mine_B = batch.head_B == index
             width = answer_BK.shape[1]
             spec = head.spec
-            target_BK = batch.target_BK[:, : 1 if spec.classes else width].where(mine_B[:, None], torch.nan)
+            target_BK = batch.target_BK[:, : spec.num_targets].where(mine_B[:, None], torch.nan)
             losses_BK = value_losses(answer_BK, head.standardise(target_BK), len(spec.classes or []))
             value_sum = value_sum + losses_BK.sum()
             answer_BK = nn.functional.pad(head.unstandardise(answer_BK), (0, values_BK.shape[1] - width))

@@ -77,15 +77,16 @@ def _against_true(head: str, values_n: Tensor, targets_n: Tensor) -> str:
 
 
 def tag_similarity(tags: Sequence[Tag]) -> str:
-    """Cosine of the mean rows of each two tags."""
-    cosine = cosine_of_means(tags)
+    """Cosine of the mean rows of each two tags; empty where none has rows."""
+    names, cosine = cosine_of_means(tags)
+    if not names:
+        return ""
     figure, axes = _figure()
     image = axes.imshow(cosine, vmin=-1, vmax=1, cmap="RdBu_r")
-    names = [f"<{tag.name}>" for tag in tags]
-    axes.set_xticks(range(len(tags)), names, rotation=45, ha="right")
-    axes.set_yticks(range(len(tags)), names)
-    for at in range(len(tags)):
-        for other in range(len(tags)):
+    axes.set_xticks(range(len(names)), names, rotation=45, ha="right")
+    axes.set_yticks(range(len(names)), names)
+    for at in range(len(names)):
+        for other in range(len(names)):
             color = "white" if cosine[at, other].abs() > DARK else "black"
             axes.text(other, at, f"{cosine[at, other]:.2f}", ha="center", va="center", fontsize=7, color=color)
     axes.set_title("cosine of mean rows")

@@ -89,7 +89,7 @@ def _of_run(run: Run) -> Section:
         tables.append(_table("With other rows in the place of a tag's, nothing trained anew", "change", ablations, {}))
     tags = list(run.library.tags.values()) if run.library else []
     figures = [
-        learning_curves(run), *predicted_against_true(run), _changes(ablations), tag_similarity(tags) if tags else "",
+        learning_curves(run), *predicted_against_true(run), _changes(ablations), tag_similarity(tags),
     ]  # fmt: skip
     return Section(
         run.name, _notes(run), tables, [figure for figure in figures if figure], _texts(run),

@@ -86,10 +86,14 @@ def nearest_tokens(rows_PD: Tensor, embedding_VD: Tensor, number: int) -> tuple[
     return best.values, best.indices
 
 
-def cosine_of_means(tags: Sequence[Tag]) -> Tensor:
-    """(T, T): of the mean rows of each two tags."""
-    means = nn.functional.normalize(torch.stack([tag.rows_PD.mean(dim=0) for tag in tags]), dim=1)
-    return means @ means.T
+def cosine_of_means(tags: Sequence[Tag]) -> tuple[list[str], Tensor]:
+    """The tags that have rows (absent ones have none), as they stand in a prompt, and (T, T) of the mean rows of each
+    two of them."""
+    with_rows = [tag for tag in tags if len(tag.rows_PD)]
+    if not with_rows:
+        return [], torch.empty(0, 0)
+    means = nn.functional.normalize(torch.stack([tag.rows_PD.mean(dim=0) for tag in with_rows]), dim=1)
+    return [f"<{tag.name}>" for tag in with_rows], means @ means.T
 
 
 def _rows(tag: Tag, vocabulary: Vocabulary, nearest: int) -> Table:
@@ -105,9 +109,10 @@ def _rows(tag: Tag, vocabulary: Vocabulary, nearest: int) -> Table:
 
 
 def _alike(tags: Sequence[Tag]) -> Table:
+    names, cosine_TT = cosine_of_means(tags)
     table = Table(title="cosine of mean rows", title_justify="left")
-    for title in ("", *(f"<{tag.name}>" for tag in tags)):
+    for title in ("", *names):
         table.add_column(title, justify="right" if title else "left")
-    for tag, cosines in zip(tags, cosine_of_means(tags), strict=True):
-        table.add_row(f"<{tag.name}>", *(f"{value:.2f}" for value in cosines.tolist()))
+    for name, cosines in zip(names, cosine_TT.tolist(), strict=True):
+        table.add_row(name, *(f"{value:.2f}" for value in cosines))
     return table

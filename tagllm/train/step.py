@@ -14,7 +14,7 @@ from tagllm.data.batch import Batch, Counts, count
 from tagllm.data.collate import no_batch
 from tagllm.data.encode import Example, TagLayout
 from tagllm.errors import SharedError
-from tagllm.model.loss import total
+from tagllm.model.loss import nats_per_token, total
 from tagllm.ranks import Ranks
 from tagllm.train.engine import Engine
 from tagllm.train.rows import StepRows
@@ -44,8 +44,9 @@ class Step(NamedTuple):
         return math.isfinite(self.loss) and math.isfinite(self.gradient_norm)
 
     def scalars(self) -> dict[str, float]:
-        names = ("span_nats", "output_nats", "value_loss")
-        terms = {f"train/{k}": s / c for k, s, c in zip(names, self.sums, self.counts, strict=True) if c}
+        terms = {f"train/{name}": nats for name, nats in nats_per_token(self.sums, self.counts).items()}
+        if self.counts.value:
+            terms["train/value_loss"] = self.sums[-1] / self.counts.value
         norms = {f"{name}/gradient_norm": norm for name, norm in self.gradient_norms.items()}
         return {"train/loss": self.loss, **terms, "train/gradient_norm": self.gradient_norm, **norms}
 

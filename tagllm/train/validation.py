@@ -20,6 +20,7 @@ from tagllm.evaluate.passes import Pass, run_over
 from tagllm.evaluate.ridge import clearly_better
 from tagllm.evaluate.scoring import by_head
 from tagllm.head import Head
+from tagllm.model.loss import nats_per_token
 from tagllm.model.tagged import Output
 from tagllm.model.value_head import HeadModule
 from tagllm.ranks import Ranks
@@ -53,9 +54,7 @@ class Validation:
     def scalars(self, result: Pass) -> dict[str, float]:
         """Loss and metrics of the validation split; of each head on its own rows, by name where there are several."""
         scalars = {"valid/loss": self.loss(result)}
-        for name, total, n in zip(("span", "output"), result.sums, result.counts, strict=False):
-            scalars |= {f"valid/{name}_nats": total / n} if n else {}
-        found = by_head(self.built, "valid", result, value_metrics)
+        found = nats_per_token(result.sums, result.counts) | by_head(self.built, "valid", result, value_metrics)
         return scalars | {f"valid/{name}": value for name, value in found.items()}
 
     def scale_heads(self) -> None:

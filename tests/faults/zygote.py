@@ -7,6 +7,7 @@ the rank ends, and killed takes it along. What a plan orders strikes the rank it
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import select
@@ -112,11 +113,19 @@ def _become(request: bytes, files: list[int]) -> None:
     sys.argv[1:] = arguments
 
 
-if __name__ == "__main__":
-    import deepspeed  # noqa: F401
+_OF_RANKS = (
+    "datasets", "deepspeed", "pyarrow.compute", "pyarrow.parquet", "scipy.stats", "sklearn.model_selection",
+    "tensorboard.compat.proto.event_pb2", "tensorboard.compat.proto.summary_pb2",
+    "tensorboard.summary.writer.record_writer", "torchmetrics.functional",
+    "transformers.models.llama.modeling_llama", "tagllm.cli", "tagllm.train.loop", "tests.faults.hooks",
+)  # fmt: skip
+"""What a rank imports until it has validated once."""
 
-    import tagllm.train.loop  # noqa: F401
+if __name__ == "__main__":
     from tests.faults.rank import run
+
+    for module in _OF_RANKS:
+        importlib.import_module(module)
 
     serve(Path(sys.argv[1]))
     run()

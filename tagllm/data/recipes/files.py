@@ -77,10 +77,10 @@ def _peptides(origin: Path | None) -> Iterator[RecipeRow]:
 def _benchmark(recipe: str, origin: Path | None, stem: str) -> Path:
     """A file of a TDC benchmark group. Pickles run code when they are opened, so we open none."""
     if origin is not None and (origin / f"{stem}.pkl").is_file() and not list(origin.glob(f"{stem}.[cp][sa]*")):
-        file = origin / stem
         raise UserError(
-            f"recipe {recipe}: {file}.pkl is a pickle, which may run any code when opened; rows come from csv. If you "
-            f"trust it: python -c \"import pandas as p; p.read_pickle('{file}.pkl').to_csv('{file}.csv')\""
+            f"recipe {recipe}: {origin / stem}.pkl is a pickle, which may run any code when opened; rows come from "
+            f"csv. If you trust it: cd '{origin}' && python -c \"import pandas as p; [p.read_pickle(s + '.pkl').drop("
+            "columns='CellLine', errors='ignore').to_csv(s + '.csv', index=False) for s in ('train_val', 'test')]\""
         )
     return file_in(recipe, origin, f"{stem}.csv", f"{stem}.csv.gz", f"{stem}.parquet")
 
@@ -138,14 +138,15 @@ RECIPES = (
     ),
     Recipe(
         "mmseqs-proteins",
-        f"UniProt proteins of {SHORTEST} to {LONGEST} standard residues, each once, with the first descriptor of the "
-        "package peptides and the isoelectric point",
+        f"UniProt proteins of {SHORTEST} to {LONGEST} standard residues, each once, with BLOSUM1 (the paper's "
+        "descriptor) and the isoelectric point",
         "CC BY 4.0 (UniProt)",
         "Debian package mmseqs2-examples",
         {"id": str, "sequence": str, "descriptor": float, "isoelectric_point": float, "key": str},
         _mmseqs_proteins,
         "peptides",
         origin="DB.fasta.gz, or its folder (/usr/share/doc/mmseqs2/example-data)",
+        format=2,
     ),
     Recipe(
         "peptides",

@@ -139,13 +139,12 @@ RECIPES = (
     ),
     Recipe(
         "binding-affinity-proteins",
-        "the proteins of binding-affinity, each once, with the first descriptor of the package peptides and the "
-        "isoelectric point",
+        "the proteins of binding-affinity, each once, with BLOSUM1 (the paper's descriptor) and the isoelectric point",
         "of the sources, see the data set's card",
         "hub jglaser/binding_affinity",
         {"sequence": str, "descriptor": float, "isoelectric_point": float, "key": str},
         _proteins,
-        format=2,
+        format=3,
     ),
     Recipe(
         "binding-affinity-molecules",

@@ -30,8 +30,11 @@ def drug_likeness(smiles: str) -> DrugLikeness | None:
 
 
 def protein_labels(recipe: str, sequence: str) -> dict[str, Any]:
-    """The first descriptor of the package `peptides`, and the isoelectric point (pH); letters other than `RESIDUES`
-    have no properties there and count as residues all the same.
+    """The descriptor of the paper, and the isoelectric point (pH); letters other than `RESIDUES` have no properties
+    there and count as residues all the same.
+
+    The authors' code takes the first descriptor of `peptides` 0.3.2, which is BLOSUM1 (Georgiev 2009); later versions
+    have others before it.
 
     Raises:
         UserError: it is not installed.
@@ -45,6 +48,6 @@ def protein_labels(recipe: str, sequence: str) -> dict[str, Any]:
         ) from None
     protein = Peptide(sequence)
     return {
-        "descriptor": float(next(iter(protein.descriptors().values()))),
+        "descriptor": float(protein.descriptors()["BLOSUM1"]),
         "isoelectric_point": float(protein.isoelectric_point()),
     }
