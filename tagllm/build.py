@@ -72,14 +72,13 @@ class Built(NamedTuple):
             "data": self.data.digest,
             "dtype": self.backbone.dtype,
             "config": self.config.digest(),
-            "loaded tags": digest_of({name: _digest_of(tag) for name, tag in self.stage.loaded.items()}),
+            "loaded tags": loaded_digest(self.stage),
         }
 
 
 def loaded_digest(stage: Stage) -> str:
-    """Of all tags that a stage takes as they are."""
-    taken = {name: _digest_of(tag) for name, tag in stage.loaded.items() if name not in stage.learned}
-    return digest_of(taken)
+    """Of all tags that a stage begins with."""
+    return digest_of({name: _digest_of(tag) for name, tag in stage.loaded.items()})
 
 
 def _digest_of(tag: Tag) -> str:

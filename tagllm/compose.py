@@ -45,6 +45,9 @@ from tagllm.stage import stage_of_run
 from tagllm.tags import TagLibrary
 from tagllm.template import escaped, field_text, parse_template, written
 
+FORMAT = 2
+"""Raise when the same settings would ask or score otherwise."""
+
 
 class Asked(NamedTuple):
     """What came of a prompt. `answers`: of one that asks for text; `rows`: numbers of those it was asked of; `cut`: of
@@ -88,7 +91,7 @@ class Composer(NamedTuple):
         libraries = [sha256_file(Path(path) / "library.json") for path in self.config.libraries]
         rows = load_rows(case.source, cache_folder())
         self._refuse_seen(name, rows)
-        file, digest = folder / "results.json", digest_of([settings, libraries, rows.file])
+        file, digest = folder / "results.json", digest_of([FORMAT, settings, libraries, rows.file])
         if file.is_file() and (found := read_json(file)).get("config_digest") == digest:
             return found
         with writing(folder):
@@ -134,13 +137,20 @@ class Composer(NamedTuple):
         answers = [answer._replace(source=prompt) for answer in give(built, template, [examples[at] for at in rows])]
         scores = scores_of(
             built, answers, case.language, self.library.tags,
-            lambda: training_means(self._built(name, text, "train", bool(about.shots)), [0] * len(answers)),
+            lambda: self._means(name, text, bool(about.shots), len(answers)),
         )  # fmt: skip
         return Asked(scores, answers, [numbers[at] for at in rows], cut)
 
+    def _means(self, name: str, text: str, has_shots: bool, number: int) -> list[float]:
+        """What each of so many answers counts as if it is no number; 0 where the data has no training rows."""
+        given = load_rows(self.config.cases[name].source, cache_folder()).given_splits
+        if given and "train" not in given:
+            return [0.0] * number
+        return training_means(self._built(name, text, "train", has_shots), [0] * number)
+
     def _worked(self, name: str, text: str, shots: int) -> str:
-        """The first training rows (of data that has none, as FLORES: validation rows) as they stand in the prompt, tags
-        and all, as a piece of a template."""
+        """Some training rows (of data that has none, as FLORES: validation rows) as they stand in the prompt, tags and
+        all, as a piece of a template. Drawn evenly: data is often sorted, so the first ones would be of a kind."""
         case = self.config.cases[name]
         given = load_rows(case.source, cache_folder()).given_splits
         split: Split = "train" if "train" in given or not given else "valid"
@@ -153,7 +163,7 @@ class Composer(NamedTuple):
                 f"cases.{name}: shots is {shots}, but there are {there} {split} rows to take worked examples from. Ask "
                 f"for fewer, or raise source.rows.{split}."
             )
-        rows = examples.columns(list(wanted), shots)
+        rows = examples.columns(list(wanted), chosen(examples, shots))
         pieces = []
         for at in range(shots):
             for part in template.parts:

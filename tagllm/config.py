@@ -390,7 +390,7 @@ class RunConfig(Section):
         there, config.yaml still has the old one, and differs."""
         left_out = dict.fromkeys(("output", "checkpoint", "engine", "remember_gib", "remember_device_gib"), True)
         backbone, optim = {"gradient_checkpointing", "quantize"}, {"rows_per_micro_batch", "skipped_in_a_row"}
-        spread = {"backbone": backbone, "optim": optim, "evaluation": _OF_TEXT}
+        spread = {"backbone": backbone, "optim": optim, "evaluation": {*_OF_TEXT, "rows_per_batch"}}
         shapes = self.model_dump(mode="json", exclude={**left_out, **spread}, exclude_defaults=True)
         return digest_of({key: value for key, value in shapes.items() if value != {}})  # of which all is left out
 
@@ -402,6 +402,13 @@ class RunConfig(Section):
 
 _OF_TEXT = {"generated_rows", "max_new_tokens", "beams", "spbleu_model", "comet_model"}
 """Keys of `evaluation` that only answers in text depend on."""
+
+
+def flat(value: Any, at: str = "") -> dict[str, Any]:
+    """Values by their path, as overrides write it."""
+    if isinstance(value, dict):
+        return {k: v for key, inner in value.items() for k, v in flat(inner, f"{at}.{key}" if at else key).items()}
+    return {at: value}
 
 
 def digest_of(value: Any) -> str:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tagllm.arrays import Floats
-from tagllm.build import Built, build, loaded_digest, new_tag
+from tagllm.build import Built, build, new_tag
 from tagllm.config import RunConfig, Split
 from tagllm.data.splits import refuse_seen
 from tagllm.errors import SharedError
@@ -84,7 +84,6 @@ def _results(
         "learned": stage.learned, "backbone": built.backbone.identity._asdict(), "dtype": built.backbone.dtype,
         "config_digest": config.digest(), "scoring": config.scoring(),
         "data": {source: about["splits"] for source, about in built.data.record.items()},
-        "loaded_tags": loaded_digest(stage),
         "ranks": ranks.size, "sharded": any(hasattr(p, "ds_id") for p in built.backbone.model.parameters()),
         "rows": sum(map(len, built.examples(split))), "training": folder.training(), **origin(),
     }  # fmt: skip

@@ -17,7 +17,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from tagllm.config import BackboneConfig, Dtype, RunConfig, Split
+from tagllm.config import BackboneConfig, Dtype, RunConfig, Split, flat
 from tagllm.config_file import load_config
 from tagllm.data.dataset import Data
 from tagllm.errors import UserError
@@ -74,10 +74,11 @@ class RunFolder:
             )
         return config
 
-    def record(self, config: RunConfig, data: Data, num_ranks: int) -> None:
-        """The resolved config, where it comes from, the splits and the rows that could not be used."""
+    def record(self, config: RunConfig, data: Data, num_ranks: int, loaded_tags: str) -> None:
+        """The resolved config, where it comes from (of `loaded_tags` the digest), the splits and the rows that could
+        not be used."""
         write_whole(self.path / "config.yaml", yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False).encode())
-        write_whole(self.path / "origin.json", json_bytes({**origin(), "ranks": num_ranks}))
+        write_whole(self.path / "origin.json", json_bytes({**origin(), "ranks": num_ranks, "loaded_tags": loaded_tags}))
         write_whole(self.path / "splits.json", json_bytes(data.record))
         rows = "".join(json.dumps(row._asdict()) + "\n" for row in data.bad_rows)
         write_whole(self.path / "bad_rows.jsonl", rows.encode())
@@ -156,10 +157,5 @@ def best_valid_loss(run: Path) -> float:
 
 
 def _differences(one: RunConfig, other: RunConfig) -> list[str]:
-    def flat(value: Any, at: str = "") -> dict[str, Any]:
-        if isinstance(value, dict):
-            return {k: v for key, inner in value.items() for k, v in flat(inner, f"{at}.{key}" if at else key).items()}
-        return {at: value}
-
     a, b = flat(one.model_dump(mode="json")), flat(other.model_dump(mode="json"))
     return [key for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key) and key != "output"]

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tagllm.data.batch import Batch, Tokens, count
 from tagllm.data.collate import Collator
 from tagllm.data.encode import Example
-from tagllm.template import FIELD, OUTPUT, SPAN
+from tagllm.template import FIELD, OUTPUT, SPAN, TAG
 from tests import tiny
 
 quick = settings(max_examples=40, deadline=None)
@@ -36,7 +36,14 @@ def cases(draw: st.DrawFn) -> tuple[Collator, list[Example]]:
     collator = Collator(
         of.first_learned_id, draw(st.sampled_from(TERMS)), 2, draw(st.booleans()), False, block, free, sharded, grouped
     )
-    return collator, rows
+    return collator._replace(behind_text=draw(st.booleans())), rows
+
+
+def is_label(collator: Collator, row: Example, at: int) -> bool:
+    """Whether something stands before it that predicts it, and with `behind_text` something beside tags."""
+    before = row.marks[:at].tolist()
+    words = [mark for mark in before if mark != TAG] if collator.behind_text else before
+    return row.marks[at] in collator.terms and bool(words)
 
 
 def prompts_of(batch: Batch) -> list[tuple[dict[int, list[int]], list[list[int]]]]:
@@ -64,7 +71,7 @@ def _split(tokens: Tokens) -> list[list[list[int]]]:
 
 def last_needed(collator: Collator, row: Example) -> int:
     """The last position whose hidden state anybody asks for."""
-    labelled = [at - 1 for at in range(1, len(row.ids)) if row.marks[at] in collator.terms]
+    labelled = [at - 1 for at in range(len(row.ids)) if is_label(collator, row, at)]
     needed = [*labelled, row.read_at] if row.read_at >= 0 else labelled
     return max(needed, default=len(row.ids) - 1)
 
@@ -109,14 +116,14 @@ def test_what_is_shared_is_there_once(case: tuple[Collator, list[Example]], rand
 @quick
 @given(cases())
 def test_labels_are_the_next_tokens_of_the_terms(case: tuple[Collator, list[Example]]) -> None:
-    """Exactly the tokens whose mark is in `terms` (but a first one, which nothing predicts), in order."""
+    """Exactly the tokens whose mark is in `terms` (but those that nothing predicts), in order."""
     collator, rows = case
     batch = collator(rows)
     expected = [
         (i, at - 1 - cut, int(row.ids[at]), int(row.marks[at]))
         for i, (row, cut) in enumerate(zip(rows, collator.cuts(rows), strict=True))
-        for at in range(1, len(row.ids))
-        if row.marks[at] in collator.terms
+        for at in range(len(row.ids))
+        if is_label(collator, row, at)
     ]
     starts = np.cumsum([0, *batch.live.lengths])
     found = [
@@ -137,10 +144,10 @@ def test_live_part_starts_where_learning_or_reading_begins(case: tuple[Collator,
             assert cut == 0
             continue
         assert (row.ids[:cut] < collator.first_learned_id).all()
-        assert not np.isin(row.marks[1 : cut + 1], collator.terms).any()
+        assert not any(is_label(collator, row, at) for at in range(cut + 1))
         assert 0 <= cut <= last_needed(collator, row), "at least one live position"
         needed = row.ids[cut] >= collator.first_learned_id
-        needed |= cut + 1 < len(row.ids) and row.marks[cut + 1] in collator.terms
+        needed |= cut + 1 < len(row.ids) and is_label(collator, row, cut + 1)
         needed |= cut in (row.read_at, len(row.ids) - 1)
         assert needed, "and no more than needed"
 
@@ -167,8 +174,10 @@ def test_counts(case: tuple[Collator, list[Example]]) -> None:
     collator, rows = case
     counts = count(collator(rows))
     for mark, found in ((SPAN, counts.span), (OUTPUT, counts.output)):
-        expected = sum(int((row.marks[1:] == mark).sum()) for row in rows) if mark in collator.terms else 0
-        assert found == expected
+        labels = [
+            row for row in rows for at in range(len(row.ids)) if is_label(collator, row, at) and row.marks[at] == mark
+        ]
+        assert found == len(labels)
     assert counts.value == sum(len(row.target) for row in rows)
 
 

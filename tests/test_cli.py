@@ -250,11 +250,14 @@ def test_rows_that_were_trained_on_are_not_scored(run: Run, folder: Path) -> Non
 
 def test_text_output_and_composition(run: Run, folder: Path) -> None:
     """A text task; then its function tag in a prompt it has never seen, with a tag of another library."""
-    domain = config(folder, "domain", tags={"D": {"length": 2}}, data__template="A <D> {smiles}", data__target=[])
+    domain = config(folder, "domain", tags={"D": {"length": 2}}, data__template="<D> {smiles}", data__target=[])
     assert run("train", domain).exit_code == 0
     assert run("eval", "runs/domain", "--control", "runs/domain/last").exit_code == 0
-    controls = json.loads((folder / "runs/domain/results.json").read_text())["controls"]
+    results = json.loads((folder / "runs/domain/results.json").read_text())
+    controls = results["controls"]
     assert {"no tag", "untrained tag", "<D> of runs/domain/last"} == controls.keys()
+    counts = {found["span_tokens"] for found in (results["metrics"], *controls.values())}
+    assert len(counts) == 1, "without its tag a prompt predicts no first token, so none of them is scored on it"
     assert run("train", config(folder, "other")).exit_code == 0
     fails(
         run("eval", "runs/domain", "--control", "runs/other/library"), "--control", "no tag of the kind of <D> (domain)"

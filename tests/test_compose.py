@@ -17,7 +17,7 @@ from tagllm.config_file import load_as
 from tagllm.data.dataset import Prompts, tokenise
 from tagllm.errors import UserError
 from tagllm.evaluate import kept
-from tagllm.evaluate.answers import training_means
+from tagllm.evaluate.answers import chosen, training_means
 from tagllm.evaluate.generate import generate
 from tagllm.tags import TagLibrary
 from tests.test_cli import Run, config, fails, folder, run
@@ -140,7 +140,9 @@ def test_worked_examples_are_training_rows_as_they_stand_in_the_prompt(folder: P
     first, second, rest = worked.split("\n\n")
     assert not rest and first != second
     train = composer._built("case", "{smiles} <T> <FR> {output}", "train").examples("train")[0]
-    rows = train.columns(["smiles", "name"], 1)
+    some = chosen(train, 2)
+    assert some != [0, 1], "data may be sorted: the first rows would be of a kind"
+    rows = train.columns(["smiles", "name"], some)
     assert first == f"\\{{ {rows['smiles'][0]}<T><FR> {rows['name'][0]}"
 
 
@@ -267,6 +269,17 @@ def test_answers_that_are_no_numbers_count_as_the_mean_of_training_rows(folder: 
     targets = [float(answer.reference) for answer in asked.answers]
     assert asked.scores.metrics["unparsable"] == 1, "of a backbone that was never trained"
     assert asked.scores.metrics["mae"] == pytest.approx(np.abs(np.array(targets) - mean).mean(), rel=1e-4)
+
+
+def test_numbers_are_scored_without_any_training_row(folder: Path, libraries: list[str]) -> None:
+    """What is no number counts as 0 then, for there is no mean."""
+    file = composed(folder, libraries, {"in text": "{smiles} weighs {output}"}, "test alone")
+    path = f"cases.test alone.source.path={{test: {folder / 'rows.csv'}}}"
+    composer = Composer.open(load_as(ComposeConfig, file, [path, "cases.test alone.source.output=weight"]))
+    asked = composer._prompt("test alone", "in text")
+    targets = [float(answer.reference) for answer in asked.answers]
+    assert asked.scores.metrics["unparsable"] == 1
+    assert asked.scores.metrics["mae"] == pytest.approx(np.abs(targets).mean(), rel=1e-4)
 
 
 @pytest.mark.parametrize(

@@ -92,11 +92,14 @@ def test_a_field_twice_keeps_the_white_space_of_each_place(tokenizer: Any) -> No
 
 
 def test_where_the_head_reads_and_the_function_tag_starts(tokenizer: Any) -> None:
-    """The last row of the last tag with a head; the start of the last function tag, head or not."""
+    """The last row of the last tag with a head, and its start: what stands behind it has seen it. Without a head the
+    start of the last function tag."""
     found = one(encoder(tokenizer, "{x} <QED> or <QED> so <Name> end", target="y"), x="a", y=1)
     assert found.ids[found.read_at] == LAYOUT.ids("QED")[-1]
     assert LAYOUT.ids("QED")[-1] not in found.ids[found.read_at + 1 :]
-    assert found.ids[found.function_at] == LAYOUT.ids("Name")[0]
+    assert found.function_at == found.read_at + 1 - LAYOUT.lengths["QED"]
+    named = one(encoder(tokenizer, "{x} <Name> so <Name> end"), x="a")
+    assert named.function_at == max(np.flatnonzero(named.ids == LAYOUT.ids("Name")[0]))
     without = one(encoder(tokenizer, "<SMILES> {x}"), x="a")
     assert (without.head, without.read_at, without.function_at) == (-1, -1, len(without.ids))
 

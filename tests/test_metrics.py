@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from scipy import stats
+from sklearn.metrics import roc_auc_score
 
 from tagllm.arrays import Floats
 from tagllm.evaluate.metrics import intervals, value_metrics
@@ -100,6 +101,20 @@ def test_classes_by_hand() -> None:
         },
         rel=1e-5,
     )  # fmt: skip
+
+
+@pytest.mark.parametrize("num_classes", [2, 3])
+def test_a_sure_head_ranks_as_an_unsure_one(num_classes: int) -> None:
+    """Probabilities of margins above 17 are all 1 in fp32, and would tie."""
+    random = np.random.default_rng(0)
+    targets = column(*random.integers(num_classes, size=200))
+    right = np.eye(num_classes)[targets[:, 0].astype(int)]
+    logits = (random.normal(size=(200, num_classes)) + right).astype(np.float32)
+    odds = [logits[:, k] - np.logaddexp.reduce(np.delete(logits, k, 1), axis=1) for k in range(num_classes)]
+    expected = np.mean([roc_auc_score(targets[:, 0] == k, odds[k]) for k in range(num_classes)])
+    assert value_metrics(logits, targets, classes=True)["auroc"] == pytest.approx(expected, abs=1e-6)
+    if num_classes == 2:  # where the order of odds is that of margins, whatever they are multiplied with
+        assert value_metrics(64 * logits, targets, classes=True)["auroc"] == pytest.approx(expected, abs=1e-6)
 
 
 def test_classes_without_a_target() -> None:

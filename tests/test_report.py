@@ -152,6 +152,43 @@ def test_a_sweep_is_a_table_and_a_figure(run: Path, tmp_path: Path) -> None:
     assert all(html.count(f"config of length={n}") == 1 for n in (1, 2))
 
 
+def test_a_variant_that_is_called_as_a_control_keeps_its_own_figures(run: Path, tmp_path: Path) -> None:
+    """And so does the control."""
+    results = json.loads((run / "results.json").read_text())
+    about, mean = {key: results[key] for key in ORIGIN}, results["baselines"]["predict_mean"]["mse"]
+    combinations = [
+        {"shown": {"variant": name}, "runs": 1, "metrics": {"mse": [mse, None]}, "tried": {}, "folders": folders}
+        for name, mse, folders in (("full", 0.25, ["a"]), ("predict_mean", 0.125, []))
+    ]
+    shutil.copytree(run, tmp_path / "variants" / "a")
+    document = {"run": "variants", "seeds": [0], "tuned": None, "combinations": combinations, **about}
+    (tmp_path / "variants" / "sweep.json").write_text(json.dumps(document))
+    assert RUNNER.invoke(app, ["report", str(tmp_path / "variants"), "--out", str(tmp_path / "out")]).exit_code == 0
+    text = (tmp_path / "out" / "report.md").read_text()
+    assert re.search(r"\| predict_mean \| (\*\*)?0\.125", text)
+    assert f"| predict_mean, nothing trained | {digits(mean, 4)} (" in text
+
+
+def test_a_run_scored_otherwise_since_its_sweep_stands_in_no_table(run: Path, tmp_path: Path) -> None:
+    results = json.loads((run / "results.json").read_text())
+    about = {key: results[key] for key in (*ORIGIN, "split", "config_digest", "scoring")}
+    one = {"shown": {}, "runs": 1, "metrics": {"mse": [0.5, None]}, "tried": {}, "folders": ["a"], "origins": [about]}
+    shutil.copytree(run, tmp_path / "sweep" / "a")
+    document = {"run": "sweep", "seeds": [0], "tuned": None, "combinations": [one], **about}
+    (tmp_path / "sweep" / "sweep.json").write_text(json.dumps(document))
+    anew = results | {"scoring": results["scoring"] | {"backbone.quantize": "nf4"}}
+    (tmp_path / "sweep" / "a" / "results.json").write_text(json.dumps(anew))
+    result = RUNNER.invoke(app, ["report", str(tmp_path / "sweep"), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 2 and "backbone.quantize nf4 and not none" in result.stderr
+
+
+def test_results_without_their_config_are_shown(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    shutil.copy(run / "results.json", tmp_path / "kept")
+    result = RUNNER.invoke(app, ["report", str(tmp_path / "kept"), "--out", str(tmp_path / "out")])
+    assert result.exit_code == 0, result.stderr
+
+
 def test_a_run_its_sweeps_and_what_was_composed_are_all_shown(run: Path, tmp_path: Path) -> None:
     """README's commands leave them in one folder."""
     shutil.copytree(run, tmp_path / "all")
@@ -182,7 +219,7 @@ def write_case(folder: Path, score: float) -> None:
         "backbone": {"name": "tiny"}, "config_digest": "0" * 64, **about,
     }  # fmt: skip
     (folder / "results.json").write_text(json.dumps(results))
-    (folder / "config.yaml").write_text("a: 1\n")
+    (folder / "config.yaml").write_text("evaluation: {beams: 1}\nlibraries: [one]\n")
     answers = [{"source": p, "prompt": "cat", "reference": "chat", "generated": f"<{p}>"} for p in ("tags", "in text")]
     (folder / "generated.jsonl").write_text("".join(json.dumps(answer) + "\n" for answer in answers))
 
@@ -208,11 +245,14 @@ def test_compose_with_several_seeds_is_a_table_of_means(tmp_path: Path) -> None:
 def test_seeds_that_were_asked_otherwise_have_no_mean(tmp_path: Path) -> None:
     for seed in range(2):
         write_case(tmp_path / "composed" / f"seed={seed}" / "EN-FR", 29.0)
-    file = tmp_path / "composed" / "seed=1" / "EN-FR" / "results.json"
+    config = tmp_path / "composed" / "seed=1" / "EN-FR" / "config.yaml"
+    config.write_text("evaluation: {beams: 4}\nlibraries: [another]\n")
+    file = config.with_name("results.json")
     file.write_text(json.dumps(json.loads(file.read_text()) | {"split": "valid"}))
     result = RUNNER.invoke(app, ["report", str(tmp_path / "composed"), "--out", str(tmp_path / "out")])
     assert result.exit_code == 2 and "EN-FR was not asked the same" in result.stderr
-    assert "split test and valid" in result.stderr
+    assert "split test and valid" in result.stderr and "evaluation.beams 1 and 4" in result.stderr
+    assert "libraries" not in result.stderr, "these are what differs between seeds"
 
 
 def test_compose_is_a_table_of_cases_and_shows_what_was_written(tmp_path: Path) -> None:

@@ -13,17 +13,21 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+import torch
 import yaml
 from scipy import stats
 from typer.testing import CliRunner
 
+from tagllm.build import loaded_digest
 from tagllm.cli import app
 from tagllm.data.dataset import split_records
 from tagllm.errors import UserError
 from tagllm.evaluate.seeds import bounds, over_seeds
+from tagllm.stage import read_stage
 from tagllm.sweep.points import Point, Sweep
 from tagllm.sweep.run import run_sweep
 from tagllm.sweep.summary import digits, summaries
+from tagllm.tags import BackboneIdentity, Tag, TagLibrary
 from tagllm.template import parse_template
 from tests import tiny
 from tests.distributed.launch import wait_until
@@ -159,6 +163,27 @@ def test_seeds_of_other_rows_have_no_mean(config: Path) -> None:
         summaries(sweep)
 
 
+def test_a_tag_that_runs_begin_with_is_the_same_for_all_seeds(config: Path) -> None:
+    """Where it is learned on, no library of a run has it as it was."""
+    library, at = config.parent / "library", BackboneIdentity("tiny", "llama", 4, 4, "")
+
+    def begin_with(value: float) -> str:
+        TagLibrary(at).add(Tag("S", "domain", torch.full((2, 4), value))).save(library)
+        return loaded_digest(read_stage(sweep.config(first), "run.yaml"))
+
+    enriched = [f"tags.S.load={library}", "tags.S.learn=true", "data.sources[0].template=<S> {smiles} <Size>"]
+    sweep = Sweep.of(config, enriched, [], 2)
+    first, _ = sweep.finals()
+    digest = begin_with(0.0)
+    stage = read_stage(sweep.config(first), "run.yaml")
+    rows = split_records(stage.config.data, stage.templates, config.parent)
+    finished(sweep, first, 0.5, data=rows, training={"loaded_tags": digest})
+    assert sweep.done(first)
+    begin_with(1.0)
+    with pytest.raises(UserError, match="is trained and scored already, and the loaded tags changed since"):
+        sweep.done(first)
+
+
 def test_intervals_stay_within_what_a_metric_can_be() -> None:
     spread = over_seeds(
         [{"QED/mse": m, "accuracy": a, "r2": m - 1, "pearson": -a} for m, a in ((0.1, 0.9), (0.3, 1.0))]
@@ -222,7 +247,12 @@ def test_every_combination_takes_the_value_that_is_best_on_validation(config: Pa
 
 @pytest.mark.slow
 def test_the_command_goes_on_where_it_was_cut_off(config: Path) -> None:
-    arguments = ["sweep", str(config), "--grid", "tags.Size.length=1,2", "--seeds", "1"]
+    """With a tag that no library has and no run learns."""
+    absent = [
+        "tags.S.absent=true",
+        "data.sources[0].template=<S> {smiles} <Size>",
+    ]
+    arguments = ["sweep", str(config), *absent, "--grid", "tags.Size.length=1,2", "--seeds", "1"]
     assert points_of(config, [], ["tags.Size.length=1,2"], 1)[1].folder.name == "tags.Size.length=2_seed=0"
     one = RUNNER.invoke(app, [*arguments, "--only", "1"])
     assert one.exit_code == 0, one.stderr

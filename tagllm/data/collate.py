@@ -13,6 +13,7 @@ from torch import Tensor
 from tagllm.data.batch import Batch, PiecePositions, Pieces, Tokens
 from tagllm.data.encode import Example
 from tagllm.data.sharing import Share, beginnings, digest, free_spans
+from tagllm.template import TAG
 
 Positions = NDArray[np.int64]
 FROZEN_FROM = 10
@@ -25,7 +26,8 @@ class Collator(NamedTuple):
     Without a gradient any cut is exact; `cut_at_function` gives probes the last state before the function tag.
     `block` numbers the spans and, where `free_spans`, makes each a piece that does not depend on where it stands.
     `sharded`: all ranks must run the same passes whatever their rows, so only groups are shared (`grouped`), not what
-    happens to be alike in a batch. `num_pools` means over fields are counted.
+    happens to be alike in a batch. `num_pools` means over fields are counted. `behind_text`: a token that nothing but
+    tags stands before is no label, since without its tags a prompt has nothing to predict it from.
     """
 
     first_learned_id: int
@@ -38,6 +40,7 @@ class Collator(NamedTuple):
     sharded: bool = False
     grouped: bool = False
     num_pools: int = 1
+    behind_text: bool = False
 
     def live_at(self, example: Example) -> int:
         """The first position needed in the live part: the first learned row, the first labelled position, or where the
@@ -66,7 +69,10 @@ class Collator(NamedTuple):
 
     def _label_positions(self, example: Example) -> Positions:
         """Positions whose next token is a label."""
-        return np.flatnonzero(np.isin(example.marks[1:], self.terms))
+        labelled = np.isin(example.marks[1:], self.terms)
+        if self.behind_text:
+            labelled &= (example.marks != TAG).cumsum()[:-1] > 0
+        return np.flatnonzero(labelled)
 
     def __call__(self, examples: Sequence[Example]) -> Batch:
         """Positions behind the last one needed are dropped."""

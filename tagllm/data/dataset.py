@@ -23,7 +23,7 @@ from tagllm.template import Template
 
 FORMAT = 6
 """What a checkpoint of the same data must agree on."""
-CACHED = 2
+CACHED = 3
 """Raised where a mended fault changes the ids of rare values: cached rows are made anew, and runs still go on."""
 CHUNK_ROWS = 1000
 _LISTED_ERRORS = 5
@@ -68,9 +68,10 @@ class Examples:
         """File and line of each example."""
         return list(self._table["origin"][:])
 
-    def columns(self, names: Sequence[str], limit: int | None = None) -> dict[str, list[Any]]:
-        """The values of all rows, or of the first ones, as they stand in the data."""
-        rows = self._rows.select(self._table["row"][:limit])
+    def columns(self, names: Sequence[str], at: Sequence[int] | None = None) -> dict[str, list[Any]]:
+        """The values of all rows, or of those `at` these places, as they stand in the data."""
+        numbers = self.row_numbers()
+        rows = self._rows.select(numbers if at is None else [numbers[one] for one in at])
         return {name: rows[name][:] for name in names}
 
     def fields(self, names: Sequence[str]) -> dict[str, list[str]]:

@@ -151,10 +151,10 @@ class Encoder:
         self.pools = pools_of(self.template, layout.kinds, pool_of(layout.heads.values()))
         self.fixed = {part.value: self._tokens([part.value], literal=False)[0] for part in parts if part.kind == "text"}
         functions = [i for i, p in enumerate(parts) if p.kind == "tag" and layout.kinds[p.value] == "function"]
-        self.function_part = functions[-1] if functions else None
         owner = next((parts[i].value for i in reversed(functions) if parts[i].value in layout.heads), None)
         self.head = list(layout.heads).index(owner) if owner else -1
         self.head_part = max(i for i in functions if parts[i].value == owner) if owner else None
+        self.function_part = self.head_part if owner else functions[-1] if functions else None
         self.spec = layout.heads[owner] if owner else None
         start = tokenizer("a").input_ids
         self.bos = [tokenizer.bos_token_id] if start and start[0] == tokenizer.bos_token_id else []

@@ -151,5 +151,15 @@ def _auroc(logits: torch.Tensor, targets: torch.Tensor) -> dict[str, float]:
     there = targets.unique()
     if len(there) < 2:
         return {}
-    scores = multiclass_auroc(logits.softmax(dim=1), targets, logits.shape[1], average="none")
+    scores = multiclass_auroc(_ranks_of_odds(logits), targets, logits.shape[1], average="none")
     return {"auroc": float(scores[there].mean())}
+
+
+def _ranks_of_odds(logits_nK: torch.Tensor) -> torch.Tensor:
+    """Of each class against the others, from 0 to 1: probabilities of a sure head are all 1 in fp32, odds are not."""
+    logits_nK, odds_Kn = logits_nK.double(), []
+    for at in range(logits_nK.shape[1]):
+        others = torch.cat([logits_nK[:, :at], logits_nK[:, at + 1 :]], dim=1)
+        odds_Kn.append(logits_nK[:, at] - others.logsumexp(dim=1))
+    ranks_Kn = [odds_n.unique(return_inverse=True)[1].double() for odds_n in odds_Kn]
+    return torch.stack([ranks_n / ranks_n.max().clamp(min=1) for ranks_n in ranks_Kn], dim=1)

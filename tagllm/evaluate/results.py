@@ -18,7 +18,8 @@ COMES_FROM = (*ORIGIN, "lr", "lr_at_edge", "tried", "seeds", "steps", "best_step
 
 def write_results(run: Path, results: dict[str, Any]) -> None:
     """RUN/results.json, with the trained baselines that are finished by now put into `results` beside the other ones.
-    These were scored on the test rows, so results of another split or config get none."""
+    These were scored on the test rows with whole weights, so results of another split or config, or of quantised
+    ones, get none."""
     with RunLock(run / FOLDER, wait=True) if (run / FOLDER).is_dir() else nullcontext():
         _write_results(run, results)
 
@@ -31,10 +32,11 @@ def update_results(run: Path) -> None:
 
 
 def _write_results(run: Path, results: dict[str, Any]) -> None:
+    whole = results.get("scoring", {}).get("backbone.quantize", "none") == "none"
     for file in sorted((run / FOLDER).glob("*.json")):
         found = read_json(file)
         name, digest = found["name"], found["settings"]["config_digest"]
-        if "metrics" in found and results["split"] == "test" and results["config_digest"] == digest:
+        if "metrics" in found and results["split"] == "test" and results["config_digest"] == digest and whole:
             at = f"{found['tag']}/" if found.get("tag") else ""
             for part, kept in (("baselines", "metrics"), ("baseline_intervals", "intervals")):
                 of_head = {f"{at}{metric}": value for metric, value in found[kept].items()}

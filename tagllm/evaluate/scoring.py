@@ -43,7 +43,7 @@ def score_pass(
     """Rows of one split through the model, all of them unless `draws` says which; `probing` keeps what the ridge probes
     read."""
     collate = built.collator()
-    collate = collate.probing() if probing else collate._replace(frozen_prefix=True)
+    collate = collate.probing() if probing else collate._replace(frozen_prefix=True, behind_text=True)
     sources = built.examples(split)
     size = built.config.evaluation.rows_per_batch
     # A prompt is seen once; under the block mask its fields come again in others. Kept for one pass, since the next may

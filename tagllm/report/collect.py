@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import yaml
 from torch import Tensor
 
+from tagllm.config import flat
 from tagllm.errors import UserError
 from tagllm.evaluate.metric_kinds import KINDS, without_head
 from tagllm.files import load_tensors, read_json
@@ -41,11 +42,16 @@ class Run(NamedTuple):
         return str(self.results.get("prompt", "tag"))
 
     @property
+    def settings(self) -> dict[str, Any]:
+        """The config; empty where only the results were kept."""
+        found: dict[str, Any] | None = yaml.safe_load(self.config)
+        return found or {}
+
+    @property
     def recipes(self) -> set[str]:
         """Named data sets that its rows are of."""
-        config = yaml.safe_load(self.config)
-        of_cases = [case["source"] for case in config.get("cases", {}).values()]
-        sources = [*(config.get("data") or {}).get("sources", ()), *of_cases]
+        of_cases = [case["source"] for case in self.settings.get("cases", {}).values()]
+        sources = [*(self.settings.get("data") or {}).get("sources", ()), *of_cases]
         return {source["recipe"] for source in sources if source.get("recipe")}
 
     @property
@@ -123,21 +129,32 @@ def _swept(file: Path) -> Swept:
 
 def _require_as_then(run: Path, results: dict[str, Any], then: dict[str, Any], file: Path) -> None:
     """Raises UserError where a run was scored otherwise since its sweep was summed up: on another split, say."""
-    if other := [key for key in ("split", "config_digest") if key in then and results[key] != then[key]]:
-        told = ", ".join(f"{key} {results[key]:.12} and not {then[key]:.12}" for key in other)
+    there, here = _scored(then), _scored(results)
+    if other := [key for key in there if here.get(key) != there[key]]:
+        told = ", ".join(f"{key} {here.get(key)!s:.12} and not {there[key]!s:.12}" for key in other)
         raise UserError(
             f"{run}/results.json: was scored anew since {file} was written ({told}), so the two cannot stand in one "
             "table. Start the same sweep again: it scores that run as before."
         )
 
 
+def _scored(results: dict[str, Any]) -> dict[str, Any]:
+    """Of which rows and how."""
+    return {**{key: results[key] for key in ("split", "config_digest") if key in results}, **results.get("scoring", {})}
+
+
 def _require_one_question(seeds: list[Run], path: Path) -> None:
-    """Raises UserError where a case was asked of other rows or in other prompts with the tags of another seed."""
+    """Raises UserError where a case was asked of other rows or otherwise with the tags of another seed."""
     asked = [
-        {"split": one.results["split"], "rows": one.results["rows"], "prompts": ", ".join(one.methods)} for one in seeds
-    ]
+        {
+            "split": one.results["split"], "rows": one.results["rows"], "prompts": ", ".join(one.methods),
+            **flat({key: value for key, value in one.settings.items() if key != "libraries"}),
+        }
+        for one in seeds
+    ]  # fmt: skip
     for one in asked[1:]:
-        if other := [f"{key} {value} and {one[key]}" for key, value in asked[0].items() if value != one[key]]:
+        keys = [key for key in dict.fromkeys([*asked[0], *one]) if asked[0].get(key) != one.get(key)]
+        if other := [f"{key} {asked[0].get(key)} and {one.get(key)}" for key in keys]:
             raise UserError(
                 f"{path}: {seeds[0].name} was not asked the same with the tags of each seed ({'; '.join(other)}), so "
                 "there is no mean. Start tagllm compose again for each of them: what is scored as now is kept."

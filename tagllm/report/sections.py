@@ -136,7 +136,7 @@ def _of_prompts(metric: str, cases: Mapping[str, MeansAndSpread]) -> Table:
 def _of_sweep(sweep: Swept) -> Section:
     """Means and intervals over the seeds; what stands beside the first combination too, over the seeds that have it."""
     combinations = sweep.document["combinations"]
-    others = {method: over_seeds(metrics) for method, metrics in sweep.others.items()}
+    others = {_beside(method, sweep): over_seeds(metrics) for method, metrics in sweep.others.items()}
     means, spread = _means_and_spread({_label(one["shown"]): one["metrics"] for one in combinations if one["runs"]})
     runs = ", ".join(f"{_label(one['shown'])}: {one['runs']}" for one in combinations)
     notes = [f"Mean over the seeds, {INTERVAL}. Runs: {runs}.", _line(sweep.document)]
@@ -177,7 +177,13 @@ def _intervals_of_example(sweep: Swept) -> Mapping[str, Mapping[str, Interval]]:
         return {}
     label = next(_label(one["shown"]) for one in sweep.document["combinations"] if one["folders"])
     found = sweep.example.intervals
-    return {**found, label: found[sweep.example.first]}
+    return {_beside(method, sweep): values for method, values in found.items()} | {label: found[sweep.example.first]}
+
+
+def _beside(method: str, sweep: Swept) -> str:
+    """A baseline or control, told from a variant that is called the same."""
+    labels = [_label(one["shown"]) for one in sweep.document["combinations"]]
+    return f"{method}, nothing trained" if method in labels else method
 
 
 def _or_of_rows(

@@ -144,8 +144,9 @@ class Sweep(NamedTuple):
         if "data" not in found:
             return
         stage = read_stage(config, str(self.path))
-        now = {"data": split_records(config.data, stage.templates, cache_folder()), "loaded_tags": loaded_digest(stage)}
-        if other := [key.replace("_", " ") for key in now if found.get(key, now[key]) != now[key]]:
+        now = {"data": split_records(config.data, stage.templates, cache_folder()), "loaded tags": loaded_digest(stage)}
+        then = {"data": found["data"], "loaded tags": found.get("training", {}).get("loaded_tags", now["loaded tags"])}
+        if other := [key for key in now if then[key] != now[key]]:
             raise UserError(
                 f"{point.folder}: is trained and scored already, and the {' and the '.join(other)} changed since. "
                 "Restore what was there, or give another output."

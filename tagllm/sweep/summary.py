@@ -41,7 +41,7 @@ def summaries(sweep: Sweep) -> list[Summary]:
         metrics = over_seeds([one["metrics"] for one in results])
         shown = points[0].shown if points else combination.shown
         folders = [str(point.folder.relative_to(sweep.output)) for point in done]
-        parts = (*ORIGIN, "training", "split", "config_digest", "dtype")
+        parts = (*ORIGIN, "training", "split", "config_digest", "scoring", "dtype")
         origins = [{part: one[part] for part in parts if part in one} for one in results]
         each, notes = [one["metrics"] for one in results], [one.get("note", "") for one in results]
         made.append(Summary(shown, len(done), metrics, tried, folders, origins, each, notes))

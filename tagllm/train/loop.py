@@ -9,7 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from tagllm.build import Built, build
+from tagllm.build import Built, build, loaded_digest
 from tagllm.config import RunConfig
 from tagllm.errors import SharedError, UserError
 from tagllm.evaluate.closed_form import FIT_ROWS
@@ -113,7 +113,7 @@ class Trainer:
         def open_log() -> None:
             nonlocal monitor
             with writing(self.run.path):
-                self.run.record(self.config, self.built.data, self.ranks.size)
+                self.run.record(self.config, self.built.data, self.ranks.size, loaded_digest(self.built.stage))
                 monitor = Monitor(self.run.path, self.total, self.first, silent=False)
 
         self.ranks.on_rank_zero(open_log)
