@@ -180,7 +180,7 @@ def new_tag(stage: Stage, name: str, backbone: Backbone, data: Data) -> Tag:
     seed = int(np.random.SeedSequence([stage.config.seed, *name.encode()]).generate_state(1)[0])
     length = len(stage.loaded[name].rows_PD) if name in stage.loaded else config.length
     rows = initial_rows(config.init, length, embedding_VD, text_ids, seed) * backbone.token_scale
-    head = Head.new(config.head, embedding_VD.shape[1], stage.layout(0).pools) if config.head else None
+    head = Head.new(config.head, embedding_VD.shape[1], stage.pools) if config.head else None
     if head is not None and not head.spec.classes:
         targets = np.concatenate([_targets_of(stage, name, data, at) for at in range(len(stage.templates))])
         of_each = np.ascontiguousarray(targets.T)  # along columns numpy does not add up in pairs, and loses digits

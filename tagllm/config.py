@@ -381,6 +381,11 @@ class RunConfig(Section):
         device, host = (int((default if gib is None else gib) * self.remembers * 2**30) for gib, default in budgets)
         return device, host
 
+    def alone(self) -> RunConfig:
+        """For one rank, which holds the backbone whole."""
+        engine = self.engine.model_copy(update={"zero_stage": 0, "shard_over": "world"})
+        return self.model_copy(update={"engine": engine})
+
     def in_dtype(self, dtype: Dtype) -> RunConfig:
         return self.model_copy(update={"backbone": self.backbone.model_copy(update={"dtype": dtype})})
 

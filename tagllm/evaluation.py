@@ -55,6 +55,7 @@ def evaluate(
     """
     began = time.monotonic()
     ranks = Ranks.start(config.engine.timeout_s)
+    config = config.alone() if ranks.size == 1 else config
     with in_contact(ranks.silent, lambda: f"rank {ranks.rank} scoring {run}"):
         results = _results(run, config, split, controls, ablate, ranks)
         results |= {"seconds": time.monotonic() - began, "peak_gib": ranks.sum([peak_memory_gib()])[0]}
@@ -106,10 +107,8 @@ def _results(
 
 
 def _built(stage: Stage, ranks: Ranks) -> Built:
-    """On several ranks the backbone is sharded as it was in training; one holds it whole."""
+    """The backbone is sharded as in training."""
     config = stage.config
-    if ranks.size == 1 or config.engine.stage < 3:
-        return build(stage, ranks)
     built = build(stage, ranks, sharding(config.optim, config.engine, ranks))
     gather_on_use(built.model, config.optim, config.engine, ranks)
     return built

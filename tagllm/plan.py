@@ -124,15 +124,22 @@ class Hardware(NamedTuple):
     gpus: int
     per_node: int
     memory_gib: float
-    node_gbs: float
+    node_gbs: float = 300
     """Gigabytes per second that a rank can send inside its node, and between nodes."""
-    network_gbs: float
-    tflops: float
+    network_gbs: float = 25
+    tflops: float = 300
     """Sustained, of a rank."""
 
     @property
     def nodes(self) -> int:
         return -(-self.gpus // self.per_node)
+
+
+def placements(config: RunConfig, hardware: Hardware) -> list[Placement]:
+    """What `train` may take, in the order of how little it sends."""
+    ways: list[Placement] = ["replicate"]
+    ways += ["shard in a node"] if 1 < hardware.per_node < hardware.gpus else []
+    return ways + (["shard"] if config.engine.shard_over == "world" or hardware.nodes == 1 else [])
 
 
 class Estimate(NamedTuple):

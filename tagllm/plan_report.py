@@ -9,7 +9,7 @@ from rich.table import Table
 
 from tagllm.config import RunConfig
 from tagllm.config_file import load_config
-from tagllm.plan import Estimate, Hardware, Load, Placement, Shape, choose, estimate
+from tagllm.plan import Estimate, Hardware, Load, Placement, Shape, choose, estimate, placements
 from tagllm.stage import check_world, read_stage
 from tagllm.train.placement import figures_of
 
@@ -24,10 +24,7 @@ def plan_config(path: Path, overrides: list[str], hardware: Hardware) -> Iterato
     stage = read_stage(config, str(path))
     check_world(config, hardware.gpus, str(path))
     shape, loads, learned = figures_of(stage, hardware.gpus)
-    ways: tuple[Placement, ...] = (
-        ("replicate", "shard in a node", "shard") if hardware.nodes > 1 else ("replicate", "shard")
-    )
-    estimates = [estimate(shape, loads, learned, config, hardware, way) for way in ways]
+    estimates = [estimate(shape, loads, learned, config, hardware, way) for way in placements(config, hardware)]
     chosen, why = choose(estimates, hardware)
     yield f"{config.backbone.model}: {shape.parameters:,} parameters, {shape.map_weights:,} of them in linear maps"
     yield f"placement {why}"

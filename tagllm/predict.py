@@ -22,6 +22,7 @@ from tagllm.errors import SharedError, UserError, did_you_mean
 from tagllm.evaluate.generate import generate
 from tagllm.files import sha256_file
 from tagllm.head import pools_known
+from tagllm.model.prefix import PrefixMemory
 from tagllm.model.tagged import TaggedModel
 from tagllm.question import Question, Request
 from tagllm.ranks import Ranks
@@ -58,18 +59,19 @@ class Predictor:
         tags, kinds, about = question.tags, question.library.kinds, question.about
         self.spec, self.columns = question.spec, question.columns
         self.ranks = ranks or Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-        sharded = (OptimConfig(steps=1), EngineConfig(zero_stage=3), self.ranks)
-        backbone = open_backbone(question.backbone, self.ranks, sharding(*sharded) if self.ranks.size > 1 else None)
+        sharded = self.ranks.size > 1
+        how = OptimConfig(steps=1), EngineConfig(zero_stage=3 if sharded else 0), self.ranks
+        backbone = open_backbone(question.backbone, self.ranks, sharding(*how))
         question.library.backbone.require_same(backbone.identity, str(request.libraries[0]))
         heads = {n: tag.head.spec for n, tag in tags.items() if tag.head}
         lengths = {n: len(tag.rows_PD) for n, tag in tags.items()}
         known = pools_known(tag.head for tag in tags.values())
         pools = all_pools([question.template], kinds, pool_of(heads.values()), known)
         layout = TagLayout.of(backbone.vocabulary_size, {n: kinds[n] for n in tags}, lengths, [], heads, pools)
-        self.model = TaggedModel(backbone.model, tags, layout, reads_tokens=False, attention=backbone.attention)
+        memory = None if sharded else PrefixMemory(0, 0)  # rows are asked once: in few passes, and nothing is kept
+        self.model = TaggedModel(backbone.model, tags, layout, memory, reads_tokens=False, attention=backbone.attention)
         self.model.to(self.ranks.device)
-        if self.ranks.size > 1:
-            gather_on_use(self.model, *sharded)
+        gather_on_use(self.model, *how)
         self.tokenizer, self.rows_per_batch = backbone.tokenizer, request.rows_per_batch
         self.max_new_tokens, self.beams, self.num_cut = question.max_new_tokens, about.get("beams", 1), 0
         room = backbone.max_tokens - (0 if self.spec else self.max_new_tokens)
@@ -80,7 +82,7 @@ class Predictor:
         block = about.get("mask") == "block"
         self.collate = Collator(
             layout.first_learned_id, (), width, cut_at_function=True, block=block, num_pools=layout.num_pools,
-            sharded=self.ranks.size > 1,
+            sharded=sharded,
         )  # fmt: skip
 
     def predict(self, rows: Sequence[dict[str, Any]]) -> list[list[Any] | str]:

@@ -17,7 +17,7 @@ from tagllm.data.collate import Collator
 from tagllm.data.encode import TagLayout
 from tagllm.errors import UserError, did_you_mean
 from tagllm.field_order import order_problems, trained_with
-from tagllm.head import States, pools_known
+from tagllm.head import States, pools_known, reads_of_fields
 from tagllm.model.loss import LossWeights
 from tagllm.tags import NAME, Tag, TagLibrary
 from tagllm.template import OUTPUT, SPAN, Template, all_pools, marks_of, parse_template, pool_of
@@ -29,7 +29,6 @@ class Stage(NamedTuple):
     libraries: dict[str, TagLibrary]
     kinds: dict[str, str]
     templates: list[Template]
-    weights: LossWeights
 
     @property
     def learned(self) -> list[str]:
@@ -40,21 +39,40 @@ class Stage(NamedTuple):
         """Marks whose tokens are supervised."""
         return tuple(m for m, weight in ((SPAN, self.weights.span), (OUTPUT, self.weights.output)) if weight)
 
+    @property
+    def heads(self) -> dict[str, HeadConfig]:
+        """By tag, a loaded head's as it was trained."""
+        found = {}
+        for name, tag in self.config.tags.items():
+            head = self.loaded[name].head if name in self.loaded else None
+            spec = head.spec if head else tag.head
+            if spec is not None:
+                found[name] = spec
+        return found
+
+    @property
+    def pools(self) -> tuple[int, ...]:
+        """The means over fields that heads read side by side."""
+        known = pools_known(tag.head for tag in self.loaded.values())
+        return all_pools(self.templates, self.kinds, pool_of(self.heads.values()), known)
+
+    @property
+    def weights(self) -> LossWeights:
+        """Those given, or 1 for the terms a stage calls for: output and value where there are any, else the spans."""
+        loss, heads = self.config.loss, self.heads
+        has_output = any(template.has_output for template in self.templates)
+        has_value = any(name in heads for template in self.templates for name in template.tags)
+        defaults = LossWeights(float(not has_output and not has_value), float(has_output), float(has_value))
+        given = (loss.span, loss.output, loss.value)
+        return LossWeights(*(default if one is None else one for default, one in zip(defaults, given, strict=True)))
+
     def layout(self, vocabulary_size: int) -> TagLayout:
         tags = self.config.tags
         lengths = {
             n: len(self.loaded[n].rows_PD) if n in self.loaded else 0 if tags[n].absent else tags[n].length
             for n in tags
         }
-        heads = {}
-        for name in tags:
-            head = self.loaded[name].head if name in self.loaded else None
-            spec = head.spec if head else tags[name].head
-            if spec is not None:
-                heads[name] = spec
-        known = pools_known(tag.head for tag in self.loaded.values())
-        pools = all_pools(self.templates, self.kinds, pool_of(heads.values()), known)
-        return TagLayout.of(vocabulary_size, self.kinds, lengths, self.learned, heads, pools)
+        return TagLayout.of(vocabulary_size, self.kinds, lengths, self.learned, self.heads, self.pools)
 
     def collator(self, layout: TagLayout, free_spans: bool) -> Collator:
         """`free_spans`: whether the backbone lets keys be moved to other positions."""
@@ -98,9 +116,8 @@ def read_stage(config: RunConfig, where: str) -> Stage:
             templates.append(parse_template(source.template, kinds, f"{where}: data.sources.{at}.template"))
         except UserError as error:
             problems += error.problems
-    stage = Stage(config, loaded, libraries, kinds, templates, LossWeights(0.0, 0.0, 0.0))
+    stage = Stage(config, loaded, libraries, kinds, templates)
     if not problems:
-        stage = stage._replace(weights=_weights(stage))
         problems += _contradictions(stage, where)
     if problems:
         raise UserError(*problems)
@@ -116,20 +133,10 @@ def stage_of_run(config: RunConfig, library: TagLibrary, where: str) -> Stage:
     loaded = {name: library.get(name, where) for name in config.tags}
     kinds = {name: tag.kind for name, tag in loaded.items()}
     templates = [parse_template(source.template, kinds, where) for source in config.data.sources]
-    stage = Stage(config, loaded, {where: library}, kinds, templates, LossWeights(0.0, 0.0, 0.0))
+    stage = Stage(config, loaded, {where: library}, kinds, templates)
     if problems := _orders(stage, where):
         raise UserError(*problems)
-    return stage._replace(weights=_weights(stage))
-
-
-def _weights(stage: Stage) -> LossWeights:
-    """Given weights, or 1 for the terms a stage calls for: output and value where there are any, else the spans."""
-    loss, heads = stage.config.loss, stage.layout(0).heads
-    has_output = any(template.has_output for template in stage.templates)
-    has_value = any(name in heads for template in stage.templates for name in template.tags)
-    defaults = LossWeights(float(not has_output and not has_value), float(has_output), float(has_value))
-    given = (loss.span, loss.output, loss.value)
-    return LossWeights(*(default if value is None else value for default, value in zip(defaults, given, strict=True)))
+    return stage
 
 
 def _contradictions(stage: Stage, where: str) -> list[str]:
@@ -142,10 +149,14 @@ def _contradictions(stage: Stage, where: str) -> list[str]:
 
 
 def _of_heads(stage: Stage, where: str) -> list[str]:
-    layout, problems = stage.layout(0), list[str]()
-    for name, spec in layout.heads.items():
+    problems = list[str]()
+    try:
+        reads_of_fields(stage.heads)
+    except UserError as error:
+        problems += [f"{where}: {problem}" for problem in error.problems]
+    for name, spec in stage.heads.items():
         try:
-            States.of(spec, layout.pools)
+            States.of(spec, stage.pools)
         except UserError as error:
             problems += [f"{where}: tags.{name}.{problem}" for problem in error.problems]
         if hasattr(nn.ModuleDict(), name):
@@ -175,7 +186,7 @@ def _of_the_whole(stage: Stage, where: str) -> list[str]:
 
 
 def _of_source(stage: Stage, at: int, place: str) -> list[str]:
-    source, template, heads = stage.config.data.sources[at], stage.templates[at], stage.layout(0).heads
+    source, template, heads = stage.config.data.sources[at], stage.templates[at], stage.heads
     problems = _of_target(source, template, heads, place)
     if (limit := source.fields.get("output", FieldConfig()).max_tokens) is not None:
         problems.append(
@@ -220,7 +231,7 @@ def _of_target(source: SourceConfig, template: Template, heads: Mapping[str, Hea
 
 def _orders(stage: Stage, where: str) -> list[str]:
     """Of prompts with the same head, where it reads means of fields."""
-    heads, problems = stage.layout(0).heads, list[str]()
+    heads, problems = stage.heads, list[str]()
     kinds = {n: kind for library in stage.libraries.values() for n, kind in library.kinds.items()} | stage.kinds
     for name in (name for name, head in heads.items() if head.reads != "last"):
         prompts = trained_with(stage.loaded[name], kinds) if name in stage.loaded else {}

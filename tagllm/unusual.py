@@ -26,7 +26,7 @@ def _of_quantisation(stage: Stage) -> list[str]:
 def _of_block_mask(stage: Stage) -> list[str]:
     if stage.config.mask != "block":
         return []
-    heads, notes = stage.layout(0).heads, list[str]()
+    heads, notes = stage.heads, list[str]()
     for template in stage.templates:
         symmetric = any(head.symmetric for name, head in heads.items() if name in template.tags)
         openings: dict[str, list[str]] = {}

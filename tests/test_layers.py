@@ -140,7 +140,7 @@ def test_what_cannot_be_read_is_refused(folder: Path, run: Run) -> None:
     fails(told(W={"reads": "last", "layers": [0]}), "head", "reads is last", "set reads: both or mean")
     fails(told(W={"reads": "mean", "layers": [1, 1]}), "head", "layers is [1, 1]", "named once")
     two = told(V={"reads": "both", "layers": [1]}, W={"reads": "mean", "layers": []})
-    fails(two, "tags.W.head.layers is []", "that of <V> is [1]", "read the same layers")
+    fails(two, ".yaml: tags.W.head.layers is []", "that of <V> is [1]", "read the same layers")
     fails(told(W={"reads": "last", "lengths": True}), "head", "lengths is true", "set reads: both or mean")
     two = told(V={"reads": "both", "lengths": True}, W={"reads": "mean"})
     fails(two, "tags.W.head.lengths is False", "that of <V> is True", "read the same lengths")

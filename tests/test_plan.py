@@ -14,7 +14,7 @@ from tagllm.config import RunConfig
 from tagllm.config_file import parse_as
 from tagllm.model.frozen import make_frozen_aware
 from tagllm.model.prefix import POSITIONS_AT_ONCE
-from tagllm.plan import Hardware, Load, Shape, choose, estimate
+from tagllm.plan import Hardware, Load, Shape, choose, estimate, placements
 from tests import tiny
 from tests.tiny import OUTPUT
 
@@ -42,8 +42,9 @@ def config(**overrides: object) -> RunConfig:
 
 
 def chosen(of: Shape, hardware: Hardware) -> tuple[str | None, str]:
-    placements = ("replicate", "shard in a node", "shard")
-    found, why = choose([estimate(of, LOADS, 40960, config(), hardware, p) for p in placements], hardware)
+    found, why = choose(
+        [estimate(of, LOADS, 40960, config(), hardware, p) for p in placements(config(), hardware)], hardware
+    )
     return found and found.placement, why
 
 
@@ -52,6 +53,24 @@ def test_parameters() -> None:
     assert shape(SEVENTY).parameters == pytest.approx(69e9, rel=0.01)
     assert shape(SEVEN).weight_bytes == 2 * 6_738_415_616
     assert shape(SEVEN, "nf4").weight_bytes + shape(SEVEN, "nf4").scale_bytes == pytest.approx(3.87e9, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "per_node", "shard_over", "ways"),
+    [
+        (8, 8, "world", ["replicate", "shard"]),
+        (8, 8, "node", ["replicate", "shard"]),
+        (16, 8, "world", ["replicate", "shard in a node", "shard"]),
+        (16, 8, "node", ["replicate", "shard in a node"]),
+        (16, 1, "world", ["replicate", "shard"]),
+        (1, 8, "world", ["replicate", "shard"]),
+    ],
+)
+def test_plan_offers_what_train_may_take(gpus: int, per_node: int, shard_over: str, ways: list[str]) -> None:
+    """Parts of a node of one GPU would be the whole, and no weight crosses the network that is not asked to."""
+    of = config()
+    of = of.model_copy(update={"engine": of.engine.model_copy(update={"shard_over": shard_over})})
+    assert placements(of, Hardware(gpus, per_node, 80)) == ways
 
 
 @pytest.mark.parametrize(

@@ -119,7 +119,7 @@ def open_tasks(run: Path) -> list[Task]:
 
 
 def _heads_of(stage: Stage, run: Path) -> dict[str, list[int]]:
-    heads = stage.layout(0).heads
+    heads = stage.heads
     found: dict[str, list[int]] = {name: [] for name in stage.learned if name in heads}
     if not found:
         raise UserError(

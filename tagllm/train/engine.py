@@ -43,7 +43,10 @@ def sharding(optim: OptimConfig, config: EngineConfig, ranks: Ranks) -> Place | 
 
 
 def gather_on_use(model: nn.Module, optim: OptimConfig, config: EngineConfig, ranks: Ranks) -> None:
-    """Makes each module of a sharded model gather what it needs in forward passes; no step is taken. Collective."""
+    """Makes each module of a sharded model gather what it needs in forward passes; no step is taken. Collective. Of a
+    model that every rank holds whole (below stage 3): nothing."""
+    if config.stage < 3:
+        return
     _deepspeed().initialize(model=model, config=settings(optim, config, ranks), dist_init_required=False)
     limit_all_groups(config.timeout_s)
 

@@ -14,7 +14,7 @@ from tagllm.errors import UserError
 from tagllm.files import cache_folder
 from tagllm.model.backbone import DTYPES, fastest_dtype, load_tokenizer, longest_prompt, resolve
 from tagllm.model.loading import skeleton
-from tagllm.plan import Hardware, Load, Placement, Shape, choose, estimate
+from tagllm.plan import Hardware, Load, Shape, choose, estimate, placements
 from tagllm.ranks import Ranks, ranks_per_node
 from tagllm.stage import Stage
 from tagllm.train.rows import StepRows
@@ -29,13 +29,11 @@ def placed(stage: Stage, ranks: Ranks) -> tuple[RunConfig, str]:
     local = ranks_per_node(ranks.size)
     cuda = ranks.device.type == "cuda"
     memory = torch.cuda.get_device_properties(ranks.device).total_memory if cuda else host_memory() / local
-    hardware = Hardware(ranks.size, local, memory / 2**30, 300, 25, 300)  # speeds do not decide
+    hardware = Hardware(ranks.size, local, memory / 2**30)  # speeds do not decide
     if config.backbone.dtype == "auto":
         stage = stage._replace(config=config.in_dtype(fastest_dtype(ranks.device)))
     shape, loads, learned = figures_of(stage, ranks.size)
-    ways: list[Placement] = ["replicate"]
-    ways += ["shard in a node"] if 1 < local < ranks.size else []
-    ways += ["shard"] if config.engine.shard_over == "world" or local == ranks.size else []  # one node is the world
+    ways = placements(config, hardware)
     chosen, why = choose([estimate(shape, loads, learned, config, hardware, way, cuda) for way in ways], hardware)
     placement = chosen.placement if chosen is not None else ways[-1]
     decided: dict[str, Any] = {"zero_stage": 0 if placement == "replicate" else 3}
