@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from tagllm import __version__
+from tagllm import __version__, launched
 from tagllm.errors import LostContact, SharedError, UserError
 
 app = typer.Typer(
@@ -153,6 +153,7 @@ def sweep(
         from tagllm.sweep.run import run_all, run_sweep
         from tagllm.sweep.summary import describe, summaries, write_summary
 
+        launched.require_alone("sweep")
         found = Sweep.of(config, overrides or [], grid or [], seeds, variants, tune)
         alone = None if only is None else found.run_number(only)
         try:
@@ -193,7 +194,7 @@ def evaluate(
         if split not in SPLITS:
             raise UserError(f"--split: {split!r} is no split. {did_you_mean(split, SPLITS)}")
         results = run_evaluation(run, read_config(run, overrides), split, control or [], ablate)
-        if os.environ.get("RANK", "0") == "0":
+        if launched.rank() == 0:
             print("\n".join(describe(results)))
 
     _run(work, offline)
@@ -330,7 +331,7 @@ def predict(
         request = Request([folder, *(library or [])], backbone, tag, template, batch, max_new_tokens)
         done = predict_file(request, input_file, output_file)
         cut = f", {done.cut} cut to the tokens there is room for" if done.cut else ""
-        if os.environ.get("RANK", "0") == "0":
+        if launched.rank() == 0:
             print(f"{output_file}: {done.rows} rows, {done.failed} without a prediction{cut}")
 
     _run(work, offline)
@@ -361,10 +362,10 @@ def _run(work: Callable[[], None], offline: bool) -> None:
 def _is_mine_to_tell(error: UserError) -> bool:
     """Before the ranks have joined one of each node tells: its files may differ from those of others. After that rank 0
     tells what all ranks find, and each what it alone does."""
-    rank, dist = os.environ.get("RANK", "0"), sys.modules.get("torch.distributed")
+    dist = sys.modules.get("torch.distributed")
     if dist is None or not dist.is_initialized():
-        return os.environ.get("LOCAL_RANK", rank) == "0"
-    return rank == "0" or not isinstance(error, SharedError)
+        return int(os.environ.get("LOCAL_RANK", launched.rank())) == 0
+    return launched.rank() == 0 or not isinstance(error, SharedError)
 
 
 def main() -> None:

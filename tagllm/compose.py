@@ -6,7 +6,6 @@ with the wrong tag, without tags, in words, with worked examples, or the source 
 
 from __future__ import annotations
 
-import os
 import time
 from functools import partial
 from pathlib import Path
@@ -36,6 +35,7 @@ from tagllm.evaluate.metrics import intervals, value_metrics
 from tagllm.evaluate.scoring import score_pass
 from tagllm.evaluate.text import Scores, no_spbleu
 from tagllm.files import cache_folder, json_bytes, read_json, sha256_file, write_durably, write_whole
+from tagllm.launched import require_alone
 from tagllm.model.backbone import Backbone, as_trained
 from tagllm.origin import origin
 from tagllm.question import fields_as_trained
@@ -71,10 +71,7 @@ class Composer(NamedTuple):
         Raises:
             UserError: several ranks, a library that cannot be read or is of another backbone, a prompt with mistakes.
         """
-        if (size := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-            raise UserError(
-                f"compose: WORLD_SIZE is {size}; prompts are scored in one process. Leave the launcher out."
-            )
+        require_alone("compose")
         library = TagLibrary.load_all([Path(path) for path in config.libraries])
         check_compose(config, library)
         config = config.model_copy(update={"backbone": as_trained(config.backbone, [*library.tags.values()])})

@@ -184,24 +184,22 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def tensor_bytes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
-    """The safetensors form of dense `tensors` of any device and stride; two may share their storage.
-
-    Equal tensors give equal bytes, but only with at most one entry of `metadata`: safetensors shuffles several.
-    """
+def tensor_bytes(tensors: Mapping[str, torch.Tensor]) -> bytes:
+    """The safetensors form of dense `tensors` of any device and stride; two may share their storage. Equal tensors give
+    equal bytes."""
     copies = {
         name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
     }
-    return safetensors.torch.save(copies, dict(metadata) if metadata else None)
+    return safetensors.torch.save(copies)
 
 
-def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> None:
+def save_tensors(path: Path, tensors: Mapping[str, torch.Tensor]) -> None:
     """Writes `tensors` durably under `path`.
 
     Raises:
         OSError: as `write_durably`.
     """
-    write_durably(path, tensor_bytes(tensors, metadata))
+    write_durably(path, tensor_bytes(tensors))
 
 
 def load_tensors(path: Path) -> dict[str, torch.Tensor]:

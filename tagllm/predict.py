@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import os
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from tagllm import launched
 from tagllm.build import open_backbone, require_same_everywhere
 from tagllm.config import EngineConfig, OptimConfig, SourceConfig
 from tagllm.data.collate import Collator
@@ -142,7 +142,7 @@ def predict_file(request: Request, source: Path, output: Path) -> Predicted:
         has_not = f"{source}: there is no column"
         raise UserError(*(f"{has_not} {n!r}, which the template needs. {did_you_mean(n, columns)}" for n in missing))
     _refuse_clash(str(source), columns, new)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if launched.world_size() == 1:
         return _answered(Predictor(request, question=question), source, output, columns)
     ranks = Ranks.start(EngineConfig().timeout_s)
     with in_contact(ranks.silent, lambda: f"rank {ranks.rank} predicting {source}"):

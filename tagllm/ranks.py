@@ -16,6 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
+from tagllm import launched
 from tagllm.errors import SharedError, UserError
 from tagllm.rendezvous import met
 
@@ -40,7 +41,7 @@ class Ranks(NamedTuple):
     @classmethod
     def start(cls, timeout_s: int) -> Ranks:
         """Joins the process group of the launcher, or makes a group of one."""
-        rank, size = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+        rank, size = launched.rank(), launched.world_size()
         local = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed insists on it
         device = torch.device("cpu")
         if torch.cuda.is_available():

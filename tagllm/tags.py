@@ -1,4 +1,4 @@
-"""Tags and the library they are kept in: names <-> rows, initial values, saving, loading, adding.
+"""Tags and the library they are kept in: names <-> rows, saving, loading, adding.
 
 Shapes: p rows of a tag, D hidden size.
 """
@@ -38,7 +38,7 @@ NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
 
 @dataclass(frozen=True)
 class Tag:
-    """`rows_PD` in fp32; `about` says how it came to be (stage, template, metrics, ...), for people and for predict."""
+    """`rows_PD` in fp32; `about` says how it came to be (template, dtype, ...), for people and for predict."""
 
     name: str
     kind: str

@@ -139,7 +139,7 @@ def test_round_trip_is_bit_exact(
     random_bytes = torch.randint(0, 256, (*shape, dtype.itemsize), generator=torch.Generator().manual_seed(seed))
     tensor = random_bytes.to(torch.uint8).view(dtype).squeeze(-1)
     state = TrainState(step, {"a": tensor}, {"best": best, "name": "\ud800 é"}, IDENTITY)
-    path = save(folder, state, keep=2, metrics={"loss": best})
+    path = save(folder, state, keep=2)
     loaded, skipped = load_newest(folder)
     assert same(loaded, state)
     assert (skipped, verify(path), names(folder)) == ([], [], [path.name])
@@ -378,8 +378,9 @@ def test_a_forged_manifest_is_one_problem(tmp_path: Path, changes: dict[str, obj
 
 
 def test_damage_that_json_does_not_see_is_found(tmp_path: Path) -> None:
-    path = save(tmp_path, state_of(10), keep=2, metrics={"loss": 1e-05}) / checkpoint.MANIFEST
-    flipped = path.read_bytes().replace(b"1e-05", b"1E-05")  # one bit
+    path = save(tmp_path, state_of(10)._replace(identity={"data": "\u00e9"}), keep=2) / checkpoint.MANIFEST
+    flipped = path.read_bytes().replace(b"\\u00e9", b"\\u00E9")  # one bit
+    assert flipped != path.read_bytes()
     assert json.loads(flipped) == json.loads(path.read_bytes())
     path.write_bytes(flipped)
     assert verify(path.parent) == ["manifest.json: its own digest does not match"]

@@ -527,6 +527,21 @@ def test_early_stop_keeps_the_best(run: Run, folder: Path) -> None:
     assert TagLibrary.load(folder / "runs/patience/library").tags["W"].about["best_step"] == best == max(losses) - 2
 
 
+def test_what_works_in_one_process_says_so_under_a_launcher(
+    run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = {"path": str(folder / "rows.csv"), "output": "name"}
+    prompts = {
+        "output": "runs/composed", "backbone": {"model": "none"}, "libraries": ["none"],
+        "cases": {"case": {"source": source, "prompts": {"in text": "{smiles} {output}"}}},
+    }  # fmt: skip
+    (folder / "alone.yaml").write_text(yaml.safe_dump(prompts))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for command in (("sweep", config(folder, "ranks")), ("baseline", "runs/ranks"), ("compose", "alone.yaml")):
+        fails(run(*command), f"{command[0]}: WORLD_SIZE is 2", "Start it without a launcher")
+    assert not (folder / "runs/ranks").exists()
+
+
 def test_tensorboard_has_what_the_jsonl_has(run: Run, folder: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

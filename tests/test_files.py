@@ -40,7 +40,7 @@ def test_tensors_come_back_bit_for_bit(
     if transposed:
         tensor = tensor.mT if tensor.dim() > 1 else tensor
     path = tmp_path_factory.mktemp("tensors") / "a.safetensors"
-    files.save_tensors(path, {"one": tensor, "shares its storage": tensor}, {"note": "x"})
+    files.save_tensors(path, {"one": tensor, "shares its storage": tensor})
     loaded = files.load_tensors(path)
     for name in ("one", "shares its storage"):
         assert (loaded[name].dtype, loaded[name].shape) == (tensor.dtype, tensor.shape)

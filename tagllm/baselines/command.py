@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -21,6 +20,7 @@ from tagllm.evaluate.results import FOLDER, update_results
 from tagllm.evaluate.seeds import bounds, over_seeds
 from tagllm.files import RunLock
 from tagllm.head import Head
+from tagllm.launched import require_alone
 from tagllm.origin import origin, peak_memory_gib
 from tagllm.side_by_side import Script, run_side_by_side
 
@@ -63,8 +63,7 @@ def run_baselines(run: Path, request: Request, jobs: int = 1) -> None:
     """
     if unknown := [name for name in request.methods if name not in METHODS]:
         raise UserError(f"--method: {unknown[0]!r} is no method. {did_you_mean(unknown[0], METHODS)}")
-    if (size := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
-        raise UserError(f"baseline: WORLD_SIZE is {size}; baselines train in one process. Start it without a launcher.")
+    require_alone("baseline")
     require_peft()
     methods = _methods(run, request.methods)
     if jobs > 1:  # of one method too: the run had its share of the cores for the same seconds

@@ -66,13 +66,15 @@ def text_results(built: Built, split: Split, ranks: Ranks, run: Path) -> dict[st
     everything = [answer for mine in answers.values() for answer in mine]
     ranks.on_rank_zero(lambda: write_answers(everything, run))
     sources, source_of = dict[str, Any](), [at for at in asked for _ in answers[at]]
+
+    def scored(mine: list[Answer], source_of: list[int], language: str) -> Scores:
+        return scores_of(built, mine, language, built.tags, partial(training_means, built, source_of))
+
     for at in asked:
-        mine, language = answers[at], language_of(templates[at], built.layout.kinds)
-        scores = scores_of(built, mine, language, built.tags, partial(training_means, built, [at] * len(mine)))
-        name = templates[at].text
-        sources[f"{name} (data.sources.{at})" if name in sources else name] = {"rows": len(mine), **scores._asdict()}
-    if len(asked) > 1:
-        scores = scores_of(built, everything, "", built.tags, partial(training_means, built, source_of))
+        mine, name = answers[at], templates[at].text
+        of_source = scored(mine, [at] * len(mine), language_of(templates[at], built.layout.kinds))
+        sources[f"{name} (data.sources.{at})" if name in sources else name] = {"rows": len(mine), **of_source._asdict()}
+    scores = of_source if len(asked) == 1 else scored(everything, source_of, "")
     total, notes = sum(len(held_out[at]) for at in asked), [no_spbleu(scores, settings)]
     if len(everything) < total:
         notes.append(f"answers in text: {len(everything):,} of {total:,} rows (evaluation.generated_rows)")

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
@@ -13,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
+from tagllm import launched
 from tagllm.config import Quantization
 from tagllm.errors import UserError
 from tagllm.model.allocator import return_freed_memory
@@ -171,7 +171,7 @@ def _weights(name: str, model: Any, sharded: bool) -> TensorStore:
     found = SafeTensors(local_folder(name), model.base_model_prefix)
     if all(any(alias in found for alias in aliases) for aliases in _aliases(model)):
         return found
-    if sharded and os.environ.get("RANK", "0") == "0":
+    if sharded and launched.rank() == 0:
         print(
             f"warning: {name}: its files name tensors otherwise than the model, or are no safetensors, so while it "
             f"loads every rank holds all of it on the host, {_gib(model):.1f} GiB. Start fewer ranks per node if that "

@@ -86,11 +86,12 @@ class _Manifest(BaseModel):
     files: dict[str, _FileEntry]
     libraries: dict[str, str]
     identity: dict[str, str]
-    metrics: dict[str, float]
+    metrics: dict[str, float] = {}
+    """Written up to November 2026."""
     digest: str
 
 
-def save(folder: Path, state: TrainState, keep: int, metrics: Mapping[str, float] | None = None) -> Path:
+def save(folder: Path, state: TrainState, keep: int) -> Path:
     """Writes `state` as `folder/step-<n>` and prunes to the `keep` newest valid ones.
 
     A valid checkpoint of the same step, identity and progress is kept as it is; one that is damaged, or knows less of
@@ -119,7 +120,7 @@ def save(folder: Path, state: TrainState, keep: int, metrics: Mapping[str, float
             fsync_folder(folder)  # the one who wrote it may have died just before doing so
         else:
             parent = max((step for step, _ in _steps(folder) if step < state.step), default=None)
-            files[MANIFEST] = _manifest_bytes(state, parent, files, metrics or {})  # the last to be written
+            files[MANIFEST] = _manifest_bytes(state, parent, files)  # the last to be written
             bytes_needed = sum(map(len, files.values()))
             tmp.mkdir()
             for name, data in files.items():
@@ -243,9 +244,7 @@ def _compare(path: Path, manifest: _Manifest) -> list[str]:
     return problems
 
 
-def _manifest_bytes(
-    state: TrainState, parent: int | None, files: Mapping[str, bytes], metrics: Mapping[str, float]
-) -> bytes:
+def _manifest_bytes(state: TrainState, parent: int | None, files: Mapping[str, bytes]) -> bytes:
     manifest = {
         "format": FORMAT,
         "step": state.step,
@@ -256,7 +255,6 @@ def _manifest_bytes(
         },
         "libraries": versions(),
         "identity": state.identity,
-        "metrics": dict(metrics),
     }
     return json_bytes({**manifest, "digest": digest_of(manifest)})
 
