@@ -14,8 +14,9 @@ from tagllm.build import initial_rows, new_tag
 from tagllm.config import RunConfig
 from tagllm.config_file import parse_as
 from tagllm.data.batch import in_chunks
-from tagllm.data.dataset import Examples, Prompts, tokenise
+from tagllm.data.dataset import Prompts, tokenise
 from tagllm.data.encode import Example, TagLayout
+from tagllm.data.examples import Examples
 from tagllm.data.sampler import Sampler
 from tagllm.files import cache_folder
 from tagllm.model.backbone import Backbone

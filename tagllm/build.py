@@ -14,8 +14,9 @@ from torch import Tensor
 
 from tagllm.config import SPLITS, BackboneConfig, DataConfig, RunConfig, Split, digest_of
 from tagllm.data.collate import Collator
-from tagllm.data.dataset import Data, Examples, Prompts, tokenise, tokenizer_digest
+from tagllm.data.dataset import Data, Prompts, tokenise, tokenizer_digest
 from tagllm.data.encode import Example, TagLayout
+from tagllm.data.examples import Examples
 from tagllm.data.sampler import Draw, all_draws
 from tagllm.errors import SharedError, UserError
 from tagllm.files import cache_folder

@@ -17,7 +17,6 @@ from tagllm.data.splits import refuse_seen
 from tagllm.errors import SharedError
 from tagllm.evaluate.ablate import ablations
 from tagllm.evaluate.answers import text_results
-from tagllm.evaluate.baselines import probe_of, value_baselines
 from tagllm.evaluate.class_probes import class_baselines
 from tagllm.evaluate.classical import Table, classical_baselines
 from tagllm.evaluate.closed_form import FIT_ROWS
@@ -28,6 +27,7 @@ from tagllm.evaluate.passes import Pass
 from tagllm.evaluate.repeated import note_of, without_repeated
 from tagllm.evaluate.results import write_results
 from tagllm.evaluate.scoring import Evaluation, by_head, nats, score_pass, with_tags
+from tagllm.evaluate.value_probes import probe_of, value_baselines
 from tagllm.head import fields_alone
 from tagllm.origin import origin, peak_memory_gib
 from tagllm.ranks import Ranks

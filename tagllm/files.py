@@ -1,22 +1,19 @@
-"""Durable files, for checkpoints and tag libraries: whole under their name or not there; one writer a folder."""
+"""Durable files, for checkpoints and tag libraries: whole under their name or not there."""
 
 from __future__ import annotations
 
 import ctypes
 import errno
-import fcntl
 import hashlib
 import json
 import logging
 import os
 import shutil
-import socket
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import safetensors.torch
 import torch
@@ -216,76 +213,6 @@ def load_tensors(path: Path) -> dict[str, torch.Tensor]:
         raise DamagedFile(path, error.strerror or error) from None
     except Exception as error:  # noqa: BLE001 -- anybody's bytes: safetensors and torch raise many kinds
         raise DamagedFile(path, f"it is not a safetensors file: {error}") from None
-
-
-class RunLock:
-    """One writer per run folder: `with RunLock(run): ...`. The kernel frees it when the process dies, however it does.
-    With `wait` it waits for another one to leave: for what is written in a moment.
-
-    Raises:
-        UserError: on entering, if another process holds it (named by host and pid), or the folder cannot be locked.
-    """
-
-    def __init__(self, run: Path, wait: bool = False) -> None:
-        self.path = run / ".lock"
-        self._operation = fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB
-        self._file = -1
-
-    def __enter__(self) -> Self:
-        assert self._file not in _held, "entered twice"
-        try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-            _held.add(self._file)
-            fcntl.flock(self._file, self._operation)
-            os.ftruncate(self._file, 0)
-            os.pwrite(self._file, json_bytes({"host": socket.gethostname(), "pid": os.getpid()}), 0)
-        except BlockingIOError:
-            holder = self._holder()
-            self.release()
-            raise UserError(
-                f"{self.path.parent}: another process is writing here: {holder}. A run folder has one writer. "
-                "Wait for it, stop it, or give another output folder (output=...)."
-            ) from None
-        except OSError as error:
-            self.release()
-            raise UserError(
-                f"{self.path}: cannot be locked: {error}. The output folder must be writable and on a file system "
-                "with locks (Lustre: mounted with -o flock). Give another one (output=...)."
-            ) from None
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.release()
-
-    def release(self) -> None:
-        """Closes the lock. The file stays: removing it would let two writers lock two files of one name."""
-        if self._file in _held:  # not so in a forked child, where the number may be another file's by now
-            _held.remove(self._file)
-            os.close(self._file)
-        self._file = -1
-
-    def _holder(self) -> str:
-        try:
-            holder = read_json(self.path)
-        except DamagedFile:  # between its lock and its line
-            return "one that has just begun"
-        return f"pid {holder.get('pid')} on host {holder.get('host')}"
-
-
-_held: set[int] = set()
-
-
-def _drop_inherited_locks() -> None:
-    # A forked loader worker shares the lock; one that outlives the trainer would lock out its successor.
-    for file in _held:
-        os.close(file)
-    _held.clear()
-
-
-os.register_at_fork(after_in_child=_drop_inherited_locks)
 
 
 def _exchange(one: Path, other: Path) -> bool:

@@ -16,7 +16,8 @@ from tagllm.build import open_backbone, require_same_everywhere
 from tagllm.config import EngineConfig, OptimConfig, SourceConfig
 from tagllm.data.collate import Collator
 from tagllm.data.encode import Encoder, Example, TagLayout, Unusable
-from tagllm.data.readers import BadRow, Row, column_names, read_rows
+from tagllm.data.readers import column_names, read_rows
+from tagllm.data.row import BadRow, Row
 from tagllm.data.writers import open_writer, writable_kind
 from tagllm.errors import SharedError, UserError, did_you_mean
 from tagllm.evaluate.generate import generate

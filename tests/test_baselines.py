@@ -22,9 +22,9 @@ from tagllm.config import BackboneConfig, OptimConfig
 from tagllm.evaluate.closed_form import FIT_ROWS, fit_head
 from tagllm.evaluate.results import write_results
 from tagllm.evaluate.ridge import Rows
-from tagllm.files import RunLock
 from tagllm.head import Head
 from tagllm.origin import ORIGIN
+from tagllm.run_lock import RunLock
 from tagllm.side_by_side import Script
 from tagllm.train.schedule import lr_factor
 from tests.test_cli import Run, config, fails, folder, run

@@ -18,9 +18,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tagllm import files
+from tagllm import files, run_lock
 from tagllm.errors import UserError
-from tagllm.files import DamagedFile, RunLock
+from tagllm.files import DamagedFile
+from tagllm.run_lock import RunLock
 
 DTYPES = [torch.float32, torch.bfloat16, torch.int64, torch.uint8]
 
@@ -222,4 +223,4 @@ def test_lock_on_a_file_system_without_locks_is_a_user_error(tmp_path: Path, mon
     monkeypatch.setattr(fcntl, "flock", unsupported)
     with pytest.raises(UserError, match=r"cannot be locked: .*Operation not supported"):
         RunLock(tmp_path).__enter__()
-    assert not files._held
+    assert not run_lock._held

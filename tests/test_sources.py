@@ -19,7 +19,8 @@ from hypothesis import strategies as st
 
 from tagllm.config import SourceConfig
 from tagllm.data import readers, sources
-from tagllm.data.readers import BadRow, Row, column_names, read_rows
+from tagllm.data.readers import column_names, read_rows
+from tagllm.data.row import BadRow, Row
 from tagllm.data.sources import load_rows
 from tagllm.errors import UserError
 

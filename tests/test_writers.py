@@ -11,7 +11,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from tagllm import predict
-from tagllm.data.readers import Row, read_rows
+from tagllm.data.readers import read_rows
+from tagllm.data.row import Row
 from tagllm.data.writers import open_writer
 from tagllm.errors import UserError
 from tests.test_cli import Run, config, folder, run

@@ -18,10 +18,10 @@ from tagllm.evaluate.closed_form import FIT_ROWS, predictions_of
 from tagllm.evaluate.metrics import intervals, value_metrics
 from tagllm.evaluate.results import FOLDER, update_results
 from tagllm.evaluate.seeds import bounds, over_seeds
-from tagllm.files import RunLock
 from tagllm.head import Head
 from tagllm.launched import require_alone
 from tagllm.origin import origin, peak_memory_gib
+from tagllm.run_lock import RunLock
 from tagllm.side_by_side import Script, run_side_by_side
 
 FURTHER = 2

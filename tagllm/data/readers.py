@@ -9,11 +9,12 @@ import re
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, NamedTuple, cast
+from typing import IO, TYPE_CHECKING, Any, cast
 
+from tagllm.data.row import BadRow, Row, checked, checked_names, plain_values, undecoded
 from tagllm.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,29 +22,12 @@ if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
 MAX_FIELD_CHARACTERS = 10_000_000
-OWN_COLUMNS = {"_file": str, "_line": int, "_split": str, "_bad": str}
-"""What `sources.load_rows` adds to the columns of the data, so no data file may have them."""
 KINDS = {
     "csv": "csv", "tsv": "tsv", "jsonl": "jsonl", "ndjson": "jsonl", "parquet": "parquet",
     "fasta": "fasta", "fa": "fasta", "faa": "fasta", "smi": "smi",
 }  # fmt: skip
 FIXED_COLUMNS = {"fasta": ["id", "description", "sequence"], "smi": ["smiles", "name"]}
 NUMBER = re.compile(r"\s*[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?\s*")
-
-
-class Row(NamedTuple):
-    line: int
-    """1-based line where the row starts; of parquet, hub and recipe rows the 1-based number of the record."""
-    values: dict[str, Any]
-
-
-class BadRow(NamedTuple):
-    """`values`: what can be read of it all the same. `num_lines`: more than one where a quote was not closed."""
-
-    line: int
-    reason: str
-    values: dict[str, Any] | None = None
-    num_lines: int = 1
 
 
 def read_rows(path: Path) -> Iterator[Row | BadRow]:
@@ -102,48 +86,8 @@ def kind_of(path: Path) -> str:
     return KINDS[suffix[1:]]
 
 
-def checked(row: Row) -> Row | BadRow:
-    """The row, or what is wrong with its text: a NUL byte, or bytes that are no UTF-8 (kept as lone surrogates)."""
-    for column, value in row.values.items():
-        for text in (column, value):
-            if isinstance(text, str):
-                if "\0" in text:
-                    return BadRow(row.line, f"column {column!a} holds a NUL byte")
-                if _undecoded(text):
-                    return BadRow(row.line, f"column {column!a} is not valid UTF-8")
-    return row
-
-
-def checked_names(names: Iterable[str], where: str) -> list[str]:
-    """The names as a list; raises `UserError` for one that is there twice or that `load_rows` needs itself."""
-    listed = list(names)
-    for name in listed:
-        if listed.count(name) > 1:
-            raise UserError(f"{where}: column {name!r} is there {listed.count(name)} times; names must differ. Rename.")
-        if name in OWN_COLUMNS:
-            raise UserError(f"{where}: column {name!r} is reserved for where a row comes from. Rename it.")
-    return listed
-
-
-def plain_values(values: dict[str, Any]) -> dict[str, Any]:
-    """Scalars as they are, bytes as UTF-8, lists and mappings as JSON, dates and decimals as their text."""
-    return {column: _plain(value) for column, value in values.items()}
-
-
-def _plain(value: Any) -> Any:
-    if value is None or isinstance(value, (str, int, float)):
-        return value
-    if isinstance(value, bytes):  # text of writers that do not mark it as such
-        return value.decode("utf-8", "surrogateescape")
-    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, (list, dict)) else str(value)
-
-
 def _is_gzip(path: Path) -> bool:
     return path.name.lower().endswith(".gz")
-
-
-def _undecoded(text: str) -> bool:
-    return not text.isascii() and re.search("[\ud800-\udfff]", text) is not None
 
 
 @contextmanager
@@ -184,7 +128,7 @@ def _csv_header(reader: Any, path: Path) -> list[str]:
         raise UserError(f"{path}: line 1 cannot be read: {error}; {rule}") from None
     if names is None:
         raise UserError(f"{path}: is empty; {rule}")
-    if any("\0" in name or _undecoded(name) for name in names):
+    if any("\0" in name or undecoded(name) for name in names):
         raise UserError(f"{path}: line 1 is not UTF-8 text; data files must be. Convert it, as with iconv -t utf-8.")
     for name in names:
         if NUMBER.fullmatch(name):
@@ -230,7 +174,7 @@ def _csv_rows(path: Path, kind: str) -> Iterator[Row | BadRow]:
 def _jsonl_rows(path: Path) -> Iterator[Row | BadRow]:
     for number, text in _lines(path):
         try:
-            if _undecoded(text):
+            if undecoded(text):
                 yield BadRow(number, "not valid UTF-8")
                 continue
             values = json.loads(text)

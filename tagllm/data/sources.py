@@ -10,19 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tagllm.config import SPLITS, RowsConfig, Split, digest_of
 from tagllm.data.prepare import prepare
-from tagllm.data.readers import (
-    OWN_COLUMNS,
-    BadRow,
-    Row,
-    checked,
-    checked_names,
-    column_names,
-    kind_of,
-    plain_values,
-    read_rows,
-)
+from tagllm.data.readers import column_names, kind_of, read_rows
 from tagllm.data.recipes import recipe_of
 from tagllm.data.recipes.hub import load_hub
+from tagllm.data.row import OWN_COLUMNS, BadRow, Row, checked, checked_names, plain_values
 from tagllm.errors import UserError
 from tagllm.files import appearing, sha256_file
 

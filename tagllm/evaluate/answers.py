@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from tagllm.build import Built
 from tagllm.config import Split
-from tagllm.data.dataset import Examples
 from tagllm.data.encode import Example
+from tagllm.data.examples import Examples
 from tagllm.errors import UserError
 from tagllm.evaluate.kept import Ask, generate_of
 from tagllm.evaluate.text import (

@@ -15,8 +15,8 @@ from tagllm.arrays import Floats
 from tagllm.config import HeadConfig
 from tagllm.data.batch import Batch, Counts, count, in_chunks
 from tagllm.data.collate import Collator, no_batch
-from tagllm.data.dataset import Examples
 from tagllm.data.encode import Example
+from tagllm.data.examples import Examples
 from tagllm.data.sampler import Draw
 from tagllm.errors import SharedError
 from tagllm.evaluate.closed_form import predictions_of, squared_errors

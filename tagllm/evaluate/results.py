@@ -6,9 +6,10 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from tagllm.files import RunLock, json_bytes, read_json, write_whole
+from tagllm.files import json_bytes, read_json, write_whole
 from tagllm.origin import ORIGIN
 from tagllm.run_folder import writing
+from tagllm.run_lock import RunLock
 
 FOLDER = "baselines"
 COMES_FROM = (*ORIGIN, "lr", "lr_at_edge", "tried", "seeds", "steps", "best_steps", "seconds", "each", "settings")

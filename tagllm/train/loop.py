@@ -11,15 +11,15 @@ from torch import Tensor
 
 from tagllm.build import Built, build, loaded_digest
 from tagllm.config import RunConfig
-from tagllm.errors import SharedError, UserError
+from tagllm.errors import SharedError
 from tagllm.evaluate.closed_form import FIT_ROWS
-from tagllm.files import RunLock
 from tagllm.head import fields_alone
 from tagllm.model.backbone import fastest_dtype
 from tagllm.origin import peak_memory_gib
 from tagllm.ranks import Ranks
 from tagllm.rendezvous import in_contact
 from tagllm.run_folder import RunFolder, writing
+from tagllm.run_lock import RunLock
 from tagllm.stage import check_world, read_stage
 from tagllm.train import checkpoint
 from tagllm.train.engine import Engine, sharding
@@ -27,6 +27,7 @@ from tagllm.train.monitor import Monitor, row_norms
 from tagllm.train.placement import placed
 from tagllm.train.progress import Progress
 from tagllm.train.result import library_of
+from tagllm.train.resume import newest_sound
 from tagllm.train.signals import EXIT_NOTHING_DONE, EXIT_STOPPED, StopAsked, Stopped, StopRequest
 from tagllm.train.step import Step, Stepper
 from tagllm.train.validation import Validation
@@ -267,22 +268,7 @@ class Trainer:
 
     def _resume(self) -> int:
         """Restores the newest sound checkpoint; returns the step to go on from (0: a fresh start)."""
-
-        def read() -> checkpoint.TrainState | None:
-            state, skipped = checkpoint.load_newest(self.run.checkpoints)
-            for line in skipped:
-                print(f"warning: {line}", flush=True)
-            if state is None and skipped:
-                raise UserError(
-                    f"{self.run.checkpoints}: no checkpoint is sound (see the warnings above); starting over would "
-                    "overwrite them. Restore one, or give another output=FOLDER."
-                )
-            if state is not None:
-                checkpoint.check_identity(state, self.built.identity())
-                _refuse_unsound(self.run.checkpoints, state)
-            return state
-
-        state = self.ranks.on_rank_zero(read)
+        state = self.ranks.on_rank_zero(partial(newest_sound, self.run.checkpoints, self.built.identity()))
         if state is None:
             return 0
         self.best = {n.removeprefix("best."): t for n, t in state.tensors.items() if n.startswith("best.")}
@@ -291,13 +277,3 @@ class Trainer:
         self.built.model.set_head_scales(learned)
         self.engine.restore(learned, state.step - self.progress.skipped)
         return state.step
-
-
-def _refuse_unsound(folder: Path, state: checkpoint.TrainState) -> None:
-    """A whole file can hold numbers that are not; going on from them would ruin every step."""
-    bad = [name for name, tensor in state.tensors.items() if not tensor.isfinite().all()]
-    if bad:
-        raise UserError(
-            f"{folder / f'step-{state.step:08d}'}: holds numbers that are not finite ({', '.join(bad)}). Remove that "
-            "folder; training then goes on from the checkpoint before it."
-        )

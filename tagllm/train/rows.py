@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from tagllm.config import RunConfig
 from tagllm.data.batch import in_chunks
-from tagllm.data.dataset import Examples
 from tagllm.data.encode import Example
+from tagllm.data.examples import Examples
 from tagllm.data.sampler import Groups, Sampler, deal
 from tagllm.errors import SharedError
 

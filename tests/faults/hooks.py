@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from tagllm import build, files, predict
-from tagllm.data import dataset
+from tagllm.data import examples
 from tagllm.data.collate import Collator
 from tagllm.ranks import Ranks
 from tagllm.tags import TagLibrary
@@ -35,7 +35,7 @@ from tagllm.train.step import Step, Stepper
 from tagllm.train.validation import Validation
 
 POINTS: dict[str, tuple[Any, str]] = {
-    "tokenise": (dataset, "_write_examples"), "backbone": (build, "load_backbone"), "load": (checkpoint, "load_newest"),
+    "tokenise": (examples, "_write"), "backbone": (build, "load_backbone"), "load": (checkpoint, "load_newest"),
     "rows": (StepRows, "micro_batches"), "collate": (Collator, "__call__"), "forward": (Engine, "__call__"),
     "backward": (Engine, "backward"), "reduce": (Ranks, "sum"), "gradients": (Engine, "gradients"),
     "step": (Engine, "step"), "log": (Monitor, "log"), "evaluate": (Validation, "_forward"),

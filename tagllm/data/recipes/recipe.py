@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tagllm.config import Split
-from tagllm.data.readers import BadRow, read_rows
+from tagllm.data.readers import read_rows
+from tagllm.data.row import BadRow
 from tagllm.errors import UserError
 
 RecipeRow = tuple[Split | None, dict[str, Any]]

@@ -1,0 +1,69 @@
+"""A row of data, whatever it is read from, and what its names and texts may hold."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from tagllm.errors import UserError
+
+OWN_COLUMNS = {"_file": str, "_line": int, "_split": str, "_bad": str}
+"""What `sources.load_rows` adds to the columns of the data, so no data file may have them."""
+
+
+class Row(NamedTuple):
+    line: int
+    """1-based line where the row starts; of parquet, hub and recipe rows the 1-based number of the record."""
+    values: dict[str, Any]
+
+
+class BadRow(NamedTuple):
+    """`values`: what can be read of it all the same. `num_lines`: more than one where a quote was not closed."""
+
+    line: int
+    reason: str
+    values: dict[str, Any] | None = None
+    num_lines: int = 1
+
+
+def checked(row: Row) -> Row | BadRow:
+    """The row, or what is wrong with its text: a NUL byte, or bytes that are no UTF-8 (kept as lone surrogates)."""
+    for column, value in row.values.items():
+        for text in (column, value):
+            if isinstance(text, str):
+                if "\0" in text:
+                    return BadRow(row.line, f"column {column!a} holds a NUL byte")
+                if undecoded(text):
+                    return BadRow(row.line, f"column {column!a} is not valid UTF-8")
+    return row
+
+
+def checked_names(names: Iterable[str], where: str) -> list[str]:
+    """The names as a list; raises `UserError` for one that is there twice or that `load_rows` needs itself."""
+    listed = list(names)
+    for name in listed:
+        if listed.count(name) > 1:
+            raise UserError(f"{where}: column {name!r} is there {listed.count(name)} times; names must differ. Rename.")
+        if name in OWN_COLUMNS:
+            raise UserError(f"{where}: column {name!r} is reserved for where a row comes from. Rename it.")
+    return listed
+
+
+def plain_values(values: dict[str, Any]) -> dict[str, Any]:
+    """Scalars as they are, bytes as UTF-8, lists and mappings as JSON, dates and decimals as their text."""
+    return {column: _plain(value) for column, value in values.items()}
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    if isinstance(value, bytes):  # text of writers that do not mark it as such
+        return value.decode("utf-8", "surrogateescape")
+    return json.dumps(value, ensure_ascii=False, default=str) if isinstance(value, (list, dict)) else str(value)
+
+
+def undecoded(text: str) -> bool:
+    """Whether bytes that are no UTF-8 are in it (read with `surrogateescape`)."""
+    return not text.isascii() and re.search("[\ud800-\udfff]", text) is not None
