@@ -166,7 +166,7 @@ def test_a_variant_that_is_called_as_a_control_keeps_its_own_figures(run: Path, 
     assert RUNNER.invoke(app, ["report", str(tmp_path / "variants"), "--out", str(tmp_path / "out")]).exit_code == 0
     text = (tmp_path / "out" / "report.md").read_text()
     assert re.search(r"\| predict_mean \| (\*\*)?0\.125", text)
-    assert f"| predict_mean, nothing trained | {digits(mean, 4)} (" in text
+    assert f"| predict_mean, of full | {digits(mean, 4)} (" in text
 
 
 def test_a_run_scored_otherwise_since_its_sweep_stands_in_no_table(run: Path, tmp_path: Path) -> None:

@@ -181,9 +181,10 @@ def _intervals_of_example(sweep: Swept) -> Mapping[str, Mapping[str, Interval]]:
 
 
 def _beside(method: str, sweep: Swept) -> str:
-    """A baseline or control, told from a variant that is called the same."""
-    labels = [_label(one["shown"]) for one in sweep.document["combinations"]]
-    return f"{method}, nothing trained" if method in labels else method
+    """A baseline or control of the first combination, told from a variant that is called the same."""
+    labels = {_label(one["shown"]): one for one in sweep.document["combinations"]}
+    first = next((label for label, one in labels.items() if one["folders"]), "")
+    return f"{method}, of {first}" if method in labels else method
 
 
 def _or_of_rows(
