@@ -22,6 +22,10 @@ cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 name=${1:?"name an experiment: qed, descriptor, isoelectric_point, molecular_weight, binding_affinity, drug_combination, synergy_loewe, translate"}
 set=${CONFIGS:-offline} seeds=${SEEDS:-3} jobs=${JOBS:-1} tune=${TUNE:-} ablate=${ABLATE:-}
 root=runs/$set${BACKBONE:+-$(basename -- "$BACKBONE")}
+if [[ ! $root =~ ^[A-Za-z0-9._/-]+$ ]]; then
+    echo "experiment: $root would be the folder of its runs; give BACKBONE a link whose name has letters, digits, . _ and - alone" >&2
+    exit 2
+fi
 out=${OUT:-$root/reports/$name}
 # Whole proteins make a step and a pass of what has no prefix to remember slow: one method there, one seed, few rows to fit.
 compared=${BASELINES-prompt_tuning lora} fit_rows=${FIT_ROWS:-2000} compared_seeds=$seeds budget_s=${BUDGET_S:-600}
@@ -55,22 +59,24 @@ rows='' domains=()
 case $name in
 qed) stage=2_qed domains=(1_smiles) ;;
 descriptor | isoelectric_point) stage=2_$name domains=(1_protein) && proteins=${data:-$proteins} ;;
-molecular_weight)
-    stage=2_$name domains=(1_protein 1_smiles) && proteins=${data:-$proteins}
-    prepare peptides "$proteins"
-    ;;
+molecular_weight) stage=2_$name domains=(1_protein 1_smiles) && proteins=${data:-$proteins} ;;
 binding_affinity) stage=3_$name domains=(1_protein 1_smiles) rows=davis ;;
 drug_combination | synergy_loewe) stage=3_$name domains=(1_smiles) rows=oneil ;;
 translate) stage=3_translate domains=(1_languages) rows=libreoffice-help ;;
 *) echo "experiment: $name is none of them; the first lines of $0 name all" >&2 && exit 2 ;;
 esac
 if [[ ! -f configs/$set/$stage.yaml ]]; then echo "experiment: configs/$set has no $stage.yaml" >&2 && exit 2; fi
-case $set/$name in # the hub has what is not named here
+case $set/$name in # the hub has the others
 paper/binding_affinity) rows=bindingdb-patent ;;
 paper/drug_combination) rows=drugcomb-css ;;
 paper/translate) rows='' ;;
 esac
-if [[ -n $rows ]]; then prepare "$rows" "$data"; fi
+if [[ -n $rows ]]; then
+    prepare "$rows" "$data"
+elif [[ $set == paper && -n $data ]]; then
+    echo "experiment: rows of $name come from the hub; a copy of it is for: tagllm prepare NAME --from FOLDER" >&2 && exit 2
+fi
+if [[ $name == molecular_weight ]]; then prepare peptides "$proteins"; fi
 if [[ $set == offline && " ${domains[*]} " == *" 1_protein "* ]]; then prepare mmseqs-proteins "$proteins"; fi
 backbone=(${BACKBONE:+"backbone.model=$BACKBONE"})
 for domain in "${domains[@]}"; do

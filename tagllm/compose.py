@@ -98,7 +98,7 @@ class Composer(NamedTuple):
         _require_alike(asked, f"cases.{name}", self.config.evaluation.generated_rows)
         first, *others = asked
         results = {
-            "run": name, "split": case.split, "rows": len(asked[first].rows), "prompt": first,
+            "run": name, "format": FORMAT, "split": case.split, "rows": len(asked[first].rows), "prompt": first,
             "metrics": asked[first].scores.metrics, "intervals": asked[first].scores.intervals, "baselines": {},
             "controls": {other: asked[other].scores.metrics for other in others},
             "control_intervals": {other: asked[other].scores.intervals for other in others},

@@ -67,7 +67,8 @@ def _results(
     run: Path, config: RunConfig, split: Split, controls: Sequence[Path], ablate: bool, ranks: Ranks
 ) -> dict[str, Any]:
     folder, own = RunFolder(run), read_config(run)
-    overridden, same_weights = config.digest() != own.digest(), config.backbone.quantize == own.backbone.quantize
+    digest, same_weights = config.in_batches_of(own).digest(), config.backbone.quantize == own.backbone.quantize
+    overridden = digest != own.digest()
     library = TagLibrary.load(folder.library)
     stage = stage_of_run(config, library, str(folder.library))
     if controls and not stage.terms:
@@ -83,7 +84,7 @@ def _results(
     results: dict[str, Any] = {
         "run": run.name, "split": split, "metrics": {}, "intervals": {}, "baselines": {}, "controls": {},
         "learned": stage.learned, "backbone": built.backbone.identity._asdict(), "dtype": built.backbone.dtype,
-        "config_digest": config.digest(), "scoring": config.scoring(),
+        "config_digest": digest, "scoring": config.scoring(),
         "data": {source: about["splits"] for source, about in built.data.record.items()},
         "ranks": ranks.size, "sharded": any(hasattr(p, "ds_id") for p in built.backbone.model.parameters()),
         "rows": sum(map(len, built.examples(split))), "training": folder.training(), **origin(),

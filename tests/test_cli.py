@@ -527,6 +527,17 @@ def test_early_stop_keeps_the_best(run: Run, folder: Path) -> None:
     assert TagLibrary.load(folder / "runs/patience/library").tags["W"].about["best_step"] == best == max(losses) - 2
 
 
+def test_fewer_rows_in_a_pass_are_no_other_run(run: Run, folder: Path) -> None:
+    """Scored so where memory is short, it keeps what stands beside it."""
+    assert run("train", config(folder, "passes")).exit_code == 0
+    found = []
+    for override in ([], ["evaluation.rows_per_batch=3"]):
+        assert run("eval", "runs/passes", *override).exit_code == 0
+        found.append(json.loads((folder / "runs/passes/results.json").read_text()))
+    assert found[0]["config_digest"] == found[1]["config_digest"]
+    assert found[1]["metrics"] == pytest.approx(found[0]["metrics"], rel=1e-4)
+
+
 def test_what_works_in_one_process_says_so_under_a_launcher(
     run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -169,6 +169,12 @@ def test_every_experiment_has_its_configs() -> None:
         assert all((ROOT / "configs" / "offline" / f"{stem}.yaml").is_file() for stem in found.split())
 
 
+def without_settings() -> dict[str, str]:
+    """The environment, but for what a developer may have set for experiments of their own."""
+    settings = ("CONFIGS", "BACKBONE", "OUT", "TUNE", "ABLATE", "SEEDS", "JOBS", "BASELINES", "BUDGET_S", "FIT_ROWS")
+    return {name: value for name, value in os.environ.items() if name not in settings}
+
+
 @pytest.mark.parametrize("folder", [None, "raw"])
 def test_an_experiment_without_a_folder_takes_what_was_prepared(folder: str | None, tmp_path: Path) -> None:
     """With a python3 that only notes what it is asked, where Debian's package is not installed."""
@@ -181,7 +187,7 @@ def test_an_experiment_without_a_folder_takes_what_was_prepared(folder: str | No
     (tmp_path / "python3").chmod(0o755)
     (tmp_path / "raw").mkdir()
     command = ["bash", script, "binding_affinity", *([folder] if folder else [])]
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "BACKBONE": "/models/other"}
+    environment = without_settings() | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "BACKBONE": "/models/other"}
     subprocess.run(command, cwd=tmp_path, env=environment, timeout=60, check=True)
     asked = [line.removeprefix("-m tagllm ") for line in (tmp_path / "asked").read_text().splitlines()]
     given = f" --from {tmp_path / 'raw'}" if folder else ""
@@ -210,7 +216,7 @@ def test_an_experiment_of_the_paper_asks_no_data_of_ours(name: str, prepared: li
     shutil.copy(ROOT / "launch" / "experiment.sh", tmp_path / "launch")
     (tmp_path / "python3").write_text('#!/bin/sh\necho "$@" >> asked\n')
     (tmp_path / "python3").chmod(0o755)
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CONFIGS": "paper"}
+    environment = without_settings() | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CONFIGS": "paper"}
     subprocess.run(
         ["bash", tmp_path / "launch" / "experiment.sh", name], cwd=tmp_path, env=environment, timeout=60, check=True
     )
@@ -226,7 +232,7 @@ def test_translation_has_no_trained_baselines_whatever_is_asked(tmp_path: Path) 
     shutil.copy(ROOT / "launch" / "experiment.sh", tmp_path / "launch")
     (tmp_path / "python3").write_text('#!/bin/sh\necho "$@" >> asked\n')
     (tmp_path / "python3").chmod(0o755)
-    environment = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "BASELINES": "lora"}
+    environment = without_settings() | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "BASELINES": "lora"}
     command = ["bash", tmp_path / "launch" / "experiment.sh", "translate"]
     subprocess.run(command, cwd=tmp_path, env=environment, timeout=60, check=True)
     asked = (tmp_path / "asked").read_text()

@@ -101,8 +101,9 @@ class Example(NamedTuple):
 
     `pools` says for each position which mean over fields it goes into, from 1 (0: none).
     `target` holds numbers (regression) or one class index; empty without a head. `head` indexes `TagLayout.heads` or is
-    -1; `read_at` is the position of the last row of the function tag that owns it. `function_at` is where the last
-    function tag starts, or the length of the prompt: everything before is what a probe on the frozen LLM may see.
+    -1; `read_at` is the position of the last row of the function tag that owns it. `function_at` is where that tag
+    starts (without a head the last function tag, or the length of the prompt): everything before is what a probe on the
+    frozen LLM may see.
 
     `fields_at` are the positions where fields start; `spans_at` (n, 2) where each span (`spans_of`) starts and ends.
     `group` is the same for rows with the same `group_by` values (-1: not grouped), and these are alike up to

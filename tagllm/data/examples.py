@@ -14,7 +14,7 @@ from tagllm.errors import UserError
 from tagllm.files import appearing, write_whole
 
 CACHED = 3
-"""Raised where a mended fault changes the ids of rare values: cached rows are made anew, and runs still go on."""
+"""Raised where a mended fault changes the examples of rare rows: all are made anew, and runs still go on."""
 CHUNK_ROWS = 1000
 
 

@@ -97,9 +97,9 @@ def _origin(source: RowsConfig, cache: Path) -> tuple[str, list[Any], Callable[[
                 "may change. Give its files with `path:`."
             )
         return f"hub {hub}", ["hub", hub], lambda: _hub_parts(hub)
-    paths = {split: Path(path) for split, path in source.paths.items()}
-    identity = ["path", *([split, str(path), kind_of(path), _sha256(path)] for split, path in paths.items())]
-    return ", ".join(source.paths.values()), identity, lambda: [_file_part(p, split) for split, p in paths.items()]
+    files = source.paths.items()  # as they are written, which a run is known by
+    identity = ["path", *([split, path, kind_of(Path(path)), _sha256(Path(path))] for split, path in files)]
+    return ", ".join(source.paths.values()), identity, lambda: [_file_part(Path(p), split) for split, p in files]
 
 
 def _file_part(path: Path, split: Split | None) -> _Part:

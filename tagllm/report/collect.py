@@ -148,6 +148,7 @@ def _require_one_question(seeds: list[Run], path: Path) -> None:
     asked = [
         {
             "split": one.results["split"], "rows": one.results["rows"], "prompts": ", ".join(one.methods),
+            "format": one.results.get("format", 1),
             **flat({key: value for key, value in one.settings.items() if key != "libraries"}),
         }
         for one in seeds

@@ -145,7 +145,9 @@ class Sweep(NamedTuple):
             return
         stage = read_stage(config, str(self.path))
         now = {"data": split_records(config.data, stage.templates, cache_folder()), "loaded tags": loaded_digest(stage)}
-        then = {"data": found["data"], "loaded tags": found.get("training", {}).get("loaded_tags", now["loaded tags"])}
+        # results of before have the digest themselves, of the tags that no run learns on
+        tags = found.get("training", {}).get("loaded_tags", found.get("loaded_tags", now["loaded tags"]))
+        then = {"data": found["data"], "loaded tags": tags}
         if other := [key for key in now if then[key] != now[key]]:
             raise UserError(
                 f"{point.folder}: is trained and scored already, and the {' and the '.join(other)} changed since. "

@@ -79,8 +79,9 @@ def _benchmark(recipe: str, origin: Path | None, stem: str) -> Path:
     if origin is not None and (origin / f"{stem}.pkl").is_file() and not list(origin.glob(f"{stem}.[cp][sa]*")):
         raise UserError(
             f"recipe {recipe}: {origin / stem}.pkl is a pickle, which may run any code when opened; rows come from "
-            f"csv. If you trust it: cd '{origin}' && python -c \"import pandas as p; [p.read_pickle(s + '.pkl').drop("
-            "columns='CellLine', errors='ignore').to_csv(s + '.csv', index=False) for s in ('train_val', 'test')]\""
+            f"csv. If you trust it: (cd '{origin}' && python -c \"import pandas as p, pathlib; [p.read_pickle(f).drop("
+            "columns='CellLine', errors='ignore').to_csv(f.with_suffix('.csv'), index=False) for f in "
+            "pathlib.Path().glob('*.pkl')]\")"
         )
     return file_in(recipe, origin, f"{stem}.csv", f"{stem}.csv.gz", f"{stem}.parquet")
 
