@@ -39,7 +39,7 @@ def start(
     """The same command on both, with so many ranks on each."""
     _, config, *settings = workspace.arguments(name, engine__timeout_s=TIMEOUT_S, **overrides)
     variables = {
-        "NNODES": "2", "RDZV_ENDPOINT": f"{ADDRESSES[0]}:29500", "RANKS": str(ranks),
+        "NNODES": "2", "RDZV_ENDPOINT": f"{ADDRESSES[0]}:29500", "RANKS": str(ranks), "DS_ACCELERATOR": "cpu",
         "OMP_NUM_THREADS": "1", "TAGLLM_CACHE": str(workspace.folder / "cache"), "GLOO_SOCKET_IFNAME": "cable",
     }  # fmt: skip
     command = ["bash", str(ROOT / "launch" / "run.sh"), config, *settings]

@@ -31,6 +31,7 @@ def ready(folder: Path) -> Iterator[Cluster]:
     (folder / "rows.csv").write_text("smiles,size\n" + "".join(f"{s},{n}\n" for s, n, _ in rows))
     with Cluster(folder) as running:
         running.environment |= {"TAGLLM_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        running.environment["DS_ACCELERATOR"] = "cpu"
         yield running
 
 
