@@ -18,7 +18,8 @@ pytestmark = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(300
 def agent(workspace: Workspace, arguments: list[str], port: int, is_host: bool) -> subprocess.Popen[str]:
     """One node with one rank, as a user starts it on each machine; the host keeps the store of both."""
     environment = {
-        **os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "TAGLLM_CACHE": str(workspace.folder / "cache"), "NNODES": "1:2",
+        **os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1", "NNODES": "1:2",
+        "TAGLLM_CACHE": str(workspace.folder / "cache"),
         "RDZV_ENDPOINT": f"127.0.0.1:{port}", "MAX_RESTARTS": "3", "RANKS": "1",
         "RDZV_CONF": f"is_host={int(is_host)},last_call_timeout=2,keep_alive_interval=1,keep_alive_max_attempt=2",
     }  # fmt: skip

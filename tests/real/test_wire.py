@@ -32,7 +32,8 @@ def test_a_step_sends_the_gradient_of_the_tags_and_hardly_more(tmp_path: Path) -
     )
     ranks = subprocess.Popen(
         ["unshare", "--net", "bash", "-c", f"ip link set lo up; bash launch/run.sh {config}"],
-        cwd=ROOT, env={**os.environ, "RANKS": "2", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
+        cwd=ROOT,
+        env={**os.environ, "RANKS": "2", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"},
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, text=True, start_new_session=True,
     )  # fmt: skip
     log = run / "metrics.jsonl"
