@@ -14,7 +14,7 @@ import torch
 from tagllm.baselines.adapt import Adapted
 from tagllm.baselines.command import Request, _beside, _tuned
 from tagllm.baselines.methods import METHODS
-from tagllm.baselines.prompts import Row, pad
+from tagllm.baselines.prompts import Row, alike, pad
 from tagllm.baselines.record import Record
 from tagllm.baselines.task import Task, open_tasks
 from tagllm.baselines.train import Clock, Look, Trained, _warming_up, errors, in_room, refit, see, step, train
@@ -234,6 +234,49 @@ def test_padding_changes_no_answer(task: Task) -> None:
     alone, beside = model(pad([short])), model(pad([short, long]))
     assert torch.allclose(alone.last_BD[0], beside.last_BD[0], atol=1e-5)
     assert torch.allclose(alone.mean_BD[0], beside.mean_BD[0], atol=1e-5)
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "lora"])
+def test_what_rows_begin_with_alike_is_computed_once_and_changes_no_answer(
+    task: Task, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Adapted(task.backbone.model, METHODS[method], task.head, 3, seed=0)
+    model.overwrite({name: value + 0.1 * torch.randn_like(value) for name, value in model.learned().items()})
+    beginning, *others = task.rows("train", METHODS[method])[:5]
+
+    def behind_it(row: Row) -> Row:
+        ids, pools = ([np.tile(part, 3), own] for part, own in zip(beginning[:2], row[:2], strict=True))
+        return Row(np.concatenate(ids), np.concatenate(pools), row.target)
+
+    rows = [behind_it(row) for row in others]
+    mixed = [rows[0], others[0], *rows[1:], others[1]]
+    asked = list[int]()
+    together = Adapted.forward
+
+    def counting(self: Adapted, batch: Any, shared: int = 0) -> Any:
+        asked.append(len(batch.ids_BS) * (len(batch.ids_BS[0]) - shared) + shared)
+        return together(self, batch, shared)
+
+    monkeypatch.setattr(Adapted, "forward", counting)
+    found = see(model, mixed, 8)
+    once = sum(asked)
+    for at, one in enumerate(mixed):
+        alone = see(model, [one], 8)
+        for mine, its in zip(found, alone, strict=True):
+            np.testing.assert_allclose(mine[at], its[0], rtol=1e-4, atol=1e-5)
+    assert once < 0.6 * sum(len(row.ids) for row in mixed)
+
+
+def test_rows_are_batched_once_each_with_others_that_begin_alike() -> None:
+    def of(*ids: int) -> Row:
+        return Row(np.array(ids), np.ones(len(ids), np.uint8), np.zeros(1, np.float32))
+
+    rows = [of(1, 2, 3, 4), of(9), of(1, 2, 3, 5, 6), of(7, 8), of(1, 2, 3), of(1, 2, 3, 4)]
+    batches = alike(rows, 8)
+    assert sorted(i for chosen, _ in batches for i in chosen) == list(range(6))
+    assert [(set(chosen), shared) for chosen, shared in batches] == [({0, 4, 5}, 2), ({1, 2, 3}, 0)]
+    assert max(len(chosen) for chosen, _ in alike(rows, 2)) == 2
+    assert all(shared < min(len(rows[i].ids) for i in chosen) for chosen, shared in batches)
 
 
 def test_the_closed_form_head_is_kept_unless_the_trained_one_is_clearly_better(task: Task) -> None:

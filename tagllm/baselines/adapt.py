@@ -62,16 +62,31 @@ class Adapted(nn.Module):
         self.head = HeadModule(head)
         self.to(device)
 
-    def forward(self, batch: Padded) -> Read:
+    def forward(self, batch: Padded, shared: int = 0) -> Read:
+        """With so many tokens all rows begin alike; these are computed once."""
         layers = self.head.spec.layers
-        out = self.adapted(input_ids=batch.ids_BS, use_cache=False, output_hidden_states=layers)
+        if shared:
+            begin = self.adapted(input_ids=batch.ids_BS[:1, :shared], use_cache=True, output_hidden_states=layers)
+            begin.past_key_values.batch_repeat_interleave(len(batch.ids_BS))
+            out = self.adapted.get_base_model()(
+                input_ids=batch.ids_BS[:, shared:], past_key_values=begin.past_key_values, output_hidden_states=layers
+            )
+            parts = [(states_of(begin, layers), self.num_virtual, 0, shared), (states_of(out, layers), 0, shared, None)]
+        else:
+            out = self.adapted(input_ids=batch.ids_BS, use_cache=False, output_hidden_states=layers)
+            parts = [(states_of(out, layers), self.num_virtual, 0, None)]
         rows_B = torch.arange(len(batch.last_B), device=batch.last_B.device)
-        last_BD = out.last_hidden_state[rows_B, self.num_virtual + batch.last_B].float()
+        last_BD = out.last_hidden_state[rows_B, parts[-1][1] + batch.last_B - shared].float()
         if self.head.spec.reads == "last":
             return Read(last_BD, last_BD[:, :0])
         pool_G = torch.arange(1, len(self.head.pools) + 1, device=last_BD.device)
         into_BGS = (batch.pools_BS[:, None] == pool_G[:, None]).float()
-        sums = [into_BGS @ states[:, self.num_virtual :].float() for states in states_of(out, layers)]
+        sums = []
+        for at in range(len(parts[0][0])):
+            of_parts = [
+                into_BGS[:, :, start:end] @ states[at][:, behind:].float() for states, behind, start, end in parts
+            ]
+            sums.append(torch.stack(of_parts).sum(dim=0))
         return Read(last_BD, fields_read(torch.cat(sums, dim=1), into_BGS.sum(dim=2), self.head.spec.lengths))
 
     def groups(self, adapter_lr: float, head_lr: float) -> list[dict[str, Any]]:

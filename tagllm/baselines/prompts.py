@@ -70,6 +70,33 @@ class Untagged(NamedTuple):
         return Row(ids, pools, example.target)
 
 
+def alike(rows: Sequence[Row], most: int) -> list[tuple[list[int], int]]:
+    """Batches of at most so many rows, by their numbers, and with how many tokens all of a batch begin alike. Where
+    that is less than half of the longest, 0, and rows stand beside others of their length."""
+    batches, others = list[tuple[list[int], int]](), list[int]()
+    batch, shared, longest = list[int](), 0, 0
+    for i in [*sorted(range(len(rows)), key=lambda i: rows[i].ids.tobytes()), -1]:
+        if batch and i >= 0 and len(batch) < most:
+            fewer = min(shared, _begin_alike(rows[batch[0]].ids, rows[i].ids), len(rows[i].ids) - 1)
+            if 2 * fewer >= max(longest, len(rows[i].ids)):
+                batch, shared, longest = [*batch, i], fewer, max(longest, len(rows[i].ids))
+                continue
+        if len(batch) > 1:
+            batches.append((batch, shared))
+        else:
+            others += batch
+        if i >= 0:
+            batch, shared, longest = [i], len(rows[i].ids) - 1, len(rows[i].ids)
+    others.sort(key=lambda i: len(rows[i].ids))
+    return batches + [(others[at : at + most], 0) for at in range(0, len(others), most)]
+
+
+def _begin_alike(one: NDArray[np.int64], other: NDArray[np.int64]) -> int:
+    length = min(len(one), len(other))
+    differ = np.flatnonzero(one[:length] != other[:length])
+    return int(differ[0]) if len(differ) else length
+
+
 def pad(rows: Sequence[Row]) -> Padded:
     longest = max(len(row.ids) for row in rows)
     ids_BS = np.zeros((len(rows), longest), np.int64)

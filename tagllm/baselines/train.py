@@ -18,7 +18,7 @@ from torch import nn
 from tagllm.arrays import Floats
 from tagllm.baselines.adapt import Adapted
 from tagllm.baselines.methods import Method
-from tagllm.baselines.prompts import Row, pad
+from tagllm.baselines.prompts import Row, alike, pad
 from tagllm.baselines.task import Task
 from tagllm.config import OptimConfig
 from tagllm.evaluate.closed_form import fit_head, predictions_of, squared_errors
@@ -188,12 +188,13 @@ def step(
 
 @torch.no_grad()
 def see(model: Adapted, rows: Sequence[Row], rows_per_batch: int) -> Features:
-    """One pass over rows, alike in length within a batch; results in the order of the rows."""
-    order = sorted(range(len(rows)), key=lambda i: len(rows[i].ids))
-    parts = []
-    for at in range(0, len(rows), rows_per_batch):
-        batch = _moved(pad([rows[i] for i in order[at : at + rows_per_batch]]), model)
-        parts.append(Features(*(tensor.cpu().numpy() for tensor in (*model(batch), batch.target_BK))))
+    """One pass over rows; results in their order. What rows of a batch begin with (a protein, of which many drugs are
+    asked) is computed once: the tag's own passes remember it, too."""
+    order, parts = list[int](), []
+    for chosen, shared in alike(rows, rows_per_batch):
+        batch = _moved(pad([rows[i] for i in chosen]), model)
+        parts.append(Features(*(tensor.cpu().numpy() for tensor in (*model(batch, shared), batch.target_BK))))
+        order += chosen
     back = np.argsort(order)
     return Features(*(column[back] for column in Features.together(parts)))
 
