@@ -126,6 +126,14 @@ def test_spbleu_is_bleu_over_the_pieces_of_the_model(tmp_path: Path) -> None:
     assert 0 <= low <= expected <= high <= 100
 
 
+def test_answers_that_have_nothing_in_common_but_one_are_scored() -> None:
+    """Of some draws the score is 0.0, of others a float32, which the mean of sacrebleu cannot add up."""
+    made, wanted = [*["zzzz"] * 9, "the cat"], ["the cat sat on the mat"] * 10
+    found = text_scores(made, wanted, [], EvaluationConfig())
+    low, high = found.intervals["chrf++"]
+    assert low == 0 < found.metrics["chrf++"] <= high
+
+
 def test_intervals_end_where_the_metric_does() -> None:
     made, wanted = ["the cat sat on the mat", "a dog"], ["the cat sat on the mat", "one bird flew away"]
     scores = text_scores(made, wanted, [], EvaluationConfig())

@@ -145,10 +145,14 @@ def all_numbers(texts: Sequence[str]) -> bool:
 
 def _corpus(name: str, metric: Any, made: Sequence[str], wanted: Sequence[str]) -> Scores:
     """A metric of sacrebleu with its own bootstrap interval, as wide below as above but cut off at 0 and 100. The draws
-    are the same for the same number of rows, so two systems are compared on the same draws."""
-    score = metric.corpus_score(made, [wanted], n_bootstrap=DRAWS)
-    low, high = max(score._mean - score._ci, 0.0), min(score._mean + score._ci, kind_of(name).most)
-    return Scores({name: float(score.score)}, {name: (float(low), float(high))})
+    are the same for the same number of rows, so two systems are compared on the same draws. `corpus_score` has the same
+    interval, but cannot add up draws without a match (0.0) and others (float32)."""
+    from sacrebleu.significance import _bootstrap_resample, estimate_ci
+
+    score = metric.corpus_score(made, [wanted])
+    _, draws = _bootstrap_resample(metric._extract_corpus_statistics(made, [wanted]), metric, DRAWS)
+    mean, half = map(float, estimate_ci(np.array([draw.score for draw in draws], np.float64)))
+    return Scores({name: float(score.score)}, {name: (max(mean - half, 0.0), min(mean + half, kind_of(name).most))})
 
 
 def _mean(name: str, values: Sequence[float]) -> Scores:
