@@ -272,11 +272,12 @@ def test_rows_are_batched_once_each_with_others_that_begin_alike() -> None:
         return Row(np.array(ids), np.ones(len(ids), np.uint8), np.zeros(1, np.float32))
 
     rows = [of(1, 2, 3, 4), of(9), of(1, 2, 3, 5, 6), of(7, 8), of(1, 2, 3), of(1, 2, 3, 4)]
-    batches = alike(rows, 8)
+    batches = alike(rows, 8, 100)
     assert sorted(i for chosen, _ in batches for i in chosen) == list(range(6))
     assert [(set(chosen), shared) for chosen, shared in batches] == [({0, 4, 5}, 2), ({1, 2, 3}, 0)]
-    assert max(len(chosen) for chosen, _ in alike(rows, 2)) == 2
+    assert max(len(chosen) for chosen, _ in alike(rows, 2, 100)) == 2
     assert all(shared < min(len(rows[i].ids) for i in chosen) for chosen, shared in batches)
+    assert sorted(len(chosen) for chosen, shared in alike(rows, 8, 8) if shared) == [2], "8 tokens are two of four"
 
 
 def test_the_closed_form_head_is_kept_unless_the_trained_one_is_clearly_better(task: Task) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -175,21 +174,25 @@ def without_settings() -> dict[str, str]:
     return {name: value for name, value in os.environ.items() if name not in settings}
 
 
+def asked_by_experiment(folder: Path, *arguments: str, **settings: str) -> list[str]:
+    """What experiment.sh has tagllm do in `folder`, with a python3 that only notes what it is asked, where Debian's
+    package is not installed."""
+    (folder / "launch").mkdir()
+    (folder / "configs").symlink_to(ROOT / "configs")
+    script, text = folder / "launch" / "experiment.sh", (ROOT / "launch" / "experiment.sh").read_text()
+    script.write_text(text.replace("/usr/share/doc/mmseqs2/example-data", str(folder / "none")))
+    (folder / "python3").write_text('#!/bin/sh\necho "$@" >> asked\n')
+    (folder / "python3").chmod(0o755)
+    environment = without_settings() | {"PATH": f"{folder}:{os.environ['PATH']}", **settings}
+    subprocess.run(["bash", script, *arguments], cwd=folder, env=environment, timeout=60, check=True)
+    return [line.removeprefix("-m tagllm ") for line in (folder / "asked").read_text().splitlines()]
+
+
 @pytest.mark.parametrize("folder", [None, "raw"])
 def test_an_experiment_without_a_folder_takes_what_was_prepared(folder: str | None, tmp_path: Path) -> None:
-    """With a python3 that only notes what it is asked, where Debian's package is not installed."""
-    (tmp_path / "launch").mkdir()
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    text = (ROOT / "launch" / "experiment.sh").read_text()
-    script = tmp_path / "launch" / "experiment.sh"
-    script.write_text(text.replace("/usr/share/doc/mmseqs2/example-data", str(tmp_path / "none")))
-    (tmp_path / "python3").write_text('#!/bin/sh\necho "$@" >> asked\n')
-    (tmp_path / "python3").chmod(0o755)
     (tmp_path / "raw").mkdir()
-    command = ["bash", script, "binding_affinity", *([folder] if folder else [])]
-    environment = without_settings() | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "BACKBONE": "/models/other"}
-    subprocess.run(command, cwd=tmp_path, env=environment, timeout=60, check=True)
-    asked = [line.removeprefix("-m tagllm ") for line in (tmp_path / "asked").read_text().splitlines()]
+    arguments = [str(tmp_path / folder)] if folder else []
+    asked = asked_by_experiment(tmp_path, "binding_affinity", *arguments, BACKBONE="/models/other")
     given = f" --from {tmp_path / 'raw'}" if folder else ""
     assert [line for line in asked if line.startswith("prepare")] == [
         f"prepare davis{given}",
@@ -211,32 +214,15 @@ def test_an_experiment_without_a_folder_takes_what_was_prepared(folder: str | No
     ("name", "prepared"), [("qed", []), ("translate", []), ("drug_combination", ["prepare drugcomb-css"])]
 )
 def test_an_experiment_of_the_paper_asks_no_data_of_ours(name: str, prepared: list[str], tmp_path: Path) -> None:
-    (tmp_path / "launch").mkdir()
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    shutil.copy(ROOT / "launch" / "experiment.sh", tmp_path / "launch")
-    (tmp_path / "python3").write_text('#!/bin/sh\necho "$@" >> asked\n')
-    (tmp_path / "python3").chmod(0o755)
-    environment = without_settings() | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CONFIGS": "paper"}
-    subprocess.run(
-        ["bash", tmp_path / "launch" / "experiment.sh", name], cwd=tmp_path, env=environment, timeout=60, check=True
-    )
-    asked = [line.removeprefix("-m tagllm ") for line in (tmp_path / "asked").read_text().splitlines()]
+    asked = asked_by_experiment(tmp_path, name, CONFIGS="paper")
     assert [line for line in asked if line.startswith("prepare")] == prepared
     used = [line.split()[1] for line in asked if line.startswith(("train", "sweep", "compose"))]
     assert used and all(path.startswith("configs/paper/") and (ROOT / path).is_file() for path in used)
 
 
 def test_translation_has_no_trained_baselines_whatever_is_asked(tmp_path: Path) -> None:
-    (tmp_path / "launch").mkdir()
-    (tmp_path / "configs").symlink_to(ROOT / "configs")
-    shutil.copy(ROOT / "launch" / "experiment.sh", tmp_path / "launch")
-    (tmp_path / "python3").write_text('#!/bin/sh\necho "$@" >> asked\n')
-    (tmp_path / "python3").chmod(0o755)
-    environment = without_settings() | {"PATH": f"{tmp_path}:{os.environ['PATH']}", "BASELINES": "lora"}
-    command = ["bash", tmp_path / "launch" / "experiment.sh", "translate"]
-    subprocess.run(command, cwd=tmp_path, env=environment, timeout=60, check=True)
-    asked = (tmp_path / "asked").read_text()
-    assert "tagllm sweep" in asked and "tagllm report" in asked and "tagllm baseline" not in asked
+    asked = {line.split()[0] for line in asked_by_experiment(tmp_path, "translate", BASELINES="lora")}
+    assert {"sweep", "report"} <= asked and "baseline" not in asked
 
 
 @pytest.mark.skipif(not (ROOT / ".venv" / "installed").exists(), reason="needs the .venv that the quickstart uses")

@@ -70,16 +70,18 @@ class Untagged(NamedTuple):
         return Row(ids, pools, example.target)
 
 
-def alike(rows: Sequence[Row], most: int) -> list[tuple[list[int], int]]:
-    """Batches of at most so many rows, by their numbers, and with how many tokens all of a batch begin alike. Where
-    that is less than half of the longest, 0, and rows stand beside others of their length."""
+def alike(rows: Sequence[Row], most: int, most_tokens: int) -> list[tuple[list[int], int]]:
+    """Batches by the numbers of their rows, and with how many tokens all of a batch begin alike, as far as there are
+    `most` rows and `most_tokens` with padding. Where that is less than half of the longest row, 0: such rows stand
+    beside others of their length."""
     batches, others = list[tuple[list[int], int]](), list[int]()
     batch, shared, longest = list[int](), 0, 0
     for i in [*sorted(range(len(rows)), key=lambda i: rows[i].ids.tobytes()), -1]:
         if batch and i >= 0 and len(batch) < most:
             fewer = min(shared, _begin_alike(rows[batch[0]].ids, rows[i].ids), len(rows[i].ids) - 1)
-            if 2 * fewer >= max(longest, len(rows[i].ids)):
-                batch, shared, longest = [*batch, i], fewer, max(longest, len(rows[i].ids))
+            longer = max(longest, len(rows[i].ids))
+            if 2 * fewer >= longer and longer * (len(batch) + 1) <= most_tokens:
+                batch, shared, longest = [*batch, i], fewer, longer
                 continue
         if len(batch) > 1:
             batches.append((batch, shared))

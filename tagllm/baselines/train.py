@@ -37,8 +37,10 @@ WARM_UP, MEASURED = 1, 3
 """Steps that are not timed, and after how many more the length of the run is known."""
 SAVED_BYTES = 60
 """Kept for backward for each token, layer and unit of the hidden state, at most (SmolLM2 under LoRA: 55 in fp32)."""
+CACHED_BYTES = 8
+"""Of keys and values for each token, layer and unit of the hidden state, at most."""
 SHARE = 3
-"""Of the memory that is no weights, the part that backward may take: another process may run beside."""
+"""Of the memory that is no weights, the part that either may take: another process may run beside."""
 LOOKS = 4
 """At the validation split, the end among them; each costs a pass over the training rows too."""
 
@@ -99,7 +101,7 @@ def train(
     rows = StepRows(config.model_copy(update={"seed": seed}), task.data.splits["train"], 0, 1)
     optimizer = torch.optim.AdamW(model.groups(rate, optim.head_lr), betas=optim.betas, weight_decay=0.0)
     steps_of_run = total_steps(optim, rows.rows_per_epoch)
-    clock, most_tokens = Clock(budget_s, MOST_EPOCHS * steps_of_run), tokens_in_memory(model)
+    clock, most_tokens = Clock(budget_s, MOST_EPOCHS * steps_of_run), tokens_in_memory(model, SAVED_BYTES)
     scale_head(model, task, method)
 
     def look(limit: int) -> Look:
@@ -135,15 +137,15 @@ def train(
     return Trained(last.loss, best_step, last.refitted, steps, rows_seen, skipped, seconds, learns), last.head
 
 
-def tokens_in_memory(model: Adapted) -> int:
-    """How many tokens a backward pass may see: the run's own, which sees the live part alone, may take larger
-    micro-batches than whole prompts with padding leave room for."""
+def tokens_in_memory(model: Adapted, bytes_each: int) -> int:
+    """How many tokens a pass may see that keeps so many bytes of each, for each layer and unit: the run's own, which
+    sees the live part alone, may take larger micro-batches than whole prompts with padding leave room for."""
     sizes, device = model.adapted.config.get_text_config(), next(model.parameters()).device
     if device.type == "cuda":
         free = torch.cuda.mem_get_info(device)[0]
     else:
         free = host_memory() - sum(p.nbytes for p in model.parameters())
-    return int(free / SHARE / (SAVED_BYTES * sizes.num_hidden_layers * sizes.hidden_size))
+    return int(free / SHARE / (bytes_each * sizes.num_hidden_layers * sizes.hidden_size))
 
 
 def in_room(rows: Sequence[Row], most_tokens: int) -> list[list[Row]]:
@@ -191,7 +193,7 @@ def see(model: Adapted, rows: Sequence[Row], rows_per_batch: int) -> Features:
     """One pass over rows; results in their order. What rows of a batch begin with (a protein, of which many drugs are
     asked) is computed once: the tag's own passes remember it, too."""
     order, parts = list[int](), []
-    for chosen, shared in alike(rows, rows_per_batch):
+    for chosen, shared in alike(rows, rows_per_batch, tokens_in_memory(model, CACHED_BYTES)):
         batch = _moved(pad([rows[i] for i in chosen]), model)
         parts.append(Features(*(tensor.cpu().numpy() for tensor in (*model(batch, shared), batch.target_BK))))
         order += chosen
