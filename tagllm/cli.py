@@ -150,17 +150,16 @@ def sweep(
 
     def work() -> None:
         from tagllm.sweep.points import Sweep
-        from tagllm.sweep.run import run_all, run_sweep
+        from tagllm.sweep.run import run_one, run_sweep
         from tagllm.sweep.summary import describe, summaries, write_summary
 
         launched.require_alone("sweep")
         found = Sweep.of(config, overrides or [], grid or [], seeds, variants, tune)
-        alone = None if only is None else found.run_number(only)
         try:
-            if alone is None:
+            if only is None:
                 run_sweep(found, jobs)
-            elif problems := run_all(found, [alone], jobs):
-                raise UserError(*problems)
+            else:
+                run_one(found, only)
         finally:  # of what is finished
             finished = summaries(found)
             write_summary(found, finished)

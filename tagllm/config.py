@@ -386,11 +386,6 @@ class RunConfig(Section):
         engine = self.engine.model_copy(update={"zero_stage": 0, "shard_over": "world"})
         return self.model_copy(update={"engine": engine})
 
-    def in_batches_of(self, other: RunConfig) -> RunConfig:
-        """With as many rows in an evaluation's pass as another has, which changes the memory alone."""
-        evaluation = self.evaluation.model_copy(update={"rows_per_batch": other.evaluation.rows_per_batch})
-        return self.model_copy(update={"evaluation": evaluation})
-
     def in_dtype(self, dtype: Dtype) -> RunConfig:
         return self.model_copy(update={"backbone": self.backbone.model_copy(update={"dtype": dtype})})
 
@@ -400,7 +395,7 @@ class RunConfig(Section):
         there, config.yaml still has the old one, and differs."""
         left_out = dict.fromkeys(("output", "checkpoint", "engine", "remember_gib", "remember_device_gib"), True)
         backbone, optim = {"gradient_checkpointing", "quantize"}, {"rows_per_micro_batch", "skipped_in_a_row"}
-        spread = {"backbone": backbone, "optim": optim, "evaluation": _OF_TEXT}
+        spread = {"backbone": backbone, "optim": optim, "evaluation": {*_OF_TEXT, "rows_per_batch"}}
         shapes = self.model_dump(mode="json", exclude={**left_out, **spread}, exclude_defaults=True)
         return digest_of({key: value for key, value in shapes.items() if value != {}})  # of which all is left out
 

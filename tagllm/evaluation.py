@@ -14,6 +14,7 @@ from tagllm.arrays import Floats
 from tagllm.build import Built, build, new_tag
 from tagllm.config import RunConfig, Split
 from tagllm.data.splits import refuse_seen
+from tagllm.digits import digits
 from tagllm.errors import SharedError
 from tagllm.evaluate.ablate import ablations
 from tagllm.evaluate.answers import text_results
@@ -67,8 +68,7 @@ def _results(
     run: Path, config: RunConfig, split: Split, controls: Sequence[Path], ablate: bool, ranks: Ranks
 ) -> dict[str, Any]:
     folder, own = RunFolder(run), read_config(run)
-    digest, same_weights = config.in_batches_of(own).digest(), config.backbone.quantize == own.backbone.quantize
-    overridden = digest != own.digest()
+    same_weights, overridden = config.backbone.quantize == own.backbone.quantize, config.digest() != own.digest()
     library = TagLibrary.load(folder.library)
     stage = stage_of_run(config, library, str(folder.library))
     if controls and not stage.terms:
@@ -84,7 +84,7 @@ def _results(
     results: dict[str, Any] = {
         "run": run.name, "split": split, "metrics": {}, "intervals": {}, "baselines": {}, "controls": {},
         "learned": stage.learned, "backbone": built.backbone.identity._asdict(), "dtype": built.backbone.dtype,
-        "config_digest": digest, "scoring": config.scoring(),
+        "config_digest": config.digest(), "scoring": config.scoring(),
         "data": {source: about["splits"] for source, about in built.data.record.items()},
         "ranks": ranks.size, "sharded": any(hasattr(p, "ds_id") for p in built.backbone.model.parameters()),
         "rows": sum(map(len, built.examples(split))), "training": folder.training(), **origin(),
@@ -121,7 +121,7 @@ def _refuse_seen(built: Built, library: TagLibrary, split: Split) -> None:
         mine = built.data.record[str(at)]["held_out"]
         for name in dict.fromkeys(template.tags):
             if name in built.stage.learned:
-                refuse_seen(name, library.tags[name].about.get("held_out", []), mine, split, f"data.sources.{at}")
+                refuse_seen(name, library.tags[name].about["held_out"], mine, split, f"data.sources.{at}")
 
 
 def _score_values(evaluation: Evaluation, folder: RunFolder, as_trained: bool, results: dict[str, Any]) -> None:
@@ -240,6 +240,6 @@ def describe(results: dict[str, Any]) -> list[str]:
         rows += results.get(part, {}).items()
     lines = [f"{results['run']}: {results['rows']} {results['split']} rows"]
     for name, metrics in rows:
-        shown = "  ".join(f"{key} {value:.4f}" for key, value in metrics.items() if isinstance(value, float))
+        shown = "  ".join(f"{key} {digits(value, 4)}" for key, value in metrics.items() if isinstance(value, float))
         lines.append(f"  {name:<28} {shown}")
     return [*lines, f"  {results['note']}"] if "note" in results else lines

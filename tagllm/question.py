@@ -57,7 +57,7 @@ class Question(NamedTuple):
         _refuse_heads(name, template, tags, kinds)
         fields = fields_as_trained([*(tag for tag in tags.values() if tag.name != name), tags[name]], kinds)
         fields = _renamed(fields, about.get("template"), template, kinds)
-        # older tags do not say how long their answers were
+        # tags made by hand do not say how long their answers were
         most = request.max_new_tokens or about.get("max_new_tokens", EvaluationConfig().max_new_tokens)
         backbone = request.backbone or BackboneConfig(model=library.backbone.name)
         return cls(library, name, template, tags, fields, most, as_trained(backbone, [library.tags[name]]))

@@ -7,7 +7,6 @@ baselines/  .lock
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -88,9 +87,8 @@ class RunFolder:
         recorded = read_json(self.path / "splits.json")
         for source, now in data.record.items():
             for name in splits:
-                then = recorded.get(source, {}).get("splits", {}).get(name)
-                here = now["splits"][name]
-                if then is None or then != {key: here[key] for key in then}:  # records of before have no `answers`
+                then, here = recorded[source]["splits"][name], now["splits"][name]
+                if then != here:
                     raise UserError(
                         f"{self.path}/splits.json: the {name} rows of source {source} were {then}, now they are "
                         f"{here}; the data changed since training. Restore it, or train anew."
@@ -98,8 +96,7 @@ class RunFolder:
 
     def training(self) -> dict[str, Any]:
         """Where the tags come from: `origin` and ranks of the last process that trained them, the seconds of all."""
-        file = self.path / "origin.json"  # runs of version 0.1 have none
-        return {**(read_json(file) if file.is_file() else {}), "seconds": training_seconds(self.path)}
+        return {**read_json(self.path / "origin.json"), "seconds": training_seconds(self.path)}
 
 
 def _is_foreign(path: Path) -> bool:
@@ -137,10 +134,9 @@ def backbone_config(source: Path, overrides: list[str]) -> BackboneConfig | None
 
 
 def training_seconds(run: Path) -> float:
-    """Of all processes that trained the run, from metrics.jsonl (before 30 November 2026 each counted from zero)."""
-    lines = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    seconds = [float(json.loads(line)["seconds"]) for line in lines]
-    return sum(now for now, then in itertools.pairwise([*seconds, 0.0]) if then < now)
+    """Of all processes that trained the run."""
+    *_, last = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return float(json.loads(last)["seconds"])
 
 
 def best_valid_loss(run: Path) -> float:

@@ -28,9 +28,9 @@ from tagllm.files import (
     write_durably,
 )
 from tagllm.head import Head, fields_alone, num_states
-from tagllm.kernel import Kernel, Landmarks
+from tagllm.kernel import Kernel
 
-FORMAT, OLDER_FORMATS = 3, (1, 2)
+FORMAT = 3
 MOST_POOLS = 255
 """Means over fields that heads read side by side: a position has the number of its own in one byte."""
 NAME = re.compile(r"[A-Za-z][A-Za-z0-9_-]*")
@@ -61,7 +61,7 @@ class Tag:
 
 class BackboneIdentity(NamedTuple):
     """What a tag must know of the LLM it was trained for. `fingerprint` is a hash over the token embedding, `decoder`
-    over its maps, `tokenizer` over what that makes of a text; empty where nobody looked (libraries of before)."""
+    over its maps, `tokenizer` over what that makes of a text; empty where nobody looked."""
 
     name: str
     architecture: str
@@ -170,7 +170,7 @@ class TagLibrary:
     @classmethod
     def _read(cls, folder: Path, backbone: BackboneIdentity | None) -> TagLibrary:
         document = read_json(folder / "library.json")
-        if document["format"] not in (FORMAT, *OLDER_FORMATS):
+        if document["format"] != FORMAT:
             raise UserError(
                 f"{folder}/library.json: format is {document['format']}; this version reads format {FORMAT}. "
                 "Update tagllm."
@@ -231,7 +231,7 @@ def _rebuild(
                 f"{folder}/library.json: the head of <{name}> has {', '.join(unknown)}, which this version "
                 f"({__version__}) does not know; a later one wrote it. Update tagllm."
             )
-        head = stored.head(HeadConfig(**described["head"]), _pools(described.get("pools", 1)))
+        head = stored.head(HeadConfig(**described["head"]), _pools(described["pools"]))
     return Tag(name, described["kind"], rows_PD, head, dict(described["about"]))
 
 
@@ -270,15 +270,11 @@ class _Stored(NamedTuple):
 
     def kernel(self, outputs: int, states: int) -> Kernel:
         size, number = self.hidden_size, self.tensors[f"{self.name}.head.landmarks"].numel()
-        if self.has("head.states"):
-            state_TD = self.tensor("head.states", len(self.tensors[f"{self.name}.head.states"]), size)
-            at_SM = self.tensor("head.landmarks", states, number // states, dtype=torch.int64)
-            if not ((at_SM >= 0) & (at_SM < len(state_TD))).all():
-                told = f"has states that are not among the {len(state_TD)} kept"
-                raise DamagedFile(self.file, f"{self.name}.head.landmarks {told}")
-        else:  # format 1 had landmarks as they are
-            whole_MF = self.tensor("head.landmarks", number // (states * size), states * size)
-            state_TD, at_SM = Landmarks.of(whole_MF, states)
+        state_TD = self.tensor("head.states", len(self.tensors[f"{self.name}.head.states"]), size)
+        at_SM = self.tensor("head.landmarks", states, number // states, dtype=torch.int64)
+        if not ((at_SM >= 0) & (at_SM < len(state_TD))).all():
+            told = f"has states that are not among the {len(state_TD)} kept"
+            raise DamagedFile(self.file, f"{self.name}.head.landmarks {told}")
         weight_KM = self.tensor("head.kernel_weight", outputs, at_SM.shape[1])
         return Kernel(state_TD, at_SM, self.tensor("head.width", states, size), weight_KM)
 
@@ -287,9 +283,8 @@ def _shown(shape: tuple[int, ...], dtype: torch.dtype) -> str:
     return f"{shape} {str(dtype).removeprefix('torch.')}"
 
 
-def _pools(held: Any) -> tuple[int, ...]:
-    """Of library.json; libraries of before have their number."""
-    number = held if isinstance(held, int) else len(held)
-    if not 1 <= number <= MOST_POOLS:
-        raise ValueError(f"{number} means over fields; there are 1 to {MOST_POOLS}")
-    return tuple(range(number) if isinstance(held, int) else map(int, held))
+def _pools(held: list[int]) -> tuple[int, ...]:
+    """Of library.json."""
+    if not 1 <= len(held) <= MOST_POOLS:
+        raise ValueError(f"{len(held)} means over fields; there are 1 to {MOST_POOLS}")
+    return tuple(map(int, held))

@@ -11,7 +11,7 @@ def unusual(stage: Stage) -> list[str]:
 
 
 def _of_quantisation(stage: Stage) -> list[str]:
-    """Tags of another backbone, in effect: its states differ. Libraries of before format 3 do not know theirs."""
+    """Tags of another backbone, in effect: its states differ. Tags made by hand do not know theirs."""
     now, notes = stage.config.backbone.quantize, []
     for name, tag in stage.loaded.items():
         then = tag.about.get("quantize", now)

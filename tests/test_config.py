@@ -307,6 +307,7 @@ def test_the_digest_is_of_what_shapes_the_rows_alone() -> None:
         ("engine.zero_stage", 3),
         ("remember_gib", 0),
         ("evaluation.beams", 4),
+        ("evaluation.rows_per_batch", 4),
     ):
         assert parse_as(RunConfig, changed(place, value), "").digest() == digest, place
     for place, value in (

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -96,15 +95,9 @@ def test_other_targets_behind_the_same_keys_are_other_data(run: Run, folder: Pat
     rows = [f"m{i},{i / 7}" for i in range(60)]
     table.write_text("\n".join(["smiles,weight", *rows]) + "\n")
     assert run("train", config(folder, "targets", data__path=str(table))).exit_code == 0
-    recorded = folder / "runs/targets/splits.json"
     table.write_text("\n".join(["smiles,weight", *(f"m{i},{i / 3}" for i in range(60))]) + "\n")
     for more in ([], ["engine.timeout_s=60"]):  # which asks for no other rows
         fails(run("eval", "runs/targets", *more), "splits.json", "the data changed since training")
-    held = json.loads(recorded.read_text())
-    for split in held["0"]["splits"].values():  # as runs of before have it
-        del split["answers"]
-    recorded.write_text(json.dumps(held))
-    assert run("eval", "runs/targets").exit_code == 0
 
 
 def test_a_run_does_not_go_on_with_other_frozen_tags(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -234,7 +234,7 @@ def test_a_loaded_head_is_asked_in_the_order_of_its_training(folder: Path, run: 
         with pytest.raises(UserError, match="the prompt <W> was trained with of <Name>, <SMILES>"):
             stage_of_run(load_config(folder / "second-1.yaml"), library, "here")
     bare = replace(library, tags={name: replace(tag, about={}) for name, tag in library.tags.items()})
-    stage_of_run(load_config(folder / "second-1.yaml"), bare, "here")  # one that does not know is taken as before
+    stage_of_run(load_config(folder / "second-1.yaml"), bare, "here")  # one that does not know is taken as it is
 
 
 def test_predict_asks_in_the_order_of_training(folder: Path, run: Run) -> None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,12 +19,12 @@ from typer.testing import CliRunner
 
 from tagllm.cli import app
 from tagllm.config import HeadConfig
+from tagllm.digits import digits
 from tagllm.origin import ORIGIN
 from tagllm.report.collect import collect
 from tagllm.report.paper import published_of
 from tagllm.report.sections import Cell, _rate
 from tagllm.report.tags import nearest_tokens
-from tagllm.sweep.summary import digits
 from tagllm.tags import TagLibrary
 from tests import tiny
 from tests.test_monitor import CHROMIUM
@@ -51,6 +52,12 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
         done = subprocess.run([sys.executable, "-m", "tagllm", *command], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stderr
     return folder / "a<b>&c"
+
+
+def origin_in_sweep(run: Path) -> dict[str, Any]:
+    """What a sweep keeps of where a run comes from."""
+    results = json.loads((run / "results.json").read_text())
+    return {key: results[key] for key in (*ORIGIN, "training", "split", "config_digest", "scoring", "dtype")}
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +109,11 @@ def test_markdown_has_the_same_numbers(run: Path, page: str) -> None:
 def test_the_json_has_all_results_and_where_they_come_from(run: Path, page: str) -> None:
     document = json.loads((run.parent / "out" / "report.json").read_text())
     (section,) = document["sections"]
+    curve = section.pop("loss_on_validation")
     assert section == json.loads((run / "results.json").read_text())
+    log = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    assert curve == {str(line["step"]): line["valid/loss_refitted"] for line in log if "valid/loss_refitted" in line}
+    assert all(f"{step}: {digits(loss, 4)}" in page for step, loss in curve.items())
     assert {"command", "commit", "hardware", "versions", "date"} <= set(document) & set(section)
     assert set(section["baseline_intervals"]) == set(section["baselines"])
     assert section["dtype"] == "float32" and "float32" in page
@@ -119,13 +130,13 @@ def test_a_sweep_is_a_table_and_a_figure(run: Path, tmp_path: Path) -> None:
     del second["baselines"]["ridge_last"]
     (tmp_path / "lengths" / "length=2_seed=1" / "results.json").write_text(json.dumps(second))
     mse = {"length=1": [0.5, None], "length=2": [0.2, 0.05]}
-    about = {key: first[key] for key in ORIGIN}
+    about = origin_in_sweep(run)
     combinations = [
         {
             "shown": {"length": n}, "runs": n,
             "metrics": {"mse": mse[f"length={n}"], "mae": [first["metrics"]["mae"], None]},
             "tried": {"1e-2": 0.7, "3e-2": 0.6},
-            "folders": [f"length={n}_seed={seed}" for seed in range(n)], "origins": [about] * n,
+            "folders": [f"length={n}_seed={seed}" for seed in range(n)], "origins": [about] * n, "notes": [],
         }
         for n in (2, 1)
     ]  # fmt: skip
@@ -135,7 +146,10 @@ def test_a_sweep_is_a_table_and_a_figure(run: Path, tmp_path: Path) -> None:
     assert result.exit_code == 0, result.stderr
     text = (tmp_path / "out" / "report.md").read_text()
     assert "| length=1 | 0.5 |" in text and "0.2 (0.15–0.25)" in text
-    others = json.loads((tmp_path / "out" / "report.json").read_text())["sections"][0]["others"]
+    section = json.loads((tmp_path / "out" / "report.json").read_text())["sections"][0]
+    curves = section["loss_on_validation"]
+    assert {label: len(of_runs) for label, of_runs in curves.items()} == {"length=1": 1, "length=2": 2}
+    others = section["others"]
     assert others["predict_mean"]["mse"] == pytest.approx([first_mean + 0.01, 0.01 * 12.706], rel=1e-3)
     assert others["ridge_last"]["mse"] == [first["baselines"]["ridge_last"]["mse"], None]
     low, high = first["baseline_intervals"]["ridge_last"]["mse"]
@@ -155,11 +169,14 @@ def test_a_sweep_is_a_table_and_a_figure(run: Path, tmp_path: Path) -> None:
 def test_a_variant_that_is_called_as_a_control_keeps_its_own_figures(run: Path, tmp_path: Path) -> None:
     """And so does the control."""
     results = json.loads((run / "results.json").read_text())
-    about, mean = {key: results[key] for key in ORIGIN}, results["baselines"]["predict_mean"]["mse"]
+    about, mean = origin_in_sweep(run), results["baselines"]["predict_mean"]["mse"]
     combinations = [
-        {"shown": {"variant": name}, "runs": 1, "metrics": {"mse": [mse, None]}, "tried": {}, "folders": folders}
+        {
+            "shown": {"variant": name}, "runs": 1, "metrics": {"mse": [mse, None]}, "tried": {}, "folders": folders,
+            "origins": [about for _ in folders], "notes": [],
+        }
         for name, mse, folders in (("full", 0.25, ["a"]), ("predict_mean", 0.125, []))
-    ]
+    ]  # fmt: skip
     shutil.copytree(run, tmp_path / "variants" / "a")
     document = {"run": "variants", "seeds": [0], "tuned": None, "combinations": combinations, **about}
     (tmp_path / "variants" / "sweep.json").write_text(json.dumps(document))
@@ -167,19 +184,6 @@ def test_a_variant_that_is_called_as_a_control_keeps_its_own_figures(run: Path, 
     text = (tmp_path / "out" / "report.md").read_text()
     assert re.search(r"\| predict_mean \| (\*\*)?0\.125", text)
     assert f"| predict_mean, of full | {digits(mean, 4)} (" in text
-
-
-def test_a_run_scored_otherwise_since_its_sweep_stands_in_no_table(run: Path, tmp_path: Path) -> None:
-    results = json.loads((run / "results.json").read_text())
-    about = {key: results[key] for key in (*ORIGIN, "split", "config_digest", "scoring")}
-    one = {"shown": {}, "runs": 1, "metrics": {"mse": [0.5, None]}, "tried": {}, "folders": ["a"], "origins": [about]}
-    shutil.copytree(run, tmp_path / "sweep" / "a")
-    document = {"run": "sweep", "seeds": [0], "tuned": None, "combinations": [one], **about}
-    (tmp_path / "sweep" / "sweep.json").write_text(json.dumps(document))
-    anew = results | {"scoring": results["scoring"] | {"backbone.quantize": "nf4"}}
-    (tmp_path / "sweep" / "a" / "results.json").write_text(json.dumps(anew))
-    result = RUNNER.invoke(app, ["report", str(tmp_path / "sweep"), "--out", str(tmp_path / "out")])
-    assert result.exit_code == 2 and "backbone.quantize nf4 and not none" in result.stderr
 
 
 def test_results_without_their_config_are_shown(run: Path, tmp_path: Path) -> None:
@@ -216,7 +220,8 @@ def write_case(folder: Path, score: float) -> None:
         "metrics": {"chrf++": score, "in_language": 1.0},
         "intervals": {"chrf++": [score - 1, score + 1]}, "baselines": {}, "controls": {"in text": {"chrf++": 25.0}},
         "control_intervals": {"in text": {"chrf++": [24.0, 26.0]}}, "learned": ["Translate"],
-        "backbone": {"name": "tiny"}, "config_digest": "0" * 64, **about,
+        "backbone": {"name": "tiny"}, "dtype": "float32", "format": 2, "config_digest": "0" * 64,
+        "libraries": {}, **about,
     }  # fmt: skip
     (folder / "results.json").write_text(json.dumps(results))
     (folder / "config.yaml").write_text("evaluation: {beams: 1}\nlibraries: [one]\n")
@@ -327,21 +332,22 @@ def test_the_projector_has_every_row_among_tokens(run: Path, tmp_path: Path) -> 
 
 
 def test_a_run_that_was_scored_otherwise_since_is_no_part_of_its_sweep(run: Path, tmp_path: Path) -> None:
-    results = json.loads((run / "results.json").read_text())
-    about = {key: results[key] for key in ORIGIN}
+    results, about = json.loads((run / "results.json").read_text()), origin_in_sweep(run)
     shutil.copytree(run, tmp_path / "sweep" / "seed=0")
     one = {
         "shown": {}, "runs": 1, "metrics": {"mse": [0.5, None]}, "tried": {}, "folders": ["seed=0"],
-        "origins": [about | {"split": "test", "config_digest": results["config_digest"]}], "notes": ["told"],
+        "origins": [about], "notes": ["told"],
     }  # fmt: skip
     document = {"run": "sweep", "seeds": [0], "tuned": None, "combinations": [one], **about}
     (tmp_path / "sweep" / "sweep.json").write_text(json.dumps(document))
     command = ["report", str(tmp_path / "sweep"), "--out", str(tmp_path / "out")]
     assert RUNNER.invoke(app, command).exit_code == 0
     assert "tag, 1 of 1: told" in (tmp_path / "out" / "report.md").read_text()
-    (tmp_path / "sweep/seed=0/results.json").write_text(json.dumps(results | {"split": "valid"}))
-    told = RUNNER.invoke(app, command)
-    assert told.exit_code == 2 and "scored anew" in told.stderr and "split valid and not test" in told.stderr
+    quantised = {"scoring": results["scoring"] | {"backbone.quantize": "nf4"}}
+    for anew, what in (({"split": "valid"}, "split valid and not test"), (quantised, "quantize nf4 and not none")):
+        (tmp_path / "sweep/seed=0/results.json").write_text(json.dumps(results | anew))
+        told = RUNNER.invoke(app, command)
+        assert told.exit_code == 2 and "scored anew" in told.stderr and what in told.stderr
 
 
 def test_ends_of_lines_that_json_does_not_know_are_text(run: Path, tmp_path: Path) -> None:
@@ -364,5 +370,5 @@ def test_a_folder_of_runs_is_a_table_in_the_terminal(run: Path) -> None:
     )
     results = json.loads((run / "results.json").read_text())
     (row,) = [line for line in done.stdout.splitlines() if run.name in line and " mse " in line]
-    assert f"{results['metrics']['mse']:.4f}" in row and f" {results['rows']} " in row
-    assert f"predict_mean {results['baselines']['predict_mean']['mse']:.4f}" in done.stdout
+    assert f"{digits(results['metrics']['mse'], 4)}" in row and f" {results['rows']} " in row
+    assert f"predict_mean {digits(results['baselines']['predict_mean']['mse'], 4)}" in done.stdout

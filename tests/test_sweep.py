@@ -21,12 +21,14 @@ from typer.testing import CliRunner
 from tagllm.build import loaded_digest
 from tagllm.cli import app
 from tagllm.data.dataset import split_records
+from tagllm.digits import digits
 from tagllm.errors import UserError
 from tagllm.evaluate.seeds import bounds, over_seeds
+from tagllm.origin import ORIGIN
 from tagllm.stage import read_stage
 from tagllm.sweep.points import Point, Sweep
 from tagllm.sweep.run import run_sweep
-from tagllm.sweep.summary import digits, summaries
+from tagllm.sweep.summary import summaries
 from tagllm.tags import BackboneIdentity, Tag, TagLibrary
 from tagllm.template import parse_template
 from tests import tiny
@@ -117,12 +119,30 @@ def test_settings_that_contradict_each_other_are_told_before_anything_runs(confi
     assert len(caught.value.problems) == 1 and not (config.parent / "sweep").exists()
 
 
-def finished(sweep: Sweep, point: Point, mse: float, losses: Sequence[float] = (), **other: Any) -> None:
-    point.folder.mkdir(parents=True, exist_ok=True)
-    scored = {"metrics": {"mse": mse}, "split": "test", "config_digest": sweep.config(point).digest()} | other
-    (point.folder / "results.json").write_text(json.dumps(scored))
+def trained(sweep: Sweep, point: Point, losses: Sequence[float] = (), rows: dict[str, Any] | None = None) -> None:
+    """What training leaves, as far as a sweep looks at it."""
+    (point.folder / "library").mkdir(parents=True, exist_ok=True)
+    (point.folder / "library" / "library.json").touch()
+    config = sweep.config(point)
+    stage = read_stage(config, str(sweep.path))
+    (point.folder / "config.yaml").write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    (point.folder / "origin.json").write_text(json.dumps({"loaded_tags": loaded_digest(stage)}))
+    splits = rows or split_records(config.data, stage.templates, sweep.path.parent)
+    (point.folder / "splits.json").write_text(json.dumps({name: {"splits": splits[name]} for name in splits}))
     lines = [{"step": at, "valid/loss": 2 * loss, "valid/loss_refitted": loss} for at, loss in enumerate(losses)]
+    lines.append({"step": len(losses), "seconds": 1.0})
     (point.folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def finished(sweep: Sweep, point: Point, mse: float, losses: Sequence[float] = (), **other: Any) -> None:
+    """The same and scored, `other` in its results."""
+    trained(sweep, point, losses)
+    config = sweep.config(point)
+    scored = {
+        **dict.fromkeys(ORIGIN, "x"), "metrics": {"mse": mse}, "split": "test", "config_digest": config.digest(),
+        "scoring": config.scoring(), "dtype": "float32", "training": {}, **other,
+    }  # fmt: skip
+    (point.folder / "results.json").write_text(json.dumps(scored))
 
 
 def test_intervals_are_students(config: Path) -> None:
@@ -140,14 +160,12 @@ def test_intervals_are_students(config: Path) -> None:
 def test_what_was_scored_in_another_way_is_told_and_not_taken(config: Path) -> None:
     before = Sweep.of(config, [], [], 1)
     (point,) = before.finals()
-    finished(before, point, 0.5, scoring=before.config(point).scoring())
+    finished(before, point, 0.5)
     assert before.done(point)
     for override, key in (("evaluation.beams=4", "evaluation.beams 1 and not 4"), ("backbone.quantize=nf4", "nf4")):
         now = Sweep.of(config, [override], [], 1)
         with pytest.raises(UserError, match=f"{key}.*another output.*tagllm eval .* {override}"):
             now.done(now.finals()[0])
-    finished(before, point, 0.5)
-    assert before.done(point), "results of before do not say"
 
 
 def test_seeds_of_other_rows_have_no_mean(config: Path) -> None:
@@ -156,10 +174,11 @@ def test_seeds_of_other_rows_have_no_mean(config: Path) -> None:
         sweep.config(sweep.finals()[0]).data, [parse_template("{smiles} <Size>", {"Size": "function"})], config.parent
     )
     before = {"0": now["0"] | {"train": now["0"]["train"] | {"n": 1}}}
-    for point, rows in zip(sweep.finals(), (None, now, before), strict=True):
-        finished(sweep, point, 0.5, run=point.folder.name, **({} if rows is None else {"data": rows}))
+    for point, rows in zip(sweep.finals(), (now, now, before), strict=True):
+        finished(sweep, point, 0.5)
+        trained(sweep, point, rows=rows)
     assert sweep.done(sweep.finals()[1])
-    with pytest.raises(UserError, match="seed=2: is trained and scored already, and the data changed since"):
+    with pytest.raises(UserError, match="seed=2: is trained already, and the data changed since"):
         summaries(sweep)
 
 
@@ -167,20 +186,17 @@ def test_a_tag_that_runs_begin_with_is_the_same_for_all_seeds(config: Path) -> N
     """Where it is learned on, no library of a run has it as it was."""
     library, at = config.parent / "library", BackboneIdentity("tiny", "llama", 4, 4, "")
 
-    def begin_with(value: float) -> str:
+    def begin_with(value: float) -> None:
         TagLibrary(at).add(Tag("S", "domain", torch.full((2, 4), value))).save(library)
-        return loaded_digest(read_stage(sweep.config(first), "run.yaml"))
 
     enriched = [f"tags.S.load={library}", "tags.S.learn=true", "data.sources[0].template=<S> {smiles} <Size>"]
     sweep = Sweep.of(config, enriched, [], 2)
     first, _ = sweep.finals()
-    digest = begin_with(0.0)
-    stage = read_stage(sweep.config(first), "run.yaml")
-    rows = split_records(stage.config.data, stage.templates, config.parent)
-    finished(sweep, first, 0.5, data=rows, training={"loaded_tags": digest})
+    begin_with(0.0)
+    finished(sweep, first, 0.5)
     assert sweep.done(first)
     begin_with(1.0)
-    with pytest.raises(UserError, match="is trained and scored already, and the loaded tags changed since"):
+    with pytest.raises(UserError, match="is trained already, and the loaded tags changed since"):
         sweep.done(first)
 
 
@@ -229,15 +245,18 @@ def test_sweeps_of_one_config_stand_side_by_side(config: Path) -> None:
 def test_every_combination_takes_the_value_that_is_best_on_validation(config: Path) -> None:
     """Not the one that is best on test; all seeds then run at it, the trial being the first of them."""
     sweep = Sweep.of(config, [], ["tags.Size.length=1,2"], 3, tune="optim.tag_lr=1e-3,1e-2,1e-1")
-    assert len(sweep.trials()) == 6 and sweep.num_runs == 6 + 2 * 2
+    assert len(sweep.trials()) == 6 and sweep.num_runs == 6 + 2 * 3
     with pytest.raises(UserError, match="no trial of .* is finished.*--only 0 to 5"):
         sweep.run_number(7)
-    test_mse, valid = [0.1, 0.5, 0.3, 0.1, 0.2, 0.5], [[2.0, 3.0], [2.5, 1.0], [1.5, 1.5], [1.0, 2.0], [4.0, 3.0]]
-    for point, mse, losses in zip(sweep.trials(), test_mse, valid, strict=False):
-        finished(sweep, point, mse, losses)
+    valid = [[2.0, 3.0], [2.5, 1.0], [1.5, 1.5], [1.0, 2.0], [4.0, 3.0]]
+    for point, losses in zip(sweep.trials(), valid, strict=False):
+        trained(sweep, point, losses)
+    assert not any(map(sweep.done, sweep.finals())), "trials are not scored"
+    finished(sweep, sweep.finals()[0], 0.5, valid[1])
     assert [point.values["optim.tag_lr"] for point in sweep.finals()] == ["1e-2"] * 3 + ["1e-3"] * 3
     assert [point.seed for point in sweep.finals()] == [0, 1, 2] * 2
-    assert sweep.run_number(7) == sweep.finals()[2] and sweep.run_number(9) == sweep.finals()[5]
+    assert sweep.run_number(1) == sweep.trials()[1] and sweep.run_number(11) == sweep.finals()[5]
+    assert [sweep.run_number(at) for at in (6, 7, 8)] == sweep.finals()[:3]
     first, second = summaries(sweep)
     assert first.runs == 1 and first.metrics["mse"][0] == 0.5
     assert first.tried == {"1e-3": 2.0, "1e-2": 1.0, "1e-1": 1.5}
@@ -320,6 +339,8 @@ def test_a_tuned_sweep_from_the_command_line(config: Path) -> None:
     assert found["shown"] == {"optim.tag_lr": "1e-3"} and found["runs"] == 2
     assert {"command", "commit", "hardware", "versions", "date"} <= set(document)
     assert document["seeds"] == [0, 1] and len(found["tried"]) == 2
+    lost = config.parent / "sweep" / "optim.tag_lr=1e30_seed=0"
+    assert (lost / "library").is_dir() and not (lost / "results.json").exists(), "test rows are for what was chosen"
 
 
 def test_without_rows_for_validation_nothing_can_be_chosen(config: Path) -> None:

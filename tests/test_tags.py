@@ -210,13 +210,6 @@ def test_a_library_json_that_is_none(folder: Path, change: dict[str, Any]) -> No
         TagLibrary.load(folder)
 
 
-def test_means_are_a_number_in_libraries_of_before(folder: Path) -> None:
-    before = TagLibrary.load(folder).tags["QED"].head
-    edit(folder, tags__QED__pools=1)
-    head = TagLibrary.load(folder).tags["QED"].head
-    assert head is not None and before is not None and head.pools == before.pools == (0,)
-
-
 def test_a_newer_format(folder: Path) -> None:
     edit(folder, format=4)
     with pytest.raises(UserError, match=r"format is 4; this version reads format 3\. Update tagllm\."):
@@ -237,7 +230,7 @@ def test_what_was_looked_at_on_both_sides_must_be_the_same(folder: Path, part: s
     """Weights merged with an adapter keep their embedding; another export of a tokenizer may begin texts otherwise."""
     mine, other = (BACKBONE._replace(**{part: value}) for value in ("a" * 64, "b" * 64))
     TagLibrary(mine, library().tags).save(folder)
-    assert TagLibrary.load(folder, BACKBONE).backbone == mine, "of a library of before nothing is known"
+    assert TagLibrary.load(folder, BACKBONE).backbone == mine, "of a library where nobody looked nothing is known"
     with pytest.raises(UserError, match=f"whose {part} is not the same; tags fit only"):
         TagLibrary.load(folder, other)
 

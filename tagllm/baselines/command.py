@@ -13,6 +13,7 @@ from tagllm.baselines.methods import METHODS, Method
 from tagllm.baselines.record import Record
 from tagllm.baselines.task import Task, open_tasks, read_asked
 from tagllm.baselines.train import LOOKS, Trained, see, train
+from tagllm.digits import digits
 from tagllm.errors import UserError, did_you_mean
 from tagllm.evaluate.closed_form import FIT_ROWS, predictions_of
 from tagllm.evaluate.metrics import intervals, value_metrics
@@ -138,7 +139,7 @@ def _compare(task: Task, method: Method, request: Request) -> None:
             "dtype": task.backbone.dtype,
         }
     )  # fmt: skip
-    shown = "  ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+    shown = "  ".join(f"{name} {digits(value, 4)}" for name, value in metrics.items())
     print(f"{record.title}: lr {best:g}  test: {shown}  {_pace(finals[0])}", flush=True)
 
 
@@ -194,7 +195,7 @@ def _train(
     task: Task, method: Method, settings: dict[str, Any], rate: float, budget_s: float, seed: int, looks: int = LOOKS
 ) -> tuple[Adapted, Trained, Head]:
     model = Adapted(task.backbone.model, method, task.head, settings.get("virtual", 0), seed)
-    return model, *train(model, task, method, rate, budget_s, seed, settings.get("fit_rows") or FIT_ROWS, looks)
+    return model, *train(model, task, method, rate, budget_s, seed, settings["fit_rows"] or FIT_ROWS, looks)
 
 
 def _pace(entry: dict[str, Any]) -> str:

@@ -92,7 +92,7 @@ def open_tasks(run: Path) -> list[Task]:
     data = tokenise_on_all(config.data, stage.templates, Prompts(layout, backbone.tokenizer, limit), ranks)
     folder.require_same_rows(data, SPLITS)
     trained, num_rows = folder.training(), sum(map(len, data.splits["train"]))
-    num_gpus = trained.get("ranks", 1) if ranks.device.type == "cuda" else 1  # CPU ranks shared what one now has
+    num_gpus = trained["ranks"] if ranks.device.type == "cuda" else 1  # CPU ranks shared what one now has
     seconds = trained["seconds"] * num_gpus
     tasks = []
     for tag, sources in heads.items():

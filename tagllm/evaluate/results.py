@@ -33,20 +33,19 @@ def update_results(run: Path) -> None:
 
 
 def _write_results(run: Path, results: dict[str, Any]) -> None:
-    whole = results.get("scoring", {}).get("backbone.quantize", "none") == "none"
+    comparable = results["split"] == "test" and results["scoring"]["backbone.quantize"] == "none"
     for file in sorted((run / FOLDER).glob("*.json")):
         found = read_json(file)
         name, digest = found["name"], found["settings"]["config_digest"]
-        if "metrics" in found and results["split"] == "test" and results["config_digest"] == digest and whole:
-            at = f"{found['tag']}/" if found.get("tag") else ""
+        if comparable and "metrics" in found and results["config_digest"] == digest:
+            at = f"{found['tag']}/" if found["tag"] else ""
             for part, kept in (("baselines", "metrics"), ("baseline_intervals", "intervals")):
                 of_head = {f"{at}{metric}": value for metric, value in found[kept].items()}
                 results.setdefault(part, {}).setdefault(name, {}).update(of_head)
-            told = {key: found[key] for key in COMES_FROM if key in found}  # records of before lack some
-            results.setdefault("trained_baselines", {})[title_of(found)] = told
+            results.setdefault("trained_baselines", {})[title_of(found)] = {key: found[key] for key in COMES_FROM}
     with writing(run):
         write_whole(run / "results.json", json_bytes(results))
 
 
 def title_of(document: dict[str, Any]) -> str:
-    return f"{document['name']}, {document['tag']}" if document.get("tag") else str(document["name"])
+    return f"{document['name']}, {document['tag']}" if document["tag"] else str(document["name"])

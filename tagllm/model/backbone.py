@@ -109,7 +109,7 @@ def as_trained(config: BackboneConfig, tags: Collection[Tag]) -> BackboneConfig:
     known: dict[str, Any] = {}
     for key, open_ in (("dtype", config.dtype == "auto"), ("quantize", "quantize" not in config.model_fields_set)):
         held = {tag.about.get(key) for tag in tags}
-        if open_ and len(held) == 1 and None not in held:  # libraries of before do not say
+        if open_ and len(held) == 1 and None not in held:  # tags made by hand do not say
             known |= {key: held.pop()}
     return config.model_copy(update=known)
 

@@ -153,9 +153,9 @@ class TaggedModel(nn.Module):
         return {name: buffer.cpu() for name, buffer in buffers.items() if name.endswith(("center_F", "scale_F"))}
 
     def set_head_scales(self, values: dict[str, Tensor]) -> None:
-        """Takes back what `head_scales` gave; what is not there stays."""
+        """Takes back what `head_scales` gave."""
         for name, buffer in self.heads.named_buffers():
-            if name.endswith(("center_F", "scale_F")) and f"heads.{name}" in values:
+            if name.endswith(("center_F", "scale_F")):
                 buffer.copy_(values[f"heads.{name}"])
 
     def take_computed(self) -> int:

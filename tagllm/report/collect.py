@@ -20,6 +20,8 @@ Metrics = dict[str, float]
 Log = list[dict[str, float]]
 """Scalars of each logged step."""
 Interval = tuple[float, float]
+ON_VALIDATION = "valid/loss_refitted"
+"""The scalar by which the best step is chosen."""
 
 
 class Run(NamedTuple):
@@ -63,7 +65,7 @@ class Run(NamedTuple):
     def intervals(self) -> dict[str, dict[str, Interval]]:
         """95 % bootstrap intervals by method, of those that have some."""
         more = [self.results.get(part, {}) for part in ("baseline_intervals", "control_intervals")]
-        return {self.first: self.results.get("intervals", {}), **more[0], **more[1]}
+        return {self.first: self.results["intervals"], **more[0], **more[1]}
 
 
 class Composed(NamedTuple):
@@ -117,8 +119,7 @@ def _swept(file: Path) -> Swept:
     others: dict[str, list[Metrics]] = {}
     for at, folder in enumerate(done):
         results = read_json(path / folder / "results.json")
-        if then := first.get("origins", []):  # sweeps of before do not say
-            _require_as_then(path / folder, results, then[at], file)
+        _require_as_then(path / folder, results, first["origins"][at], file)
         for method, metrics in {**results["baselines"], **results["controls"]}.items():
             others.setdefault(method, []).append(metrics)
     by_combination = [[path / folder for folder in one["folders"]] for one in document["combinations"]]
@@ -140,7 +141,7 @@ def _require_as_then(run: Path, results: dict[str, Any], then: dict[str, Any], f
 
 def _scored(results: dict[str, Any]) -> dict[str, Any]:
     """Of which rows and how."""
-    return {**{key: results[key] for key in ("split", "config_digest") if key in results}, **results.get("scoring", {})}
+    return {"split": results["split"], "config_digest": results["config_digest"], **results["scoring"]}
 
 
 def _require_one_question(seeds: list[Run], path: Path) -> None:
@@ -148,7 +149,7 @@ def _require_one_question(seeds: list[Run], path: Path) -> None:
     asked = [
         {
             "split": one.results["split"], "rows": one.results["rows"], "prompts": ", ".join(one.methods),
-            "format": one.results.get("format", 1),
+            "format": one.results["format"],
             **flat({key: value for key, value in one.settings.items() if key != "libraries"}),
         }
         for one in seeds
@@ -176,10 +177,9 @@ def headline(rows: Mapping[str, Metrics]) -> str:
     )
 
 
-def curve(log: Log, name: str) -> tuple[list[float], list[float]]:
-    """Steps and values of a scalar."""
-    lines = [(line["step"], line[name]) for line in log if name in line]
-    return [step for step, _ in lines], [value for _, value in lines]
+def curve(log: Log, name: str) -> dict[int, float]:
+    """A scalar by step."""
+    return {int(line["step"]): line[name] for line in log if name in line}
 
 
 def read_run(path: Path) -> Run:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tagllm.report.collect import Interval, Log, Run, curve
+from tagllm.report.collect import ON_VALIDATION, Interval, Log, Run, curve
 from tagllm.report.tags import cosine_of_means
 from tagllm.tags import Tag
 
@@ -26,11 +26,10 @@ def learning_curves(run: Run) -> str:
     if not run.log:
         return ""
     figure, axes = _figure()
-    for name, style in (("train/loss", "0.6"), ("valid/loss", "C1"), ("valid/loss_refitted", "C0")):
-        steps, values = curve(run.log, name)
-        if steps:
+    for name, style in (("train/loss", "0.6"), ("valid/loss", "C1"), (ON_VALIDATION, "C0")):
+        if points := curve(run.log, name):
             marker = "" if name == "train/loss" else "o"
-            axes.plot(steps, values, color=style, linewidth=1.2, marker=marker, label=name)
+            axes.plot([*points], [*points.values()], color=style, linewidth=1.2, marker=marker, label=name)
     axes.set(xlabel="step", ylabel="loss", title="learning curve")
     axes.legend()
     return _svg(figure)
@@ -41,9 +40,11 @@ def validation_curves(logs: Mapping[str, Sequence[Log]]) -> str:
     figure, axes = _figure()
     for at, (label, runs) in enumerate(logs.items()):
         for number, log in enumerate(runs):
-            steps, values = curve(log, "valid/loss_refitted")
+            points = curve(log, ON_VALIDATION)
             name = label if number == 0 and len(logs) <= MOST_NAMED else None
-            axes.plot(steps, values, color=f"C{at % 10}", linewidth=1, marker="o", markersize=3, label=name)
+            axes.plot(
+                [*points], [*points.values()], color=f"C{at % 10}", linewidth=1, marker="o", markersize=3, label=name
+            )
     if not any(len(line.get_xdata()) for line in axes.lines):
         return ""
     axes.set(xlabel="step", ylabel="loss on validation, refitted", title="learning curves")

@@ -6,11 +6,22 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+from tagllm.digits import digits
 from tagllm.evaluate.ablate import AS_LEARNED
 from tagllm.evaluate.metric_kinds import kind_of
 from tagllm.evaluate.seeds import bounds, over_seeds
 from tagllm.origin import ORIGIN
-from tagllm.report.collect import Composed, Interval, Metrics, Run, Swept, headline, metrics_of
+from tagllm.report.collect import (
+    ON_VALIDATION,
+    Composed,
+    Interval,
+    Metrics,
+    Run,
+    Swept,
+    curve,
+    headline,
+    metrics_of,
+)
 from tagllm.report.figures import (
     changes,
     dots,
@@ -20,7 +31,6 @@ from tagllm.report.figures import (
     validation_curves,
 )
 from tagllm.report.paper import published_of
-from tagllm.sweep.summary import digits
 
 TEXTS = 3
 """Generated texts that are shown of a prompt."""
@@ -91,10 +101,10 @@ def _of_run(run: Run) -> Section:
     figures = [
         learning_curves(run), *predicted_against_true(run), _changes(ablations), tag_similarity(tags),
     ]  # fmt: skip
-    return Section(
-        run.name, _notes(run), tables, [figure for figure in figures if figure], _texts(run),
-        {"config": run.config, "where it comes from": _origin(results)}, results,
-    )  # fmt: skip
+    details = {"config": run.config, "where it comes from": _origin(results)}
+    document = results | {"loss_on_validation": curve(run.log, ON_VALIDATION)}
+    shown = [figure for figure in figures if figure]
+    return Section(run.name, _notes(run), tables, shown, _texts(run), details, document)
 
 
 def _of_composed(composed: Composed) -> Section:
@@ -120,7 +130,7 @@ def _of_composed(composed: Composed) -> Section:
 
 
 def _where_from(results: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: results[key] for key in (*ORIGIN, "config_digest", "libraries") if key in results}
+    return {key: results[key] for key in (*ORIGIN, "config_digest", "libraries")}
 
 
 def _of_prompts(metric: str, cases: Mapping[str, MeansAndSpread]) -> Table:
@@ -146,7 +156,7 @@ def _of_sweep(sweep: Swept) -> Section:
     trained = sweep.example.results.get("trained_baselines", {}) if sweep.example else {}
     notes += [f"{name}: {_own_seeds(found)}, beside the first run." for name, found in trained.items()]
     for one in combinations:
-        for note, count in Counter(filter(None, one.get("notes", []))).items():  # sweeps of before have none
+        for note, count in Counter(filter(None, one["notes"])).items():
             notes.append(f"{_label(one['shown'])}, {count} of {one['runs']}: {note}")
         if one["tried"]:
             tried = ", ".join(f"{value}: {digits(loss, 4)}" for value, loss in one["tried"].items())
@@ -162,7 +172,10 @@ def _of_sweep(sweep: Swept) -> Section:
             figures.append(dots(name, {k: (v[name], spread[k].get(name)) for k, v in means.items() if name in v}))
     details = {"where it comes from": _origin(sweep.document), "where each run comes from": _of_runs(combinations)}
     details |= {f"config of {label}": text for label, text in zip(labels, sweep.configs, strict=True) if text}
-    document = {**sweep.document, "others": others}
+    curves = {
+        label: [curve(log, ON_VALIDATION) for log in logs] for label, logs in zip(labels, sweep.logs, strict=True)
+    }
+    document = {**sweep.document, "others": others, "loss_on_validation": curves}
     return Section(sweep.name, notes, tables, [figure for figure in figures if figure], [], details, document)
 
 
@@ -225,16 +238,20 @@ def _texts(run: Run) -> list[dict[str, str]]:
 def _notes(run: Run) -> list[str]:
     results = run.results
     learned = ", ".join(f"<{tag}>" for tag in results["learned"])
-    backbone = " in ".join(filter(None, (results["backbone"]["name"], results.get("dtype"))))
+    backbone = f"{results['backbone']['name']} in {results['dtype']}"
     notes = [f"{results['rows']} {results['split']} rows; {backbone}; {learned}. {_line(results)}"]
     if note := results.get("note"):
         notes.append(str(note))
-    if "command" in (training := results.get("training", {})):
+    if training := results.get("training"):  # compose trains nothing
         notes.append(
             f"Trained in {training['seconds']:.0f} s by `{training['command']}` at commit {training['commit']}."
         )
+    if points := curve(run.log, ON_VALIDATION):
+        notes.append(
+            f"Loss on validation by step: {', '.join(f'{at}: {digits(loss, 4)}' for at, loss in points.items())}."
+        )
     for name, found in results.get("trained_baselines", {}).items():
-        steps = zip(found.get("steps", ()), found.get("seconds", ()), strict=True)  # records of before have none
+        steps = zip(found["steps"], found["seconds"], strict=True)
         each = "".join(f", {count} steps in {seconds:.0f} s" for count, seconds in steps)
         notes.append(f"{name}: {_own_seeds(found)}, {_rate(found)}{each}. {_line(found)}")
     return notes
@@ -242,9 +259,9 @@ def _notes(run: Run) -> list[str]:
 
 def _rate(trained: Mapping[str, Any]) -> str:
     """The learning rate, and how it was chosen."""
-    if not (tried := trained.get("tried")):
-        return f"lr {trained['lr']:g}{'' if tried is None else ' as given'}"  # records of before do not say
-    losses = ", ".join(f"{rate} {digits(loss, 4)}" for rate, loss in tried.items())
+    if not trained["tried"]:
+        return f"lr {trained['lr']:g} as given"
+    losses = ", ".join(f"{rate} {digits(loss, 4)}" for rate, loss in trained["tried"].items())
     edge = "; the best is at the edge" if trained["lr_at_edge"] else ""
     return f"lr {trained['lr']:g} (loss on validation: {losses}{edge})"
 
@@ -273,10 +290,9 @@ def _origin(document: Mapping[str, Any]) -> str:
 def _of_runs(combinations: Sequence[Mapping[str, Any]]) -> str:
     lines = []
     for one in combinations:
-        for folder, held in zip(one["folders"], one.get("origins", []), strict=False):  # sweeps of before have none
-            trained = held.get("training", {})
-            by = f"; trained by `{trained['command']}`, commit {trained['commit']}" if "command" in trained else ""
-            lines.append(f"{folder}: {_line(held)[:-1]}{by}")
+        for folder, held in zip(one["folders"], one["origins"], strict=True):
+            trained = held["training"]
+            lines.append(f"{folder}: {_line(held)[:-1]}; trained by `{trained['command']}`, commit {trained['commit']}")
     return "\n".join(lines)
 
 

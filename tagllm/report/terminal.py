@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from tagllm.digits import digits
 from tagllm.report.collect import Run, curve, headline, read_run
 
 
@@ -24,11 +26,11 @@ def table_of(folder: Path) -> Table:
 def _row(run: Run) -> list[str]:
     (first, metrics), *others = run.methods.items()
     name, results = headline({first: metrics}), run.results
-    shown = "\n".join(f"{other} {values[name]:.4f}" for other, values in others if name in values)
+    shown = "\n".join(f"{other} {digits(values[name], 4)}" for other, values in others if name in values)
     ranks = [f"{values['spearman']:.2f}" for values in run.methods.values() if "spearman" in values]
-    peak = max(curve(run.log, "memory/peak_gib_all_ranks")[1], default=0.0)
+    peak = max(curve(run.log, "memory/peak_gib_all_ranks").values(), default=0.0)
     return [
-        run.name, name, f"{metrics.get(name, float('nan')):.4f}", shown, " / ".join(ranks),
+        run.name, name, digits(metrics.get(name, math.nan), 4), shown, " / ".join(ranks),
         str(results["rows"]), f"{results['training']['seconds']:.0f} s", f"{peak:.1f} GiB",
     ]  # fmt: skip
 

@@ -19,7 +19,7 @@ from tagllm.config_file import load_config
 from tagllm.data.dataset import split_records
 from tagllm.errors import UserError
 from tagllm.files import cache_folder, read_json
-from tagllm.run_folder import best_valid_loss, read_config
+from tagllm.run_folder import RunFolder, best_valid_loss, read_config
 from tagllm.stage import read_stage
 
 
@@ -46,8 +46,9 @@ class Combination(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """The runs in order: first seed 0 at every value of the tuned key (the trials), then the other seeds at the value
-    that was best. Without a tuned key, all seeds of each combination."""
+    """The runs in order: first seed 0 at every value of the tuned key (the trials, which are not scored: test rows are
+    for what was chosen), then all seeds at the value that was best. Without a tuned key, all seeds of each
+    combination."""
 
     path: Path
     overrides: Sequence[str]
@@ -116,43 +117,49 @@ class Sweep(NamedTuple):
         return load_config(self.path, [*self.overrides, *point.overrides()])
 
     def done(self, point: Point) -> bool:
-        """Whether its folder holds this very run, scored on the rows to test; `train` refuses what else it may hold.
+        """Whether it is trained, and scored on the rows to test.
 
         Raises:
-            UserError: it was scored in another way, or of other rows.
+            UserError: it was scored in another way, or trained on other rows.
         """
-        if not (point.folder / "results.json").is_file():
+        if not self.trained(point) or not (point.folder / "results.json").is_file():
             return False
-        found, config = read_json(point.folder / "results.json"), self.config(point)
-        if config.backbone.dtype == "auto":
-            config = config.in_dtype(read_config(point.folder).backbone.dtype)
-        if found["split"] != "test" or found["config_digest"] != config.digest():
+        found, own = read_json(point.folder / "results.json"), read_config(point.folder)
+        if found["split"] != "test" or found["config_digest"] != own.digest():
             return False
-        asked = config.scoring()
-        held = found.get("scoring", asked)  # results of before have none
-        if other := [key for key in asked if held.get(key) != asked[key]]:
-            told = ", ".join(f"{key} {held.get(key)} and not {asked[key]}" for key in other)
+        asked, held = self.config(point).scoring(), found["scoring"]
+        if other := [key for key in asked if held[key] != asked[key]]:
+            told = ", ".join(f"{key} {held[key]} and not {asked[key]}" for key in other)
             raise UserError(
                 f"{point.folder}: is trained already, and was scored with {told}. Give another output, or score it "
                 f"anew: tagllm eval {point.folder} {' '.join(f'{key}={written(asked[key])}' for key in other)}"
             )
-        self._require_same_rows(point, config, found)
         return True
 
-    def _require_same_rows(self, point: Point, config: RunConfig, found: dict[str, Any]) -> None:
-        """Raises UserError where the data or a tag that is loaded changed since these results (not all kept them)."""
-        if "data" not in found:
-            return
-        stage = read_stage(config, str(self.path))
+    def trained(self, point: Point) -> bool:
+        """Whether its folder holds this very run, finished; `train` refuses what else it may hold.
+
+        Raises:
+            UserError: the data or a tag that is loaded changed since.
+        """
+        folder, config = RunFolder(point.folder), self.config(point)
+        if not (folder.library / "library.json").is_file():
+            return False
+        own = read_config(point.folder)
+        if config.backbone.dtype == "auto":
+            config = config.in_dtype(own.backbone.dtype)
+        if own.digest() != config.digest():
+            return False
+        stage, rows = read_stage(config, str(self.path)), read_json(point.folder / "splits.json")
         now = {"data": split_records(config.data, stage.templates, cache_folder()), "loaded tags": loaded_digest(stage)}
-        # results of before have the digest themselves, of the tags that no run learns on
-        tags = found.get("training", {}).get("loaded_tags", found.get("loaded_tags", now["loaded tags"]))
-        then = {"data": found["data"], "loaded tags": tags}
+        data = {source: about["splits"] for source, about in rows.items()}
+        then = {"data": data, "loaded tags": folder.training()["loaded_tags"]}
         if other := [key for key in now if then[key] != now[key]]:
             raise UserError(
-                f"{point.folder}: is trained and scored already, and the {' and the '.join(other)} changed since. "
+                f"{point.folder}: is trained already, and the {' and the '.join(other)} changed since. "
                 "Restore what was there, or give another output."
             )
+        return True
 
     @property
     def name(self) -> str:
@@ -162,7 +169,7 @@ class Sweep(NamedTuple):
 
     @property
     def num_runs(self) -> int:
-        return len(self.trials()) + len(self.combinations) * (self.seeds - bool(self.tuned))
+        return len(self.trials()) + len(self.combinations) * self.seeds
 
     def trials(self) -> list[Point]:
         return [point for combination in self.combinations for point in self._trials_of(combination)]
@@ -183,18 +190,19 @@ class Sweep(NamedTuple):
         """
         if at >= self.num_runs:
             raise UserError(f"--only is {at}; the sweep has {self.num_runs} runs, counted from 0.")
-        trials, first = self.trials(), int(bool(self.tuned))
+        trials = self.trials()
         if at < len(trials):
             return trials[at]
-        combination, seed = divmod(at - len(trials), self.seeds - first)
-        return self.final(self.combinations[combination], seed + first)
+        combination, seed = divmod(at - len(trials), self.seeds)
+        return self.final(self.combinations[combination], seed)
 
     def tried(self, combination: Combination) -> dict[str, float]:
         """The loss on validation by value of the tuned key, of the trials that are finished."""
         if self.tuned is None:
             return {}
         key = self.tuned[0]
-        return {written(p.values[key]): best_valid_loss(p.folder) for p in self._trials_of(combination) if self.done(p)}
+        trained = [point for point in self._trials_of(combination) if self.trained(point)]
+        return {written(point.values[key]): best_valid_loss(point.folder) for point in trained}
 
     def final(self, combination: Combination, seed: int) -> Point:
         """

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+from tagllm.digits import digits
 from tagllm.evaluate.seeds import over_seeds
 from tagllm.files import json_bytes, read_json, write_whole
 from tagllm.origin import ORIGIN, origin
@@ -42,7 +43,7 @@ def summaries(sweep: Sweep) -> list[Summary]:
         shown = points[0].shown if points else combination.shown
         folders = [str(point.folder.relative_to(sweep.output)) for point in done]
         parts = (*ORIGIN, "training", "split", "config_digest", "scoring", "dtype")
-        origins = [{part: one[part] for part in parts if part in one} for one in results]
+        origins = [{part: one[part] for part in parts} for one in results]
         each, notes = [one["metrics"] for one in results], [one.get("note", "") for one in results]
         made.append(Summary(shown, len(done), metrics, tried, folders, origins, each, notes))
     return made
@@ -71,9 +72,3 @@ def describe(found: Sequence[Summary]) -> list[str]:
 
 def _shown(mean: float, half: float | None) -> str:
     return digits(mean, 4) if half is None else f"{digits(mean, 4)} ± {digits(half, 2)}"
-
-
-def digits(value: float, count: int) -> str:
-    """So many significant ones; 82540 and not 8.254e+04."""
-    told = f"{value:.{count}g}"
-    return f"{float(told):.0f}" if "e+" in told else told

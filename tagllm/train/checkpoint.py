@@ -86,8 +86,6 @@ class _Manifest(BaseModel):
     files: dict[str, _FileEntry]
     libraries: dict[str, str]
     identity: dict[str, str]
-    metrics: dict[str, float] = {}
-    """Written up to November 2026."""
     digest: str
 
 
