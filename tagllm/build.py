@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from tagllm.data.dataset import Data, Prompts, tokenise, tokenizer_digest
 from tagllm.data.encode import Example, TagLayout
 from tagllm.data.examples import Examples
 from tagllm.data.sampler import Draw, all_draws
+from tagllm.data.splits import refuse_seen
 from tagllm.errors import SharedError, UserError
 from tagllm.files import cache_folder
 from tagllm.head import Head
@@ -121,6 +122,15 @@ def require_same_everywhere(identities: Sequence[dict[str, str]]) -> None:
             )
     if problems:
         raise SharedError(*problems)
+
+
+def refuse_trained_on(built: Built, names: Collection[str], splits: Collection[Split]) -> None:
+    """Raises UserError where rows of these splits may be some that one of these tags was trained on."""
+    for at, template in enumerate(built.stage.templates):
+        mine = built.data.record[str(at)]["held_out"]
+        for name in (n for n in dict.fromkeys(template.tags) if n in names):
+            for split in splits:
+                refuse_seen(name, built.tags[name].about.get("held_out", []), mine, split, f"data.sources.{at}")
 
 
 def build_on(backbone: Backbone, stage: Stage, ranks: Ranks, splits: Sequence[Split] = SPLITS) -> Built:

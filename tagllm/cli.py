@@ -143,7 +143,9 @@ def sweep(
         str | None, typer.Option(help="KEY=VALUE,VALUE,... ; each combination takes the best on validation.")
     ] = None,
     jobs: Annotated[int, typer.Option(min=1, help="Runs side by side, each on a GPU of its own.")] = 1,
-    only: Annotated[int | None, typer.Option(min=0, help="One run, counted from 0: $SLURM_ARRAY_TASK_ID.")] = None,
+    only: Annotated[
+        int | None, typer.Option(min=0, help="One run alone, counted from 0 ($SLURM_ARRAY_TASK_ID), and no table.")
+    ] = None,
     offline: Offline = False,
 ) -> None:
     """Train and score a config for every combination of values, several seeds each. Start it again to resume."""
@@ -155,11 +157,11 @@ def sweep(
 
         launched.require_alone("sweep")
         found = Sweep.of(config, overrides or [], grid or [], seeds, variants, tune)
+        if only is not None:
+            run_one(found, only)
+            return
         try:
-            if only is None:
-                run_sweep(found, jobs)
-            else:
-                run_one(found, only)
+            run_sweep(found, jobs)
         finally:  # of what is finished
             finished = summaries(found)
             write_summary(found, finished)

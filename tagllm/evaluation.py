@@ -11,9 +11,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tagllm.arrays import Floats
-from tagllm.build import Built, build, new_tag
+from tagllm.build import Built, build, new_tag, refuse_trained_on
 from tagllm.config import RunConfig, Split
-from tagllm.data.splits import refuse_seen
 from tagllm.digits import digits
 from tagllm.errors import SharedError
 from tagllm.evaluate.ablate import ablations
@@ -75,7 +74,7 @@ def _results(
         raise SharedError(f"--control: {run} answers with a head and has no loss over tokens to compare. Leave it out.")
     built = _built(stage, ranks)
     if overridden:
-        _refuse_seen(built, library, split)
+        refuse_trained_on(built, stage.learned, [split])
     else:
         folder.require_same_rows(built.data, ("train", "valid", split))
     if not any(map(len, built.examples(split))):
@@ -113,15 +112,6 @@ def _built(stage: Stage, ranks: Ranks) -> Built:
     built = build(stage, ranks, sharding(config.optim, config.engine, ranks))
     gather_on_use(built.model, config.optim, config.engine, ranks)
     return built
-
-
-def _refuse_seen(built: Built, library: TagLibrary, split: Split) -> None:
-    """Raises UserError where overrides may ask learned tags what they were trained on."""
-    for at, template in enumerate(built.stage.templates):
-        mine = built.data.record[str(at)]["held_out"]
-        for name in dict.fromkeys(template.tags):
-            if name in built.stage.learned:
-                refuse_seen(name, library.tags[name].about["held_out"], mine, split, f"data.sources.{at}")
 
 
 def _score_values(evaluation: Evaluation, folder: RunFolder, as_trained: bool, results: dict[str, Any]) -> None:

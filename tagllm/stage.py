@@ -221,6 +221,11 @@ def _of_target(source: SourceConfig, template: Template, heads: Mapping[str, Hea
         return [f"{place}.template: {', '.join(sorted(owners))} all have heads; one per template can answer."]
     wanted = heads[next(iter(owners))] if owners else None
     width = 0 if wanted is None else wanted.num_targets
+    if shown := [name for name in source.target if name in template.fields]:
+        return [
+            f"{place}.target is {', '.join(shown)}, which the prompt shows as {{{shown[0]}}}: the model would read its "
+            "answer. Take it out of the template."
+        ]
     if len(source.target) == width:
         return []
     return [

@@ -15,7 +15,7 @@ from tagllm.head import Head
 from tagllm.model.value_head import HeadModule
 from tagllm.tags import TagLibrary
 from tests import tiny
-from tests.test_cli import Run, config, folder, run
+from tests.test_cli import Run, config, fails, folder, run
 
 __all__ = ["folder", "run"]  # fixtures
 
@@ -78,3 +78,14 @@ def test_a_loaded_head_goes_on_from_what_it_knew(run: Run, folder: Path) -> None
     assert before is not None and after is not None
     torch.testing.assert_close(after.weight_KF, before.weight_KF, rtol=1e-3, atol=1e-5)
     torch.testing.assert_close(after.bias_K, before.bias_K, rtol=1e-2, atol=1e-3)
+
+
+def test_a_tag_goes_on_with_the_rows_it_learned_from_alone(run: Run, folder: Path) -> None:
+    """Drawn with another seed, rows to test are rows that it was trained on."""
+    assert run("train", config(folder, "first")).exit_code == 0
+    more = {"W": {"load": "runs/first/library", "learn": True}}
+    other = config(folder, "other-rows", tags=more, data__split={"seed": 1})
+    fails(run("train", other), "data.sources.0", "those that <W> was trained on", "Set source.split as it was")
+    assert run("train", config(folder, "same-rows", tags=more)).exit_code == 0
+    first, second = (TagLibrary.load(folder / f"runs/{name}/library").tags["W"] for name in ("first", "same-rows"))
+    assert first.about["held_out"] == second.about["held_out"]

@@ -155,6 +155,7 @@ def test_two_heads_in_a_template() -> None:
     [
         ({"outputs": 2}, "y", "names 1 columns (y); the head of F needs 2."),
         ({}, [], "names 0 columns (none); the head of F needs 1."),
+        ({}, "x", "is x, which the prompt shows as {x}: the model would read its answer. Take it out of the template."),
         (
             {"type": "classification", "classes": ["a", "b"]},
             ["y", "z"],

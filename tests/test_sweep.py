@@ -104,6 +104,25 @@ def test_what_a_sweep_sets_itself_is_no_axis(config: Path, text: str) -> None:
     for grid, tune in (([text], None), ([], text)):
         with pytest.raises(UserError, match="a sweep sets .* itself. Use --seeds"):
             Sweep.of(config, [], grid, 1, tune=tune)
+    (config.parent / "variants.yaml").write_text(f"a: {{{text.partition(',')[0].replace('=', ': ')}}}")
+    with pytest.raises(UserError, match="variants.yaml: a: a sweep sets .* itself"):
+        points_of(config, [], [], 1, config.parent / "variants.yaml")
+    with pytest.raises(UserError, match="overrides: a sweep sets seed itself"):
+        points_of(config, ["seed=5"], [], 1)
+
+
+def test_values_of_all_kinds_have_folders_and_arrive_as_written(config: Path) -> None:
+    templates = ["{smiles} 的大小 <Size>", "{smiles} 有多大 <Size> 𝛼"]
+    key = "data.sources[0].template"
+    points = points_of(config, [], [f"{key}={json.dumps(templates, ensure_ascii=False)[1:-1]}"], 2)
+    assert len({point.folder for point in points}) == 4
+    sweep = Sweep.of(config, [], [], 1)
+    assert [sweep.config(point).data.sources[0].template for point in points[::2]] == templates
+    (dated,) = points_of(config, [], ["backbone.model=2024-01-01"], 1)
+    assert sweep.config(dated).backbone.model == "2024-01-01"
+    texts = [f"{{smiles}} {letter * 300} <Size>" for letter in "ab"]
+    long = points_of(config, [], [f"{key}={json.dumps(texts)[1:-1]}"], 1)
+    assert len({point.folder for point in long}) == 2 and all(len(point.folder.name) < 220 for point in long)
 
 
 def test_a_wrong_value_is_told_before_anything_runs(config: Path) -> None:
@@ -246,8 +265,8 @@ def test_every_combination_takes_the_value_that_is_best_on_validation(config: Pa
     """Not the one that is best on test; all seeds then run at it, the trial being the first of them."""
     sweep = Sweep.of(config, [], ["tags.Size.length=1,2"], 3, tune="optim.tag_lr=1e-3,1e-2,1e-1")
     assert len(sweep.trials()) == 6 and sweep.num_runs == 6 + 2 * 3
-    with pytest.raises(UserError, match="no trial of .* is finished.*--only 0 to 5"):
-        sweep.run_number(7)
+    with pytest.raises(UserError, match="no trial of .* is finished"):
+        sweep.finals()
     valid = [[2.0, 3.0], [2.5, 1.0], [1.5, 1.5], [1.0, 2.0], [4.0, 3.0]]
     for point, losses in zip(sweep.trials(), valid, strict=False):
         trained(sweep, point, losses)
@@ -255,8 +274,10 @@ def test_every_combination_takes_the_value_that_is_best_on_validation(config: Pa
     finished(sweep, sweep.finals()[0], 0.5, valid[1])
     assert [point.values["optim.tag_lr"] for point in sweep.finals()] == ["1e-2"] * 3 + ["1e-3"] * 3
     assert [point.seed for point in sweep.finals()] == [0, 1, 2] * 2
-    assert sweep.run_number(1) == sweep.trials()[1] and sweep.run_number(11) == sweep.finals()[5]
+    assert sweep.run_number(1) == sweep.trials()[1]
     assert [sweep.run_number(at) for at in (6, 7, 8)] == sweep.finals()[:3]
+    with pytest.raises(UserError, match=r"--only 11: trial .*seed=0 is not finished.* \(--only 5\), or take it out"):
+        sweep.run_number(11)
     first, second = summaries(sweep)
     assert first.runs == 1 and first.metrics["mse"][0] == 0.5
     assert first.tried == {"1e-3": 2.0, "1e-2": 1.0, "1e-1": 1.5}

@@ -7,20 +7,23 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
 from tagllm.build import loaded_digest
-from tagllm.config import RunConfig
+from tagllm.config import RunConfig, digest_of
 from tagllm.config_file import load_config
 from tagllm.data.dataset import split_records
 from tagllm.errors import UserError
 from tagllm.files import cache_folder, read_json
 from tagllm.run_folder import RunFolder, best_valid_loss, read_config
 from tagllm.stage import read_stage
+
+LONGEST_NAME = 200
+"""Bytes; file systems take 255, `_seed=N` and what stands beside it while it is written come on top."""
 
 
 class Point(NamedTuple):
@@ -34,7 +37,7 @@ class Point(NamedTuple):
     folder: Path
 
     def overrides(self) -> list[str]:
-        chosen = [f"{key}={json.dumps(value)}" for key, value in self.values.items()]
+        chosen = [f"{key}={json.dumps(value, ensure_ascii=False)}" for key, value in self.values.items()]
         return [*chosen, f"seed={self.seed}", f"output={self.folder}"]
 
 
@@ -72,6 +75,7 @@ class Sweep(NamedTuple):
         Raises:
             UserError: a grid or file that cannot be read, or a combination that is no valid config.
         """
+        _refuse_own("overrides", {override.partition("=")[0] for override in overrides} - {"output"})
         axes = [_axis(text, "--grid") for text in grid]
         output = Path(load_config(path, list(overrides)).output)
         combinations = []
@@ -193,8 +197,15 @@ class Sweep(NamedTuple):
         trials = self.trials()
         if at < len(trials):
             return trials[at]
-        combination, seed = divmod(at - len(trials), self.seeds)
-        return self.final(self.combinations[combination], seed)
+        number, seed = divmod(at - len(trials), self.seeds)
+        combination = self.combinations[number]
+        for trial in self._trials_of(combination):  # with some of them missing another value might be best
+            if not self.trained(trial):
+                raise UserError(
+                    f"--only {at}: trial {trial.folder} is not finished, and the value is chosen among all. Run it "
+                    f"first (--only {trials.index(trial)}), or take it out of --tune if it cannot be."
+                )
+        return self.final(combination, seed)
 
     def tried(self, combination: Combination) -> dict[str, float]:
         """The loss on validation by value of the tuned key, of the trials that are finished."""
@@ -215,8 +226,7 @@ class Sweep(NamedTuple):
         tried = self.tried(combination)
         if not tried:
             raise UserError(
-                f"--tune {key}: no trial of {combination.shown or 'the config'} is finished; they choose its value. "
-                f"Run those first: --only 0 to {len(self.trials()) - 1}."
+                f"--tune {key}: no trial of {combination.shown or 'the config'} is finished; they choose its value."
             )
         best = min(values, key=lambda value: tried.get(written(value), math.inf))
         return self._point(combination, {key: best}, seed)
@@ -240,9 +250,20 @@ def _axis(text: str, option: str) -> tuple[str, list[Any]]:
         parsed = None
     if not parsed:
         raise UserError(f"{option} {text!r}: it must read key=value,value, as in tags.QED.length=1,5,10")
-    if key in ("seed", "output"):
-        raise UserError(f"{option} {text!r}: a sweep sets {key} itself. Use --seeds N, or an override output=FOLDER.")
-    return key, parsed
+    _refuse_own(option, [key])
+    return key, _as_json(parsed)
+
+
+def _refuse_own(where: str, keys: Iterable[str]) -> None:
+    """Raises UserError for keys that a sweep sets itself."""
+    for key in keys:
+        if key in ("seed", "output"):
+            raise UserError(f"{where}: a sweep sets {key} itself. Use --seeds N, or an override output=FOLDER.")
+
+
+def _as_json(value: Any) -> Any:
+    """A value of YAML, its dates as they were written."""
+    return json.loads(json.dumps(value, default=str))
 
 
 def _variants(file: Path | None) -> list[tuple[str, dict[str, Any]]]:
@@ -258,13 +279,18 @@ def _variants(file: Path | None) -> list[tuple[str, dict[str, Any]]]:
             f"--variants {file}: it must give names, each with keys and values, as in "
             "`no tag: {tags.QED.absent: true}` (or {} for the config as it is)."
         )
-    return [(str(name), keys) for name, keys in found.items()]
+    for name, keys in found.items():
+        _refuse_own(f"--variants {file}: {name}", keys)
+    return [(str(name), _as_json(keys)) for name, keys in found.items()]
 
 
 def written(value: Any) -> str:
-    return value if isinstance(value, str) else json.dumps(value)
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 
 def _name(shown: dict[str, Any], seed: int) -> str:
-    parts = [f"{key}={written(value)}" for key, value in shown.items()]
-    return re.sub(r"[^A-Za-z0-9=._-]+", "-", "_".join([*parts, f"seed={seed}"]))
+    whole = "_".join(f"{key}={written(value)}" for key, value in shown.items())
+    name = re.sub(r"[^\w=.-]+", "-", whole)
+    if len(name.encode()) > LONGEST_NAME:
+        name = f"{name[: LONGEST_NAME // 4]}-{digest_of(whole)[:8]}"
+    return f"{name}_seed={seed}" if name else f"seed={seed}"
