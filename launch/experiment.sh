@@ -7,6 +7,7 @@
 #   SEEDS=3 JOBS=1 OUT=FOLDER
 #   TUNE="optim.tag_lr=3e-3,1e-2,3e-2"   all seeds at the rate that is best on validation
 #   ABLATE=1                             the first seed without each tag, with its rows reordered, swapped
+#   VARIANTS=1                           all seeds of its ablations (configs/variants/), trained anew: no tag, digits, text
 #   BACKBONE=FOLDER                      another LLM; its runs and tables go to runs/offline-NAME OF THE FOLDER/
 #   CONFIGS=paper                        the configs for LLaMA-7B, on the paper's data
 #   BASELINES="prompt_tuning lora"       methods that are trained on the same rows; lora_text has the domain as text, too
@@ -20,7 +21,7 @@ if [[ -d ${BACKBONE:-} ]]; then BACKBONE=$(realpath -- "$BACKBONE"); fi
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 name=${1:?"name an experiment: qed, descriptor, isoelectric_point, molecular_weight, binding_affinity, drug_combination, synergy_loewe, translate"}
-set=${CONFIGS:-offline} seeds=${SEEDS:-3} jobs=${JOBS:-1} tune=${TUNE:-} ablate=${ABLATE:-}
+set=${CONFIGS:-offline} seeds=${SEEDS:-3} jobs=${JOBS:-1} tune=${TUNE:-} ablate=${ABLATE:-} variants=
 root=runs/$set${BACKBONE:+-$(basename -- "$BACKBONE")}
 if [[ ! $root =~ ^[A-Za-z0-9._/-]+$ ]]; then
     echo "experiment: $root would be the folder of its runs; give BACKBONE a link whose name has letters, digits, . _ and - alone" >&2
@@ -66,6 +67,11 @@ translate) stage=3_translate domains=(1_languages) rows=libreoffice-help ;;
 *) echo "experiment: $name is none of them; the first lines of $0 name all" >&2 && exit 2 ;;
 esac
 if [[ ! -f configs/$set/$stage.yaml ]]; then echo "experiment: configs/$set has no $stage.yaml" >&2 && exit 2; fi
+if [[ -n ${VARIANTS:-} ]]; then
+    variants=configs/variants/$name.yaml
+    if [[ $set == paper ]]; then variants=configs/variants/paper_$name.yaml; fi
+    if [[ ! -f $variants ]]; then echo "experiment: there is no $variants; run it without VARIANTS" >&2 && exit 2; fi
+fi
 case $set/$name in # the hub has the others
 paper/binding_affinity) rows=bindingdb-patent ;;
 paper/drug_combination) rows=drugcomb-css ;;
@@ -87,6 +93,9 @@ done
 # Stages 2 and 3: every seed; what is trained on the same rows, in the first one's folder; prompts without training.
 runs=("$root/$stage")
 tagllm sweep "$(config "$stage")" "${backbone[@]}" --seeds "$seeds" --jobs "$jobs" ${tune:+--tune "$tune"}
+if [[ -n $variants ]]; then
+    tagllm sweep "$(config "$stage")" "${backbone[@]}" --variants "$variants" --seeds "$seeds" --jobs "$jobs" ${tune:+--tune "$tune"}
+fi
 key=${tune%%=*} # what the sweep varies is in the name of what it writes
 folders=$("$python" -c 'import json, sys; print(*json.load(open(sys.argv[1]))["combinations"][0]["folders"], sep="\n")' \
     "${runs[0]}/sweep${key:+_$key}.json")

@@ -170,7 +170,19 @@ def test_every_experiment_has_its_configs() -> None:
 
 def without_settings() -> dict[str, str]:
     """The environment, but for what a developer may have set for experiments of their own."""
-    settings = ("CONFIGS", "BACKBONE", "OUT", "TUNE", "ABLATE", "SEEDS", "JOBS", "BASELINES", "BUDGET_S", "FIT_ROWS")
+    settings = (
+        "CONFIGS",
+        "BACKBONE",
+        "OUT",
+        "TUNE",
+        "ABLATE",
+        "VARIANTS",
+        "SEEDS",
+        "JOBS",
+        "BASELINES",
+        "BUDGET_S",
+        "FIT_ROWS",
+    )
     return {name: value for name, value in os.environ.items() if name not in settings}
 
 
@@ -218,6 +230,18 @@ def test_an_experiment_of_the_paper_asks_no_data_of_ours(name: str, prepared: li
     assert [line for line in asked if line.startswith("prepare")] == prepared
     used = [line.split()[1] for line in asked if line.startswith(("train", "sweep", "compose"))]
     assert used and all(path.startswith("configs/paper/") and (ROOT / path).is_file() for path in used)
+
+
+@pytest.mark.parametrize(("configs", "file"), [("offline", "drug_combination"), ("paper", "paper_drug_combination")])
+def test_an_experiment_runs_its_ablations_where_that_is_asked(configs: str, file: str, tmp_path: Path) -> None:
+    asked = asked_by_experiment(tmp_path, "drug_combination", CONFIGS=configs, VARIANTS="1")
+    first, second = (line for line in asked if line.startswith("sweep"))
+    assert "--variants" not in first and f"--variants configs/variants/{file}.yaml --seeds 3" in second
+    done = subprocess.run(
+        ["bash", ROOT / "launch" / "experiment.sh", "molecular_weight"],
+        env=without_settings() | {"VARIANTS": "1"}, capture_output=True, text=True, timeout=60, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2 and "there is no configs/variants/molecular_weight.yaml" in done.stderr
 
 
 def test_translation_has_no_trained_baselines_whatever_is_asked(tmp_path: Path) -> None:
