@@ -94,6 +94,16 @@ class RunFolder:
                         f"{here}; the data changed since training. Restore it, or train anew."
                     )
 
+    @property
+    def is_finished(self) -> bool:
+        return (self.library / "library.json").is_file()
+
+    def began_with(self) -> dict[str, Any]:
+        """What the splits of each source were and, as a digest, the tags that were loaded."""
+        splits = read_json(self.path / "splits.json")
+        data = {source: about["splits"] for source, about in splits.items()}
+        return {"data": data, "loaded tags": read_json(self.path / "origin.json")["loaded_tags"]}
+
     def training(self) -> dict[str, Any]:
         """Where the tags come from: `origin` and ranks of the last process that trained them, the seconds of all."""
         return {**read_json(self.path / "origin.json"), "seconds": training_seconds(self.path)}

@@ -147,17 +147,15 @@ class Sweep(NamedTuple):
             UserError: the data or a tag that is loaded changed since.
         """
         folder, config = RunFolder(point.folder), self.config(point)
-        if not (folder.library / "library.json").is_file():
+        if not folder.is_finished:
             return False
         own = read_config(point.folder)
         if config.backbone.dtype == "auto":
             config = config.in_dtype(own.backbone.dtype)
         if own.digest() != config.digest():
             return False
-        stage, rows = read_stage(config, str(self.path)), read_json(point.folder / "splits.json")
+        stage, then = read_stage(config, str(self.path)), folder.began_with()
         now = {"data": split_records(config.data, stage.templates, cache_folder()), "loaded tags": loaded_digest(stage)}
-        data = {source: about["splits"] for source, about in rows.items()}
-        then = {"data": data, "loaded tags": folder.training()["loaded_tags"]}
         if other := [key for key in now if then[key] != now[key]]:
             raise UserError(
                 f"{point.folder}: is trained already, and the {' and the '.join(other)} changed since. "
