@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tagllm.data.encode import Example, TagLayout
+from tagllm.data.pieces import tokens_of
 from tagllm.errors import UserError
 
 
@@ -50,7 +51,7 @@ class Untagged(NamedTuple):
         """`names_domains` puts ` SMILES` where `<SMILES>` stood, for every domain tag that is not absent."""
         there = [name for name, length in layout.lengths.items() if length and layout.kinds[name] == "domain"]
         domains = there if names_domains else []
-        tokens = {name: tokenizer(f" {name}", add_special_tokens=False).input_ids for name in domains}
+        tokens = dict(zip(domains, tokens_of(tokenizer, [f" {name}" for name in domains]), strict=True))
         return cls(layout.vocabulary_size, {layout.ids(name).start: ids for name, ids in tokens.items()})
 
     def __call__(self, example: Example) -> Row:

@@ -15,6 +15,7 @@ import numpy as np
 from tagllm.config import SPLITS, DataConfig, SourceConfig, Split, digest_of
 from tagllm.data.encode import Encoder, TagLayout
 from tagllm.data.examples import Examples, cached_examples
+from tagllm.data.pieces import lead_of
 from tagllm.data.sources import SourceRows, load_rows
 from tagllm.data.splits import answers_in, check_keys, drawn_from, keys_of, split_by, split_record, split_rows
 from tagllm.errors import UserError
@@ -75,7 +76,9 @@ class Prompts(NamedTuple):
 def tokenizer_digest(tokenizer: Any) -> str:
     """Computed once for each tokenizer: every checkpoint names it, and writing its vocabulary out takes 0.1 s."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    return digest_of(backend.to_str() if backend else sorted(tokenizer.get_vocab().items()))
+    found = backend.to_str() if backend else sorted(tokenizer.get_vocab().items())
+    lead = lead_of(tokenizer)
+    return digest_of([found, lead] if lead else found)
 
 
 def tokenise(

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from tagllm.config import FieldConfig, HeadConfig, SourceConfig
+from tagllm.data.pieces import tokens_of
 from tagllm.head import num_means, reads_of_fields
 from tagllm.template import (
     FIELD,
@@ -150,7 +151,11 @@ class Encoder:
         self.template, self.labelled = template._replace(parts=parts), labelled
         self.marks = marks_of(self.template, layout.kinds)
         self.pools = pools_of(self.template, layout.kinds, pool_of(layout.heads.values()))
-        self.fixed = {part.value: self._tokens([part.value], literal=False)[0] for part in parts if part.kind == "text"}
+        self.fixed = {
+            i: tokens_of(tokenizer, [part.value], begins=i == 0)[0]
+            for i, part in enumerate(parts)
+            if part.kind == "text"
+        }
         functions = [i for i, p in enumerate(parts) if p.kind == "tag" and layout.kinds[p.value] == "function"]
         owner = next((parts[i].value for i in reversed(functions) if parts[i].value in layout.heads), None)
         self.head = list(layout.heads).index(owner) if owner else -1
@@ -166,14 +171,6 @@ class Encoder:
         ends_with_output = bool(parts) and parts[-1].is_output
         self.eos = [tokenizer.eos_token_id] if ends_with_output else []
 
-    def _tokens(self, texts: Sequence[str], literal: bool) -> list[list[int]]:
-        """Of fixed text, where `</s>` may be meant, or of `literal` values, where it is a word of the data."""
-        if not texts:
-            return []
-        found = self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=literal)
-        ids: list[list[int]] = found.input_ids
-        return ids
-
     def encode(self, rows: Sequence[Mapping[str, Any]]) -> list[Example | Unusable]:
         """One result per row, in order."""
         reasons: list[str] = [""] * len(rows)
@@ -182,7 +179,8 @@ class Encoder:
             if part.kind == "field" and part not in columns:  # the same column twice may differ in white space
                 config = self.source.fields.get(part.value, FieldConfig())
                 texts = [self._text(row, part.value, config, reasons, i) for i, row in enumerate(rows)]
-                columns[part] = self._tokens([field_text(text, part, config) for text in texts], literal=True)
+                shown = [field_text(text, part, config) for text in texts]
+                columns[part] = tokens_of(self.tokenizer, shown, literal=True, begins=part == self.template.parts[0])
         results: list[Example | Unusable] = []
         for i, row in enumerate(rows):
             target = self._target(row, reasons, i)
@@ -274,7 +272,7 @@ class Encoder:
             return self.layout.ids(part.value)
         if mark == OUTPUT:
             return values[part]
-        return [] if mark in (SPAN, FIELD) else self.fixed[part.value]
+        return [] if mark in (SPAN, FIELD) else self.fixed[part_at]
 
 
 def _label(value: Any, classes: Collection[str]) -> str:
