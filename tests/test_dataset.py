@@ -5,13 +5,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from transformers import AutoTokenizer
 
 from tagllm import files
-from tagllm.config import DataConfig
+from tagllm.config import DataConfig, SourceConfig
 from tagllm.data.dataset import Data, Prompts, tokenise
-from tagllm.data.encode import TagLayout
+from tagllm.data.encode import Encoder, Example, TagLayout
 from tagllm.errors import UserError
 from tagllm.template import parse_template
 from tagllm.train.signals import EXIT_STOPPED, StopAsked
@@ -50,6 +51,25 @@ def test_tags_in_another_order_are_other_rows(tmp_path: Path, tokenizer: Any) ->
         assert set(of.ids("A")) | set(of.ids("B")) <= set(ids.tolist())
         first = next(i for i in ids.tolist() if i >= tiny.VOCABULARY)
         assert first == of.ids("A")[0], "the prompt begins with <A>"
+
+
+def test_what_is_read_back_is_what_was_encoded(tmp_path: Path, tokenizer: Any) -> None:
+    """Any row of any batch of the file, and from behind; types too."""
+    rows = [{"a": f"x{i}", "b": "y" * (i % 9 + 1), "output": f"z{i}"} for i in range(2300)]
+    (tmp_path / "rows.csv").write_text("a,b,output\n" + "".join(",".join(row.values()) + "\n" for row in rows))
+    data = prepared(tmp_path, tokenizer, layout("A", "B", "F"))
+    (examples,) = data.splits["train"]
+    config = SourceConfig(path=str(tmp_path / "rows.csv"), template=TEMPLATE)
+    encoder = Encoder(parse_template(TEMPLATE, KINDS), config, layout("A", "B", "F"), tokenizer, 100)
+    for at in (0, 999, 1000, len(examples) - 1, -1):
+        (wanted,) = encoder.encode([rows[examples.row_numbers()[at]]])
+        found = examples[at]
+        assert isinstance(wanted, Example)
+        for part in Example._fields[:-1]:
+            one, other = getattr(found, part), getattr(wanted, part)
+            assert np.array_equal(one, other) and getattr(one, "dtype", int) == getattr(other, "dtype", int), part
+    with pytest.raises(IndexError):
+        examples[len(examples)]
 
 
 def test_two_that_write_the_same_rows_at_once_leave_them_whole(
