@@ -6,24 +6,28 @@ from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
+
 from tagllm.config import SPLITS, SourceConfig, Split
 from tagllm.config_file import load_config
-from tagllm.data.dataset import check_columns
+from tagllm.data.dataset import check_columns, tokenise
 from tagllm.data.readers import column_names
 from tagllm.data.recipes import recipe_of
 from tagllm.data.splits import check_keys
 from tagllm.errors import UserError
 from tagllm.evaluate.text import problems_of
-from tagllm.stage import check_world, read_stage
+from tagllm.files import cache_folder
+from tagllm.stage import Stage, check_world, read_stage
 from tagllm.train.deepspeed_settings import read_deepspeed
 from tagllm.unusual import unusual
 
 
-def check_config(path: Path, overrides: list[str], num_ranks: int) -> list[str]:
-    """Lines that say what the config will do.
+def check_config(path: Path, overrides: list[str], num_ranks: int, rows: bool = False) -> list[str]:
+    """Lines that say what the config will do. With `rows` these are read and tokenised, too; `train` finds them done.
 
     Raises:
-        UserError: every problem found in the config, its libraries, templates, data files and division of rows.
+        UserError: every problem found in the config, its libraries, templates, data files and division of rows; then
+            those in the rows.
     """
     config = load_config(path, overrides)
     where, stage, problems = str(path), None, list[str]()
@@ -50,7 +54,26 @@ def check_config(path: Path, overrides: list[str], num_ranks: int) -> list[str]:
     terms = ", ".join(f"{name} x {weight:g}" for name, weight in stage.weights._asdict().items() if weight)
     length = f"{config.optim.steps} steps" if config.optim.steps else f"{config.optim.epochs:g} epochs"
     lines = [f"{path}: good", f"  tags: {tags}", f"  loss: {terms}", f"  {length} of {config.optim.rows_per_step} rows"]
-    return lines + [f"  note: {note}" for note in unusual(stage)]
+    lines += [f"  note: {note}" for note in unusual(stage)]
+    return lines + ([f"  {line}" for line in _of_rows(stage)] if rows else [])
+
+
+def _of_rows(stage: Stage) -> list[str]:
+    """How many examples there are of each source, and how long they are."""
+    from tagllm.train.placement import shape_and_prompts
+
+    _, prompts = shape_and_prompts(stage)
+    data = tokenise(stage.config.data, stage.templates, prompts, cache_folder())
+    lines = []
+    for at, about in data.record.items():
+        of_splits = {split: examples[int(at)] for split, examples in data.splits.items()}
+        counts = ", ".join(f"{split} {len(examples):,}" for split, examples in of_splits.items())
+        lengths_n = np.concatenate([examples.lengths() for examples in of_splits.values()])
+        lines.append(
+            f"data.sources.{at} ({about['name']}): {counts}; {lengths_n.mean():.0f} tokens on average, "
+            f"{lengths_n.max():,} at most, of {prompts.max_tokens:,}"
+        )
+    return [*lines, *data.told()]
 
 
 def _given(source: SourceConfig) -> Collection[Split]:

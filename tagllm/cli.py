@@ -44,6 +44,7 @@ def check(
     config: Path,
     overrides: Overrides = None,
     ranks: Annotated[int, typer.Option(min=1, help="Ranks the run will have.")] = 1,
+    rows: Annotated[bool, typer.Option("--rows", help="Read and tokenise every row, too, and keep that.")] = False,
     offline: Offline = False,
 ) -> None:
     """Check a config, its libraries, templates and data files. Loads no weights; reports every mistake at once."""
@@ -51,7 +52,7 @@ def check(
     def work() -> None:
         from tagllm.check import check_config
 
-        for line in check_config(config, overrides or [], ranks):
+        for line in check_config(config, overrides or [], ranks, rows):
             print(line)
 
     _run(work, offline)

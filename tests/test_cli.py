@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -91,6 +92,22 @@ def test_check_says_what_will_happen_and_loads_no_weights(run: Run, folder: Path
     result = run("check", config(folder, backbone__model="no/such/model"))
     assert result.exit_code == 0, result.stderr
     assert "<W>" in result.stdout
+
+
+def test_check_reads_the_rows_where_that_is_asked_and_no_weights(run: Run, folder: Path, tmp_path: Path) -> None:
+    shutil.copytree(folder / "backbone", tmp_path / "backbone")
+    (tmp_path / "backbone" / "model.safetensors").unlink()
+    table = tmp_path / "rows.csv"
+    table.write_text((folder / "rows.csv").read_text() + "C,heavy,a,nobody\n")
+    file = config(folder, "rows", backbone={"model": str(tmp_path / "backbone")}, data__path=str(table))
+    fails(run("check", file, "--rows"), "rows.csv, line 62: weight is 'heavy'; it must be a finite number")
+    told = run("check", file, "--rows", "data.on_bad_row=skip")
+    assert told.exit_code == 0, told.stderr
+    found = re.search(
+        r"\(rows.csv\): train (\d+), valid (\d+), test (\d+); (\d+) tokens on average, (\d+)", told.stdout
+    )
+    assert found and sum(map(int, found.groups()[:3])) == 60 and 4 < int(found[4]) <= int(found[5])
+    assert "1 rows cannot be used" in told.stdout and "line 62: weight is 'heavy'" in told.stdout
 
 
 @pytest.mark.parametrize(("rank", "local", "tells"), [(0, 0, True), (1, 1, False), (2, 0, True)])

@@ -147,7 +147,7 @@ def test_what_is_not_asked_whole_is_told(run: Run, folder: Path) -> None:
     changes = {"data__path": str(folder / "told.csv"), "data__split": {"valid": 0.1, "test": 0}}
     file = config(folder, "told", **changes, data__max_characters={"smiles": 61})
     told = run("train", file, "data.on_bad_row=skip", "data.max_tokens=48").stderr
-    assert "1 rows cannot be used: bad_rows.jsonl" in told
+    assert "1 rows cannot be used (the run's bad_rows.jsonl has all), the first " in told
     assert "told.csv): of 41 rows 3 cut to the tokens there is room for" in told
 
 

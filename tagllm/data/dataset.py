@@ -55,7 +55,11 @@ class Data(NamedTuple):
             }
             if counts := ", ".join(f"{count:,} {what}" for what, count in found.items() if count):
                 lines.append(f"data.sources.{at} ({about['name']}): of {about['rows']:,} rows {counts}")
-        return lines + ([f"{len(self.bad_rows):,} rows cannot be used: bad_rows.jsonl"] if self.bad_rows else [])
+        if self.bad_rows:
+            file, line, reason = self.bad_rows[0]
+            told = f"{len(self.bad_rows):,} rows cannot be used (the run's bad_rows.jsonl has all)"
+            lines.append(f"{told}, the first {file}, line {line}: {reason}")
+        return lines
 
 
 class Prompts(NamedTuple):

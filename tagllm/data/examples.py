@@ -65,6 +65,10 @@ class Examples:
         group = int(self.groups_n[index])
         return group if group >= 0 else self.source + index
 
+    def lengths(self) -> np.ndarray:
+        """The tokens of each example."""
+        return np.concatenate([np.diff(batch.arrays["ids"][0]) for batch in self._batches] or [np.zeros(0, int)])
+
     def row_numbers(self) -> list[int]:
         """Which row of the source each example is."""
         return list(self._table["row"][:])

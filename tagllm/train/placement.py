@@ -62,19 +62,25 @@ def figures_of(stage: Stage, num_ranks: int) -> tuple[Shape, list[Load], int]:
     Raises:
         UserError: the backbone's config or the data cannot be read.
     """
-    config = stage.config
-    dtype = DTYPES["bf16" if config.backbone.dtype == "auto" else config.backbone.dtype]
-    try:
-        model = skeleton(resolve(config.backbone.model), dtype)
-    except (OSError, ValueError) as error:
-        raise UserError(f"backbone.model is {config.backbone.model!r}; its config cannot be read: {error}") from None
-    shape = Shape.of(model, config.backbone.quantize)
-    layout = stage.layout(shape.vocabulary)
-    limit = config.data.max_tokens or longest_prompt(model.config)
-    prompts = Prompts(layout, load_tokenizer(config.backbone.model), limit)
+    config, (shape, prompts) = stage.config, shape_and_prompts(stage)
     data = tokenise(config.data, stage.templates, prompts, cache_folder(), ("train",))
     rows = StepRows(config, data.splits["train"], 0, num_ranks)
-    collate = stage.collator(layout, free_spans=False)
+    collate = stage.collator(prompts.layout, free_spans=False)
     found = [Load.of(collate(chunk)) for step in range(STEPS) for chunk in rows.micro_batches(step)]
-    learned = shape.hidden * sum(layout.lengths[name] for name in stage.learned)
+    learned = shape.hidden * sum(prompts.layout.lengths[name] for name in stage.learned)
     return shape, sorted(found, reverse=True)[::STEPS], learned
+
+
+def shape_and_prompts(stage: Stage) -> tuple[Shape, Prompts]:
+    """What can be known of a stage's backbone without its weights.
+
+    Raises:
+        UserError: its config or its tokenizer cannot be read.
+    """
+    backbone = stage.config.backbone
+    try:
+        model = skeleton(resolve(backbone.model), DTYPES["bf16" if backbone.dtype == "auto" else backbone.dtype])
+    except (OSError, ValueError) as error:
+        raise UserError(f"backbone.model is {backbone.model!r}; its config cannot be read: {error}") from None
+    shape, limit = Shape.of(model, backbone.quantize), stage.config.data.max_tokens or longest_prompt(model.config)
+    return shape, Prompts(stage.layout(shape.vocabulary), load_tokenizer(backbone.model), limit)
