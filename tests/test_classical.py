@@ -216,6 +216,27 @@ def test_boosting_on_features_that_tell_rows_apart_is_boosting_on_all(values: in
     assert found[:, 0].tolist() == plain.predict(features[600:]).tolist()
 
 
+def test_a_target_is_answered_as_well_beside_noise_in_thousands_and_in_any_unit() -> None:
+    """What is chosen is chosen for each target alone, and what is no gain any more is seen in units of its spread."""
+    random = np.random.default_rng(3)
+    line, ways = random.integers(0, 5, 500), random.normal(size=5)
+    target_n1 = (ways[line] + 0.1 * random.normal(size=500))[:, None]
+
+    def r2(targets_nK: np.ndarray, unit: float = 1.0) -> dict[str, float]:
+        def table(rows: slice) -> Table:
+            return Table({"line": [f"line {at}" for at in line[rows]]}, (unit * targets_nK[rows]).astype(np.float32))
+
+        train, valid, test = table(slice(200)), table(slice(200, 400)), table(slice(400, 500))
+        found = classical_baselines(train, valid, test.fields)
+        pairs = {name: (values[:, :1] / unit, test.targets_nK[:, :1] / unit) for name, values in found.items()}
+        return {name: value_metrics(*pair, classes=False)["r2"] for name, pair in pairs.items()}
+
+    alone = r2(target_n1)
+    assert alone["field_means"] > 0.95 and alone["boosting_fingerprints"] > 0.95
+    assert r2(np.hstack([target_n1, 1e4 * random.normal(size=(500, 1))])) == pytest.approx(alone, abs=1e-3)
+    assert r2(target_n1, unit=1e-7) == pytest.approx(alone, abs=1e-3)
+
+
 def test_a_row_that_was_seen_is_its_own_nearest() -> None:
     fields, targets = pairs()
     found = classical_baselines(Table(fields, targets), NOTHING, {k: v[:20] for k, v in fields.items()})

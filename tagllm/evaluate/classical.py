@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tagllm.arrays import Floats
+from tagllm.arrays import Doubles, Floats
 from tagllm.evaluate.estimators import Problem, boosting, frequencies, logistic, ridge
 from tagllm.evaluate.fields import Field, field_of
 from tagllm.evaluate.ridge import ENOUGH_ROWS, Rows
@@ -34,6 +34,27 @@ class Table(NamedTuple):
     targets_nK: Floats
 
 
+class Scale(NamedTuple):
+    """Of training targets. Fits and choices are of standardised ones: of several, each counts as much as another, and
+    none stops early for being in small units."""
+
+    mean_K: Doubles
+    std_K: Doubles
+
+    @classmethod
+    def of(cls, targets_nK: Floats) -> Scale:
+        std_K = targets_nK.std(axis=0, dtype=np.float64)
+        return cls(targets_nK.mean(axis=0, dtype=np.float64), np.where(std_K > 0, std_K, 1.0))
+
+    def standardised(self, targets_nK: Floats) -> Floats:
+        values_nK: Floats = ((targets_nK - self.mean_K) / self.std_K).astype(np.float32)
+        return values_nK
+
+    def as_given(self, values_nK: Floats) -> Floats:
+        found_nK: Floats = (values_nK * self.std_K + self.mean_K).astype(np.float32)
+        return found_nK
+
+
 def classical_baselines(
     train: Table, valid: Table, held_out: Fields, trading: Sequence[Sequence[str]] = (), num_classes: int = 0
 ) -> dict[str, Floats]:
@@ -50,7 +71,10 @@ def classical_baselines(
         field_of(*([table[name] for name in names] for table in (train.fields, valid.fields, held_out)))
         for names in together
     ]
+    scale = Scale.of(train.targets_nK)
     targets = train.targets_nK, valid.targets_nK
+    if not num_classes:
+        targets = scale.standardised(train.targets_nK), scale.standardised(valid.targets_nK)
     line: Callable[[Problem], Floats] = partial(logistic, num_classes=num_classes) if num_classes else ridge
     means = [np.eye(num_classes, dtype=np.float32)[x[:, 0].astype(int)] for x in targets] if num_classes else targets
     predictions = {"nearest_row": means[0][_nearest(fields)]}
@@ -64,7 +88,8 @@ def classical_baselines(
     if num_classes:
         prior_K = frequencies(train.targets_nK, num_classes)
         predictions = {name: np.log(SURE * p_nK + (1 - SURE) * prior_K) for name, p_nK in predictions.items()}
-    return {name: values.astype(np.float32) for name, values in predictions.items()}
+        return {name: values.astype(np.float32) for name, values in predictions.items()}
+    return {name: scale.as_given(values) for name, values in predictions.items()}
 
 
 def _problem(fields: Sequence[Field], train_nK: Floats, valid_nK: Floats, categories: bool = False) -> Problem:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tagllm.arrays import Floats
+from tagllm.arrays import Doubles, Floats
 from tagllm.evaluate.ridge import ENOUGH_ROWS, Rows, held_out_by
 
 PENALTIES = (0.1, 1.0, 10.0, 100.0, 1000.0)
@@ -51,17 +51,19 @@ class Problem(NamedTuple):
 
 
 def ridge(problem: Problem) -> Floats:
-    """Of sparse features; fitted to all training rows at the best penalty."""
+    """Of sparse features; fitted to all training rows, each target at the penalty that is best for it."""
     from sklearn.linear_model import Ridge
 
-    def answer(rows: Rows, penalty: float, wanted_nF: Any) -> Floats:
-        fit = Ridge(alpha=penalty, solver="sparse_cg").fit(rows.features_nF, rows.targets_nK)
+    def answer(rows: Rows, penalty_K: Doubles, wanted_nF: Any) -> Floats:
+        fit = Ridge(alpha=penalty_K, solver="sparse_cg").fit(rows.features_nF, rows.targets_nK)
         values_nK: Floats = fit.predict(wanted_nF).reshape(-1, rows.targets_nK.shape[1])
         return values_nK
 
     fit, choose = problem.halves(FIFTH)
-    best = min(PENALTIES, key=lambda p: float(np.mean((answer(fit, p, choose.features_nF) - choose.targets_nK) ** 2)))
-    return answer(problem.train, best, problem.held_out_nF)
+    penalty_PK = np.repeat(np.array(PENALTIES)[:, None], fit.targets_nK.shape[1], axis=1)
+    answers = [answer(fit, penalty_K, choose.features_nF) for penalty_K in penalty_PK]
+    best_K = np.argmin([np.mean((values_nK - choose.targets_nK) ** 2, axis=0) for values_nK in answers], axis=0)
+    return answer(problem.train, np.array(PENALTIES)[best_K], problem.held_out_nF)
 
 
 def frequencies(classes_n1: Floats, num_classes: int) -> Floats:
@@ -102,8 +104,8 @@ def logistic(problem: Problem, num_classes: int) -> Floats:
 
 
 def boosting(problem: Problem, num_classes: int = 0) -> Floats:
-    """Histogram-based gradient boosting at the best of several rates, each stopped early: values (n, K), or
-    probabilities of classes."""
+    """Histogram-based gradient boosting at the best of several rates, each stopped early: values (n, K) of targets
+    whose spread is about 1 (what is no gain any more is an absolute number), or probabilities of classes."""
     from sklearn.ensemble import HistGradientBoostingClassifier, HistGradientBoostingRegressor
 
     fit, choose = problem.halves(TENTH)
