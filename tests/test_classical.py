@@ -164,6 +164,25 @@ def test_numbers_are_numbers_and_what_never_recurs_is_text() -> None:
     assert len(np.unique(found["nearest_row"])) > 10
 
 
+def test_numbers_that_recur_are_near_others_and_values_of_their_own() -> None:
+    """Temperatures, doses and ages; the jump at one of them is nothing that a line through all would tell."""
+    random = np.random.default_rng(4)
+    dose = random.integers(0, 60, 400) / 20
+    targets = (np.sin(dose) + dose + 3 * (dose == 1.5))[:, None].astype(np.float32)
+
+    def r2(of: list[str]) -> dict[str, float]:
+        parts = slice(200), slice(200, 400)
+        train, valid = (Table({"dose": of[part]}, targets[part]) for part in parts)
+        found = classical_baselines(train, valid, {"dose": of[parts[1]]})
+        return {name: value_metrics(values, targets[200:], classes=False)["r2"] for name, values in found.items()}
+
+    numbers, names = r2([f"{x:.2f}" for x in dose]), r2([f"dose {x:.2f}" for x in dose])
+    assert numbers["boosting_fingerprints"] > 0.8 > 0.1 > names["boosting_fingerprints"]
+    assert numbers["nearest_row"] > 0.9 and numbers["ridge_fingerprints"] > names["ridge_fingerprints"]
+    assert numbers["field_means"] == pytest.approx(names["field_means"])
+    assert field_of([[f"{at % 9}" for at in range(90)]], [[]], [[]]).kind == "category", "a few are names"
+
+
 def test_what_is_a_matter_of_letters_and_length_is_found_in_sequences() -> None:
     random = np.random.default_rng(1)
     weight = dict(zip("ACDEFGHIKLMNPQRSTVWY", random.uniform(60, 190, 20), strict=True))

@@ -15,12 +15,15 @@ from numpy.typing import NDArray
 from tagllm.data.recipes.labels import RESIDUES
 
 Columns = Sequence[Sequence[str]]
-Kind = Literal["molecule", "sequence", "number", "category"]
+Kind = Literal["molecule", "sequence", "number", "level", "category"]
+"""A level is a number that recurs, as a temperature or a dose does: near others, and a value of its own."""
 BITS, RADIUS, LETTERS = 1024, 2, 3
 """Morgan fingerprints of this size and radius; runs of so many letters hashed into as many bits, and shorter ones
 counted."""
 MANY = 50
 """So many distinct words of the letters of residues are peptides rather than names."""
+FEW = 10
+"""Numbers that recur are levels where there are more distinct ones, else categories."""
 STEPS = 64
 """Of the ladder that tells how near numbers are."""
 
@@ -32,7 +35,7 @@ class Field(NamedTuple):
     values: list[str]
     """The distinct ones (U)."""
     bits_UF: Any
-    """Sparse 0/1, by which values are alike; one column per value for a category."""
+    """Sparse 0/1, by which values are alike; one column per value for a category and, among others, for a level."""
     features_UF: Any
     """What is fitted: these bits, and of a sequence how often it has each letter and pair of letters."""
     train_nC: NDArray[np.intp]
@@ -62,19 +65,26 @@ def kind_of(values: Sequence[str]) -> Kind:
 
 
 def field_of(train: Columns, valid: Columns, held_out: Columns) -> Field:
-    """Of values that hardly recur and are neither molecules nor sequences, numbers are taken as numbers and the rest as
-    text, which is letters and runs of them like a sequence."""
+    """Of what is neither molecules nor sequences, numbers are taken as numbers (a few that recur as categories), and
+    other values that hardly recur as text, which is letters and runs of them like a sequence."""
     lengths = [len(columns[0]) for columns in (train, valid, held_out)]
     together = [[value for columns in parts for value in columns] for parts in zip(train, valid, held_out, strict=True)]
     distinct = sorted({value for column in together for value in column})
     number_of = {value: number for number, value in enumerate(distinct)}
     at_nC = np.array([[number_of[value] for value in column] for column in together], np.intp).T
     kind = kind_of(distinct)
-    if kind == "category" and len(distinct) > at_nC.size / 2:
-        kind = "number" if all(map(is_number, distinct)) else "sequence"
+    if kind == "category":
+        kind = _kind_of_words(distinct, recur=len(distinct) <= at_nC.size / 2)
     bits_UF = _bits(distinct, kind)
     features_UF = _features(distinct, kind, bits_UF)
     return Field(kind, distinct, bits_UF, features_UF, *np.split(at_nC, np.cumsum(lengths)[:-1]))
+
+
+def _kind_of_words(distinct: Sequence[str], recur: bool) -> Kind:
+    numbers = all(map(is_number, distinct))
+    if recur:
+        return "level" if numbers and len(distinct) > FEW else "category"
+    return "number" if numbers else "sequence"
 
 
 def is_number(text: str) -> bool:
@@ -85,10 +95,12 @@ def is_number(text: str) -> bool:
 
 
 def _bits(values: Sequence[str], kind: Kind) -> Any:
-    from scipy.sparse import csr_matrix, identity
+    from scipy.sparse import csr_matrix, hstack, identity
 
     if kind == "category":
         return identity(len(values), np.float32, format="csr")
+    if kind == "level":
+        return hstack([_bits(values, "number"), _bits(values, "category")], format="csr")
     if kind == "number":
         number_U1 = np.array(values, float)[:, None]
         return csr_matrix((number_U1 >= np.quantile(number_U1, np.linspace(0, 1, STEPS))).astype(np.float32))
@@ -120,6 +132,9 @@ def _features(values: Sequence[str], kind: Kind, bits_UF: Any) -> Any:
         number_U1 = np.array(values, float)[:, None]
         spread = number_U1.std() or 1.0
         return csr_matrix(((number_U1 - number_U1.mean()) / spread).astype(np.float32))
+    if kind == "level":
+        kinds: tuple[Kind, ...] = ("number", "category")
+        return hstack([_features(values, one, _bits(values, one)) for one in kinds], format="csr")
     if kind == "category" and len(values) > BITS:
         ones, at = np.ones(len(values), np.float32), np.arange(len(values))
         return csr_matrix((ones, (at, at % BITS)), shape=(len(values), BITS))
