@@ -50,8 +50,9 @@ def test_a_constant_prediction_has_no_correlation() -> None:
     assert found == pytest.approx({"mse": 2 / 3, "mae": 2 / 3, **nothing})
 
 
-@pytest.mark.parametrize("scale", [1e-9, 1e-4, 1.0, 1e6])
-def test_r2_has_no_unit(scale: float) -> None:
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("scale", [1e-23, 1e-9, 1e-4, 1.0, 1e6])
+def test_r2_and_correlations_have_no_unit(scale: float) -> None:
     """Of concentrations in mol/l too, whose squared residuals are next to nothing."""
     random = np.random.default_rng(1)
     targets = random.normal(size=(400, 1)).astype(np.float32)
@@ -59,6 +60,8 @@ def test_r2_has_no_unit(scale: float) -> None:
     expected = 1 - np.square(noise - targets).sum() / np.square(targets - targets.mean()).sum()
     found = value_metrics(noise * np.float32(scale), targets * np.float32(scale), classes=False)
     assert found["r2"] == pytest.approx(expected, rel=1e-3)
+    assert found["pearson"] == pytest.approx(stats.pearsonr(noise[:, 0], targets[:, 0])[0], rel=1e-3)
+    assert found["spearman"] == pytest.approx(stats.spearmanr(noise[:, 0], targets[:, 0])[0], rel=1e-3)
     mean = np.full_like(targets, targets.mean() * scale)
     assert value_metrics(mean, targets * np.float32(scale), classes=False)["r2"] == pytest.approx(0, abs=1e-3)
 
@@ -78,6 +81,17 @@ def test_missing_targets_do_not_count() -> None:
     assert value_metrics(column(1, 2, 9, 4), column(1, 3, NAN, 3), classes=False) == full
     assert value_metrics(column(1, 2), column(NAN, NAN), classes=False) == {}
     assert value_metrics(column(), column(), classes=False) == {}
+
+
+def test_one_row_has_its_errors_and_nothing_that_takes_two() -> None:
+    """Of several outputs each metric is of those that have rows enough for it."""
+    assert value_metrics(column(1, 7), column(3, NAN), classes=False) == {"mse": 4, "mae": 2}
+    assert intervals(column(1, 7), column(3, NAN), classes=False) == {}
+    assert value_metrics(np.array([[2, 0]], np.float32), column(0), classes=True)["accuracy"] == 1
+    values, targets = np.array([[1, 1], [2, 5]], np.float32), np.array([[3, 2], [NAN, 7]], np.float32)
+    found = value_metrics(values, targets, classes=False)
+    assert found["mse"] == (4 + (1 + 4) / 2) / 2 and found["pearson"] == pytest.approx(1)
+    assert intervals(values, targets, classes=False)["mse"] == (3.25, 3.25), "each is the only one of its kind"
 
 
 def test_several_outputs_are_averaged_each_over_its_own_rows() -> None:

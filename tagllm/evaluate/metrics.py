@@ -20,7 +20,8 @@ NUMBERS_AT_ONCE = 10_000_000
 
 def value_metrics(values_nK: Floats, targets_nK: Floats, classes: bool) -> dict[str, float]:
     """Regression: MSE, MAE, R2 (not where all targets are alike), Pearson, Spearman, concordance index, averaged over
-    outputs. Classes: accuracy, macro F1, AUROC (macro, one against the rest), cross entropy.
+    outputs; of one row MSE and MAE alone. Classes: accuracy, macro F1, AUROC (macro, one against the rest), cross
+    entropy.
 
     Rows whose target is missing (NaN) do not count; nothing is returned where no row has one.
     """
@@ -65,13 +66,15 @@ def _between(of_draws: Doubles) -> tuple[float, float]:
 
 
 def _regression(values_nK: Floats, targets_nK: Floats, draws_Rm: NDArray[np.intp]) -> dict[str, Doubles]:
-    """Of each draw of rows (R), averaged over outputs; all draws lack the same targets at the same places."""
-    per_output = []
+    """Of each draw of rows (R), averaged over the outputs that have it; all draws lack the same targets at the same
+    places."""
+    per_output: list[dict[str, Doubles]] = []
     for values_n, targets_n in zip(values_nK.T, targets_nK.T, strict=True):
         rows_Rm = draws_Rm[:, np.isfinite(targets_n[draws_Rm[0]])]
-        if rows_Rm.shape[1] >= 2:
+        if rows_Rm.shape[1]:
             per_output.append(_of_columns(values_n[rows_Rm.T].astype(float), targets_n[rows_Rm.T].astype(float)))
-    return {name: np.mean([one[name] for one in per_output], axis=0) for name in (per_output[0] if per_output else {})}
+    names = max(per_output, key=len, default={})
+    return {name: np.mean([one[name] for one in per_output if name in one], axis=0) for name in names}
 
 
 def _of_columns(values_mR: Doubles, targets_mR: Doubles) -> dict[str, Doubles]:
@@ -79,12 +82,16 @@ def _of_columns(values_mR: Doubles, targets_mR: Doubles) -> dict[str, Doubles]:
     from torchmetrics.functional import mean_absolute_error, mean_squared_error, r2_score
 
     values, targets = torch.from_numpy(values_mR), torch.from_numpy(targets_mR)
-    R = values.shape[1]
-    scale_R = targets.std(dim=0, correction=0)  # r2_score takes residuals of 1e-4 in all for none
-    scale_R[scale_R == 0] = torch.nan
-    return {
+    m, R = values.shape
+    errors = {
         "mse": mean_squared_error(values, targets, num_outputs=R).reshape(R).numpy(),
         "mae": mean_absolute_error(values, targets, num_outputs=R).reshape(R).numpy(),
+    }
+    if m < 2:
+        return errors
+    scale_R = targets.std(dim=0, correction=0)  # r2_score takes residuals of 1e-4 in all for none
+    scale_R[scale_R == 0] = torch.nan
+    return errors | {
         "r2": r2_score(values / scale_R, targets / scale_R, multioutput="raw_values").reshape(R).numpy(),
         "pearson": _correlation(values_mR, targets_mR),
         "spearman": _correlation(*(rankdata(x, axis=0) for x in (values_mR, targets_mR))),
@@ -96,13 +103,20 @@ def _correlation(values_mR: Doubles, targets_mR: Doubles) -> Doubles:
     """Pearson's; 0 where either is constant, NaN where one is not finite."""
     from torchmetrics.functional import pearson_corrcoef
 
-    with np.errstate(invalid="ignore"):
-        varied = (values_mR.std(axis=0) > 1e-12) & (targets_mR.std(axis=0) > 1e-12)
-    found_R = np.where(np.isfinite(values_mR).all(axis=0), 0.0, np.nan)
+    finite_R = np.isfinite(values_mR).all(axis=0)
+    varied, found_R = finite_R.copy(), np.where(finite_R, 0.0, np.nan)
+    for x_mR in (values_mR, targets_mR):
+        varied &= x_mR.max(axis=0) > x_mR.min(axis=0)
     if varied.any():
-        pair = (torch.from_numpy(x[:, varied]) for x in (values_mR, targets_mR))
+        pair = (torch.from_numpy(_standardised(x[:, varied])) for x in (values_mR, targets_mR))
         found_R[varied] = np.atleast_1d(pearson_corrcoef(*pair).numpy())
     return found_R
+
+
+def _standardised(x_mR: Doubles) -> Doubles:
+    """torchmetrics has an absolute bound for what varies, which small units are below."""
+    standard_mR: Doubles = (x_mR - x_mR.mean(axis=0)) / x_mR.std(axis=0)
+    return standard_mR
 
 
 def concordance(values_mR: Doubles, targets_mR: Doubles) -> Doubles:
