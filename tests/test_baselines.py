@@ -315,6 +315,25 @@ def test_the_best_look_is_what_is_left(task: Task, monkeypatch: pytest.MonkeyPat
     assert any(not torch.equal(value, last[0][name]) for name, value in state.items())
 
 
+def test_looks_are_compared_by_fits_of_as_many_rows(task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One of all rows would be the better one whatever the state is; only the best state gets it."""
+    looks: list[tuple[int, dict[str, torch.Tensor], Look]] = []
+
+    def better_of_more(model: Adapted, *rest: Any) -> Look:
+        limit = rest[-1]
+        looks.append((limit, model.learned(), refit(model, *rest)._replace(loss=len(looks) - 100.0 * (limit > 8))))
+        return looks[-1][-1]
+
+    monkeypatch.setattr("tagllm.baselines.train.refit", better_of_more)
+    monkeypatch.setattr("tagllm.baselines.train.SOME_ROWS", 8)
+    model = Adapted(task.backbone.model, METHODS["lora"], task.head, 0, seed=0)
+    trained, head = train(model, task, METHODS["lora"], 1e-2, 1e9, 0, 12)
+    *compared, (limit, state, best) = looks
+    assert [one for one, *_ in compared] == [8] * 4 and limit == 12
+    assert trained.best_step == trained.steps // 4 and head is best.head and trained.valid_loss == best.loss
+    assert all(torch.equal(value, compared[0][1][name]) for name, value in state.items())
+
+
 @pytest.mark.parametrize("total", [8, 40, 400])
 def test_the_warm_up_is_as_long_a_share_as_in_the_run(total: int) -> None:
     """A short training in which a rate is chosen comes to its peak."""

@@ -95,7 +95,7 @@ def train(
     looks: int = LOOKS,
 ) -> tuple[Trained, Head]:
     """Leaves `model` in the state that is best on validation with its head refitted, which comes with it; so many
-    `looks` are taken, and fits see `fit_rows` training rows at most."""
+    `looks` are taken, at fits of SOME_ROWS at most, and its own sees `fit_rows` training rows at most."""
     config, untagged = task.config, task.untagged(method)
     valid, optim = task.rows("valid", method), config.optim
     rows = StepRows(config.model_copy(update={"seed": seed}), task.data.splits["train"], 0, 1)
@@ -108,6 +108,7 @@ def train(
         return refit(model, task, method, see(model, valid, config.evaluation.rows_per_batch), limit)
 
     some = min(fit_rows, SOME_ROWS)
+    saw_all = some == fit_rows or some >= sum(map(len, task.data.splits["train"]))
     best_look, best_step, best, skipped, evaluated = None, 0, model.learned(), 0, 0
     while (at := len(clock.seconds)) < (total := clock.total()):
         began = time.perf_counter()
@@ -125,13 +126,14 @@ def train(
             looked = look(some)
             if best_look is None or looked.loss < best_look.loss:
                 best_look, best_step, best = looked, done, model.learned()
-    steps, last = len(clock.seconds), look(fit_rows)
+    steps, last = len(clock.seconds), look(some if best_look else fit_rows)
     if best_look and best_look.loss < last.loss:
         model.overwrite(best)
-        saw_all = some == fit_rows or some >= sum(map(len, task.data.splits["train"]))
-        last = best_look if saw_all else look(fit_rows)
+        last = best_look
     else:
         best_step = steps
+    if best_look and not saw_all:  # all looks are compared by fits of as many rows
+        last = look(fit_rows)
     learns = sum(p.numel() for p in model.parameters() if p.requires_grad)
     rows_seen, seconds = steps * optim.rows_per_step, sum(clock.seconds)
     return Trained(last.loss, best_step, last.refitted, steps, rows_seen, skipped, seconds, learns), last.head
