@@ -11,9 +11,9 @@ from scipy.sparse import csr_matrix
 from scipy.sparse import random as sparse_random
 from sklearn.ensemble import HistGradientBoostingRegressor
 
-from tagllm.evaluate.classical import Table, _nearest, _pair_means, classical_baselines
+from tagllm.evaluate.classical import Table, _field_means, _means_of_each, _nearest, _pair_means, classical_baselines
 from tagllm.evaluate.estimators import Problem, boosting, logistic
-from tagllm.evaluate.fields import Field, field_of, kind_of
+from tagllm.evaluate.fields import Field, field_of, kind_of, merged_alike
 from tagllm.evaluate.metrics import concordance, value_metrics
 from tagllm.evaluate.ridge import Rows
 
@@ -49,7 +49,10 @@ def test_additive_effects_are_what_the_means_find() -> None:
     known = Table({k: v[train] for k, v in fields.items()}, targets[train])
     found = classical_baselines(known, NOTHING, {k: v[test] for k, v in fields.items()})
     r2 = {name: value_metrics(values, targets[test], classes=False)["r2"] for name, values in found.items()}
-    assert set(found) == {"nearest_row", "field_means", "ridge_fingerprints", "boosting_fingerprints"}
+    assert set(found) == {
+        "nearest_row", "field_means", "mean_of_smiles", "mean_of_sequence", "ridge_fingerprints",
+        "boosting_fingerprints",
+    }  # fmt: skip
     assert r2["field_means"] > 0.95
     assert r2["ridge_fingerprints"] > 0.9
 
@@ -61,7 +64,10 @@ def test_classes_have_the_same_baselines_as_logits() -> None:
     train, test = slice(0, 60), slice(60, None)
     known = Table({k: v[train] for k, v in fields.items()}, targets[train])
     found = classical_baselines(known, NOTHING, {k: v[test] for k, v in fields.items()}, num_classes=4)
-    assert set(found) == {"nearest_row", "field_means", "logistic_fingerprints", "boosting_fingerprints"}
+    assert set(found) == {
+        "nearest_row", "field_means", "mean_of_smiles", "mean_of_sequence", "logistic_fingerprints",
+        "boosting_fingerprints",
+    }  # fmt: skip
     scores = {name: value_metrics(logits, targets[test], classes=True) for name, logits in found.items()}
     assert min(scores[name]["accuracy"] for name in ("field_means", "logistic_fingerprints")) > 0.9
     for logits in found.values():
@@ -125,6 +131,41 @@ def test_columns_that_trade_places_tell_the_same() -> None:
     assert r2["field_means"] > 0.95 and r2["ridge_fingerprints"] > 0.9 and r2["nearest_row"] > 0.99
     apart = classical_baselines(Table(fields(seen), targets), nothing, other_way)
     assert value_metrics(apart["field_means"], targets, classes=False)["r2"] < 0.1
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["either drug", "first and second"])
+def test_an_effect_is_shared_by_columns_with_the_same_values_where_that_answers_better(same: bool) -> None:
+    """As of two drugs that no head was told to be a pair; of a giver and a taker it is not so."""
+    random = np.random.default_rng(6)
+    first, second = random.normal(size=(2, 30))
+    pair = random.integers(0, 30, (600, 2))
+    target = first[pair[:, 0]] + (first if same else second)[pair[:, 1]] + 0.5 * random.normal(size=600)
+    targets = target[:, None].astype(np.float32)
+    parts = slice(100), slice(100, 350), slice(350, 600)
+    fields = [field_of(*([[f"drug {at}" for at in pair[part, column]]] for part in parts)) for column in (0, 1)]
+    train, valid, test = (targets[part] for part in parts)
+    r2 = value_metrics(_field_means(fields, train, valid, 0), test, classes=False)["r2"]
+    merged = _field_means(merged_alike(fields), train, valid, 0)
+    of_merged = value_metrics(merged, test, classes=False)["r2"]
+    assert r2 == of_merged > 0.7 if same else r2 > of_merged + 0.1
+
+
+def test_what_a_value_had_answers_it_and_what_all_had_the_others() -> None:
+    """Of each field once, and of columns that may trade places together."""
+
+    def means(columns: dict[str, list[list[str]]], held_out: dict[str, list[list[str]]]) -> dict[str, list[float]]:
+        fields = {name: field_of(of, [[] for _ in of], held_out[name]) for name, of in columns.items()}
+        found = _means_of_each(fields, np.array([[1.0], [3.0], [5.0], [7.0]], np.float32))
+        return {name: values_n1[:, 0].tolist() for name, values_n1 in found.items()}
+
+    drug, cell = ["a", "a", "b", "b"], ["x", "y", "x", "y"]
+    asked = {"drug": [["a", "b", "?"]], "name": [["A", "B", "!"]], "cell": [["x", "?", "y"]], "who": [["?", "?", "?"]]}
+    found = means({"drug": [drug], "name": [[one.upper() for one in drug]], "cell": [cell], "who": [cell]}, asked)
+    assert found == {"mean_of_drug": [2, 6, 4], "mean_of_cell": [3, 4, 5]}
+    either = means({"a+b": [drug, ["b", "b", "c", "c"]]}, {"a+b": [["a"], ["c"]]})
+    assert either == {"mean_of_a+b": [(2 + 6) / 2]}
+    seven = {f"field {mask}": [[f"{mask >> row & 1}" for row in range(4)]] for mask in range(1, 8)}
+    assert len(means(seven, {name: [of[0][:2]] for name, of in seven.items()})) == 6, "of seven that differ"
 
 
 def test_what_a_pair_had_answers_it_in_either_order() -> None:

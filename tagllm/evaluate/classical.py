@@ -15,14 +15,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tagllm.arrays import Doubles, Floats
-from tagllm.evaluate.estimators import Problem, boosting, frequencies, logistic, ridge
-from tagllm.evaluate.fields import Field, field_of
+from tagllm.evaluate.estimators import FIFTH, Problem, boosting, frequencies, logistic, ridge
+from tagllm.evaluate.fields import Field, field_of, merged_alike
 from tagllm.evaluate.ridge import ENOUGH_ROWS, Rows
 
 Fields = Mapping[str, Sequence[str]]
 Key = tuple[str, ...]
 SURE = 0.99
 """Of what is answered as probabilities; the rest is how often each class is."""
+MOST_MEANS = 6
+"""Fields that have a row of their own."""
 SOME = 64
 """Held-out rows at a time that are compared with all that training rows hold."""
 
@@ -60,8 +62,10 @@ def classical_baselines(
 ) -> dict[str, Floats]:
     """What each baseline answers to the held-out rows (n, K), logits where targets are classes; what it has to choose
     it chooses on the validation rows. `field_means` (an additive effect per value of each field, on log odds of
-    classes) is left out where values hardly recur, `pair_means` (what rows with the same values had) where no row to
-    answer has values that stand together in a training row.
+    classes; one in all columns that have their values in common, where that answers the validation rows better) is
+    left out where values hardly recur, `mean_of_FIELD` (what training rows with the same value had) where no row to
+    answer has one of them, `pair_means` (what rows with the same values had) where no row to answer has values that
+    stand together in a training row.
 
     Args:
         trading: names of columns that may trade places, as two drugs of a pair: a value tells the same in each of them.
@@ -75,13 +79,14 @@ def classical_baselines(
     targets = train.targets_nK, valid.targets_nK
     if not num_classes:
         targets = scale.standardised(train.targets_nK), scale.standardised(valid.targets_nK)
-    line: Callable[[Problem], Floats] = partial(logistic, num_classes=num_classes) if num_classes else ridge
-    means = [np.eye(num_classes, dtype=np.float32)[x[:, 0].astype(int)] for x in targets] if num_classes else targets
+    line, means = _line(num_classes), [_shares(x, num_classes) for x in targets]
     predictions = {"nearest_row": means[0][_nearest(fields)]}
     if recurring := [field for field in fields if field.recurs]:
-        predictions["field_means"] = line(_problem(recurring, *targets, categories=True))
+        predictions["field_means"] = _field_means(recurring, *targets, num_classes)
         of_pairs = _pair_means(recurring, means[0], means[1], predictions["field_means"])
         predictions |= {} if of_pairs is None else {"pair_means": of_pairs}
+        titles = ["+".join(names) for names, field in zip(together, fields, strict=True) if field.recurs]
+        predictions |= _means_of_each(dict(zip(titles, recurring, strict=True)), means[0])
     problem = _problem(fields, *targets)
     predictions["logistic_fingerprints" if num_classes else "ridge_fingerprints"] = line(problem)
     predictions["boosting_fingerprints"] = boosting(problem, num_classes)
@@ -92,11 +97,20 @@ def classical_baselines(
     return {name: scale.as_given(values) for name, values in predictions.items()}
 
 
+def _line(num_classes: int) -> Callable[[Problem], Floats]:
+    return partial(logistic, num_classes=num_classes) if num_classes else ridge
+
+
+def _shares(targets_nK: Floats, num_classes: int) -> Floats:
+    """Targets whose mean is to be answered: of classes, 1 for the right one and 0 for the others."""
+    return np.eye(num_classes, dtype=np.float32)[targets_nK[:, 0].astype(int)] if num_classes else targets_nK
+
+
 def _problem(fields: Sequence[Field], train_nK: Floats, valid_nK: Floats, categories: bool = False) -> Problem:
     """Sparse features of all rows; `categories` takes each value as it is."""
     from scipy.sparse import hstack, identity
 
-    blocks = [identity(f.bits_UF.shape[0], np.float32, format="csr") if categories else f.features_UF for f in fields]
+    blocks = [identity(len(f.values), np.float32, format="csr") if categories else f.features_UF for f in fields]
 
     def columns(rows: Sequence[NDArray[np.intp]]) -> Any:
         return hstack(
@@ -108,6 +122,38 @@ def _problem(fields: Sequence[Field], train_nK: Floats, valid_nK: Floats, catego
         Rows(columns([f.valid_nC for f in fields]), valid_nK),
         columns([f.held_out_nC for f in fields]),
     )
+
+
+def _field_means(fields: Sequence[Field], train_nK: Floats, valid_nK: Floats, num_classes: int) -> Floats:
+    """An additive effect of each value: one in each column, or one in all columns that have most of their values in
+    common (a drug, whichever of a pair it is), whichever answers the rows to choose by better."""
+    line, apart, alike = _line(num_classes), list(fields), merged_alike(fields)
+    problems = [_problem(some, train_nK, valid_nK, categories=True) for some in (apart, alike)]
+
+    def error(problem: Problem) -> float:
+        fit, choose = problem.halves(FIFTH)
+        answer_nK = line(Problem(fit, choose, choose.features_nF))
+        return float(np.mean((answer_nK - _shares(choose.targets_nK, num_classes)) ** 2))
+
+    return line(min(problems, key=error) if len(alike) < len(apart) else problems[0])
+
+
+def _means_of_each(fields: Mapping[str, Field], train_nK: Floats) -> dict[str, Floats]:
+    """`mean_of_FIELD`: of the training rows with the same value, or of all where none has it (of columns that may trade
+    places, averaged over these). Not of fields that tell rows apart as an earlier one does, a name beside its molecule,
+    and of MOST_MEANS at most."""
+    found: dict[str, Floats] = {}
+    for name, field in fields.items():
+        at_n, num_columns = field.train_nC.ravel(), field.train_nC.shape[1]
+        count_U1 = np.bincount(at_n, minlength=len(field.values))[:, None]
+        sum_UK = np.zeros((len(field.values), train_nK.shape[1]))
+        np.add.at(sum_UK, at_n, np.repeat(train_nK, num_columns, axis=0))
+        mean_UK = np.where(count_U1 > 0, sum_UK / np.maximum(count_U1, 1), train_nK.mean(axis=0, dtype=np.float64))
+        answer_nK = mean_UK[field.held_out_nC].mean(axis=1).astype(np.float32)
+        told = any(np.array_equal(answer_nK, other_nK) for other_nK in found.values())
+        if count_U1[field.held_out_nC].any() and not told and len(found) < MOST_MEANS:
+            found[f"mean_of_{name}"] = answer_nK
+    return found
 
 
 def _pair_means(fields: Sequence[Field], train_nK: Floats, valid_nK: Floats, otherwise_nK: Floats) -> Floats | None:

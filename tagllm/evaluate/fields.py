@@ -45,7 +45,12 @@ class Field(NamedTuple):
 
     @property
     def recurs(self) -> bool:
-        return len(np.unique(self.train_nC)) < self.train_nC.size / 2
+        return len(self.trained) < self.train_nC.size / 2
+
+    @property
+    def trained(self) -> set[str]:
+        """The values of training rows."""
+        return {self.values[at] for at in np.unique(self.train_nC)}
 
 
 def kind_of(values: Sequence[str]) -> Kind:
@@ -78,6 +83,36 @@ def field_of(train: Columns, valid: Columns, held_out: Columns) -> Field:
     bits_UF = _bits(distinct, kind)
     features_UF = _features(distinct, kind, bits_UF)
     return Field(kind, distinct, bits_UF, features_UF, *np.split(at_nC, np.cumsum(lengths)[:-1]))
+
+
+def merged_alike(fields: Sequence[Field]) -> list[Field]:
+    """With one category in the place of fields that have most of the values of training rows in common, as the drugs of
+    a pair have."""
+    groups: list[list[Field]] = []
+    for field in fields:
+        alike = next((some for some in groups if _much_alike(some[0].trained, field.trained)), None)
+        if alike is None:
+            groups.append([field])
+        else:
+            alike.append(field)
+    return [some[0] if len(some) == 1 else _merged(some) for some in groups]
+
+
+def _much_alike(values: set[str], others: set[str]) -> bool:
+    return len(values & others) > min(len(values), len(others)) / 2
+
+
+def _merged(fields: Sequence[Field]) -> Field:
+    distinct = sorted({value for field in fields for value in field.values})
+    number_of = {value: number for number, value in enumerate(distinct)}
+    at_each = [np.array([number_of[value] for value in field.values], np.intp) for field in fields]
+
+    def columns(parts: Sequence[NDArray[np.intp]]) -> NDArray[np.intp]:
+        return np.concatenate([at_U[at_nC] for at_U, at_nC in zip(at_each, parts, strict=True)], axis=1)
+
+    bits_UF = _bits(distinct, "category")
+    parts = zip(*((field.train_nC, field.valid_nC, field.held_out_nC) for field in fields), strict=True)
+    return Field("category", distinct, bits_UF, _features(distinct, "category", bits_UF), *map(columns, parts))
 
 
 def _kind_of_words(distinct: Sequence[str], recur: bool) -> Kind:
