@@ -170,12 +170,10 @@ def _beside(
     else:
         answers = value_baselines(train, valid, test, built.layout, head)
     answers |= _classical(built, name, split)
-    classes = bool(head.classes)
+    about = test.targets_nK, bool(head.classes), built.stage.target_names(name)
     return {
-        "baselines": {method: value_metrics(values, test.targets_nK, classes) for method, values in answers.items()},
-        "baseline_intervals": {
-            method: intervals(values, test.targets_nK, classes) for method, values in answers.items()
-        },
+        "baselines": {method: value_metrics(values, *about) for method, values in answers.items()},
+        "baseline_intervals": {method: intervals(values, *about) for method, values in answers.items()},
     }
 
 

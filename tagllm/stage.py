@@ -50,6 +50,11 @@ class Stage(NamedTuple):
                 found[name] = spec
         return found
 
+    def target_names(self, head: str) -> list[str]:
+        """Columns that it learns, as the first of its sources calls them."""
+        pairs = zip(self.config.data.sources, self.templates, strict=True)
+        return next((source.target for source, template in pairs if head in template.tags and source.target), [])
+
     @property
     def pools(self) -> tuple[int, ...]:
         """The means over fields that heads read side by side."""

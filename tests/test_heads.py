@@ -96,6 +96,28 @@ def test_eval_scores_each_head_on_its_own_rows(run: Run, folder: Path) -> None:
     fails(told, "<K>, <W> all have heads", "Take out all but <W>")
 
 
+def test_one_held_out_row_of_two_targets_is_scored_and_reported(run: Run, folder: Path) -> None:
+    """By its errors, on average and of each target; there is nothing to draw an interval from."""
+    with (folder / "rows.csv").open() as stream:
+        rows = [[row["smiles"], row["weight"], f"{1000 * len(row['smiles'])}"] for row in csv.DictReader(stream)]
+    for name, some in {"train": rows[:40], "valid": rows[40:59], "test": rows[59:]}.items():
+        lines = [",".join(row) for row in [["smiles", "weight", "thousands"], *some]]
+        (folder / f"two-{name}.csv").write_text("\n".join(lines))
+    tags = {"W": {"kind": "function", "length": 2, "head": {"outputs": 2}}}
+    paths = {name: str(folder / f"two-{name}.csv") for name in ("train", "valid", "test")}
+    file = config(folder, "one-row", tags=tags, data__path=paths, data__target=["weight", "thousands"])
+    assert run("train", file).exit_code == 0
+    told = run("eval", "runs/one-row")
+    assert told.exit_code == 0, told.output
+    results = json.loads((folder / "runs/one-row/results.json").read_text())
+    wanted = {f"{at}{metric}" for at in ("", "weight/", "thousands/") for metric in ("mse", "mae")}
+    assert set(results["metrics"]) == wanted and results["intervals"] == {}
+    assert all(set(metrics) == wanted for metrics in results["baselines"].values())
+    told = run("report", "runs/one-row", "--out", "report-one-row")
+    assert told.exit_code == 0, told.output
+    assert "| weight/mse |" in (folder / "report-one-row/report.md").read_text()
+
+
 def test_a_head_without_held_out_rows_leaves_the_others(run: Run, folder: Path) -> None:
     tags, targets = PAIRS[0]
     file = of_two(folder, "untested", tags, targets)

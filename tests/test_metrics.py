@@ -102,6 +102,22 @@ def test_several_outputs_are_averaged_each_over_its_own_rows() -> None:
     assert found["mae"] == pytest.approx((3 / 3 + (1 + 2) / 2) / 2)
 
 
+def test_outputs_with_names_have_metrics_of_their_own() -> None:
+    """Beside a target in thousands nothing else shows in a mean."""
+    random = np.random.default_rng(0)
+    targets = (random.normal(size=(40, 2)) * [1, 1000]).astype(np.float32)
+    values = (targets + random.normal(size=(40, 2)) * [1, 1000]).astype(np.float32)
+    targets[:39, 1] = NAN
+    for measure in (value_metrics, intervals):
+        mean, named = measure(values, targets, False), measure(values, targets, False, ["a", "b"])
+        alone = measure(values[:, :1], targets[:, :1], False)
+        assert {name: named[name] for name in mean} == mean
+        of_first = {name.removeprefix("a/"): value for name, value in named.items() if name.startswith("a/")}
+        assert of_first.keys() == alone.keys() and of_first["mse"] == pytest.approx(alone["mse"], rel=0.1)
+        assert {name for name in named if name.startswith("b/")} == {"b/mse", "b/mae"}, "of one row"
+        assert measure(values[:, :1], targets[:, :1], False, ["a"]) == alone, "nothing to be told apart"
+
+
 def test_classes_by_hand() -> None:
     """Accuracy 3 of 4; F1 of class 0 is 2/3 (one hit, one false alarm), of class 1 is 4/5; the one row of class 0 has
     the highest score for it."""

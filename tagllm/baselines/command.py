@@ -180,12 +180,11 @@ def _final(task: Task, method: Method, record: Record, rate: float, seed: int) -
         settings = record.document["settings"]
         model, trained, head = _train(task, method, settings, rate, settings["budget_s"], seed)
         test = see(model, task.rows("test", method), task.config.evaluation.rows_per_batch).rows(head.spec.reads)
-        answer_nK, targets_nK = predictions_of(head, test.features_nF), test.targets_nK
-        classes = bool(head.spec.classes)
+        pair = predictions_of(head, test.features_nF), test.targets_nK
+        about = bool(head.spec.classes), task.config.data.sources[0].target
         entry = trained._asdict() | {
-            "metrics": value_metrics(answer_nK, targets_nK, classes),
-            "intervals": intervals(answer_nK, targets_nK, classes),
-            "test_rows": len(targets_nK), "peak_gib": peak_memory_gib(),
+            "metrics": value_metrics(*pair, *about), "intervals": intervals(*pair, *about),
+            "test_rows": len(test.targets_nK), "peak_gib": peak_memory_gib(),
         }  # fmt: skip
         record.add("final", key, entry)
     return entry

@@ -34,7 +34,7 @@ def write_held_out(built: Built, split: Split, held_out: Pass, run: Path) -> Non
                 table.write(row)
 
 
-def _pairs(values_nK: Floats, targets_nK: Floats, classes: bool) -> dict[str, torch.Tensor]:
+def _pairs(values_nK: Floats, targets_nK: Floats, *_: Any) -> dict[str, torch.Tensor]:
     return {"values_nK": torch.tensor(values_nK), "targets_nK": torch.tensor(targets_nK)}
 
 

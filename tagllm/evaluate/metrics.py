@@ -5,6 +5,7 @@ n rows, K outputs, R draws of m rows each.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
@@ -12,26 +13,37 @@ import torch
 from numpy.typing import NDArray
 
 from tagllm.arrays import Doubles, Floats
+from tagllm.evaluate.metric_kinds import without_head
 
 RESAMPLES = 500
 NUMBERS_AT_ONCE = 10_000_000
 """Of several draws, to be measured together: what bounds memory."""
 
 
-def value_metrics(values_nK: Floats, targets_nK: Floats, classes: bool) -> dict[str, float]:
+def value_metrics(values_nK: Floats, targets_nK: Floats, classes: bool, names: Sequence[str] = ()) -> dict[str, float]:
     """Regression: MSE, MAE, R2 (not where all targets are alike), Pearson, Spearman, concordance index, averaged over
     outputs; of one row MSE and MAE alone. Classes: accuracy, macro F1, AUROC (macro, one against the rest), cross
     entropy.
 
     Rows whose target is missing (NaN) do not count; nothing is returned where no row has one.
+
+    Args:
+        names: of all outputs. Where these are several, each has metrics of its own too (`weight/mse`): a mean over
+            outputs in different units tells of the largest.
     """
     if classes:
         return _class_metrics(values_nK, targets_nK[:, 0])
-    found = _regression(values_nK, targets_nK, np.arange(len(targets_nK))[None])
-    return {name: float(value_R[0]) for name, value_R in found.items() if name != "r2" or np.isfinite(value_R[0])}
+    found = _regression(values_nK, targets_nK, np.arange(len(targets_nK))[None], names)
+    return {name: float(value_R[0]) for name, value_R in found.items() if not _is_r2(name) or np.isfinite(value_R[0])}
 
 
-def intervals(values_nK: Floats, targets_nK: Floats, classes: bool) -> dict[str, tuple[float, float]]:
+def _is_r2(name: str) -> bool:
+    return without_head(name) == "r2"
+
+
+def intervals(
+    values_nK: Floats, targets_nK: Floats, classes: bool, names: Sequence[str] = ()
+) -> dict[str, tuple[float, float]]:
     """95 % bootstrap intervals of `value_metrics` over the rows (percentiles of `RESAMPLES` draws): how much another
     draw of held-out rows would change them. Rows that lack the same targets are drawn among each other. AUROC is of the
     draws that have two classes, R2 of those that have two targets."""
@@ -48,13 +60,13 @@ def intervals(values_nK: Floats, targets_nK: Floats, classes: bool) -> dict[str,
         draws_Rm = np.concatenate([random.choice(rows, (size, len(rows))) for rows in alike], axis=1)
         if classes:
             each = [_class_metrics(values_nK[rows], targets_nK[rows, 0]) for rows in draws_Rm]
-            parts += [{name: np.array([value]) for name, value in metrics.items()} for metrics in each]
+            parts += [{name: np.array([value]) for name, value in of_draw.items()} for of_draw in each]
         else:
-            parts.append(_regression(values_nK, targets_nK, draws_Rm))
-    names = dict.fromkeys(name for part in parts for name in part)
-    found = {name: np.concatenate([part[name] for part in parts if name in part]) for name in names}
-    if "r2" in found:
-        found["r2"] = found["r2"][~np.isnan(found["r2"])]
+            parts.append(_regression(values_nK, targets_nK, draws_Rm, names))
+    metrics = dict.fromkeys(name for part in parts for name in part)
+    found = {name: np.concatenate([part[name] for part in parts if name in part]) for name in metrics}
+    for name in filter(_is_r2, metrics):
+        found[name] = found[name][~np.isnan(found[name])]
     return {name: _between(of_draws) for name, of_draws in found.items() if len(of_draws)}
 
 
@@ -65,16 +77,21 @@ def _between(of_draws: Doubles) -> tuple[float, float]:
     return float(low), float(high)
 
 
-def _regression(values_nK: Floats, targets_nK: Floats, draws_Rm: NDArray[np.intp]) -> dict[str, Doubles]:
-    """Of each draw of rows (R), averaged over the outputs that have it; all draws lack the same targets at the same
-    places."""
+def _regression(
+    values_nK: Floats, targets_nK: Floats, draws_Rm: NDArray[np.intp], names: Sequence[str]
+) -> dict[str, Doubles]:
+    """Of each draw of rows (R), averaged over the outputs that have it, and of each that has a name; all draws lack the
+    same targets at the same places."""
     per_output: list[dict[str, Doubles]] = []
     for values_n, targets_n in zip(values_nK.T, targets_nK.T, strict=True):
         rows_Rm = draws_Rm[:, np.isfinite(targets_n[draws_Rm[0]])]
-        if rows_Rm.shape[1]:
-            per_output.append(_of_columns(values_n[rows_Rm.T].astype(float), targets_n[rows_Rm.T].astype(float)))
-    names = max(per_output, key=len, default={})
-    return {name: np.mean([one[name] for one in per_output if name in one], axis=0) for name in names}
+        known = rows_Rm.shape[1] > 0
+        pair = values_n[rows_Rm.T].astype(float), targets_n[rows_Rm.T].astype(float)
+        per_output.append(_of_columns(*pair) if known else {})
+    metrics = max(per_output, key=len, default={})
+    means = {metric: np.mean([one[metric] for one in per_output if metric in one], axis=0) for metric in metrics}
+    named = zip(names, per_output, strict=True) if names and len(per_output) > 1 else []
+    return means | {f"{name}/{metric}": value_R for name, one in named for metric, value_R in one.items()}
 
 
 def _of_columns(values_mR: Doubles, targets_mR: Doubles) -> dict[str, Doubles]:

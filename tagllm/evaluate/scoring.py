@@ -19,7 +19,7 @@ from tagllm.ranks import Ranks
 from tagllm.tags import Tag
 
 T = TypeVar("T")
-Measure = Callable[[Floats, Floats, bool], dict[str, T]]
+Measure = Callable[[Floats, Floats, bool, Sequence[str]], dict[str, T]]
 
 
 class Evaluation(NamedTuple):
@@ -69,12 +69,13 @@ def nats(result: Pass) -> dict[str, float]:
 
 
 def by_head(built: Built, split: Split, result: Pass, measure: Measure[T]) -> dict[str, T]:
-    """What `measure` finds of each head, of values and targets of its own rows and whether it tells classes; with its
-    name in front (`QED/mse`) where there are several."""
+    """What `measure` finds of each head, of values and targets of its own rows, whether it tells classes and the names
+    of its targets; with its own name in front (`QED/mse`) where there are several."""
     heads, found = built.layout.heads, dict[str, T]()
     for name, spec in heads.items():
         mine_n, width = built.rows_with(split, name), spec.outputs
-        of_head = measure(result.values_nK[mine_n, :width], result.targets_nK[mine_n, :width], bool(spec.classes))
+        pair = result.values_nK[mine_n, :width], result.targets_nK[mine_n, :width]
+        of_head = measure(*pair, bool(spec.classes), built.stage.target_names(name))
         at = f"{name}/" if len(heads) > 1 else ""
         found |= {f"{at}{metric}": value for metric, value in of_head.items()}
     return found
