@@ -99,10 +99,11 @@ none)
     if [[ -n ${SLURM_STEP_NUM_TASKS:-} && -z ${RANK:-} ]]; then # a task of srun's; a batch script is one process
         export RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID WORLD_SIZE=$SLURM_STEP_NUM_TASKS LOCAL_WORLD_SIZE=$ranks
         export MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
-        if [[ -z ${MASTER_ADDR:-} ]]; then
-            MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-            export MASTER_ADDR
+        if [[ -z ${MASTER_ADDR:-} ]] && command -v scontrol >/dev/null; then
+            MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
         fi
+        # In a container there is none; srun in a batch script starts on the first node, where rank 0 is.
+        export MASTER_ADDR=${MASTER_ADDR:-$SLURM_LAUNCH_NODE_IPADDR}
     fi
     exec python -m tagllm "$command" "$@"
     ;;

@@ -15,7 +15,7 @@ if [ "$1" = -c ]; then
     exit
 fi
 echo "$@"
-echo "threads=$OMP_NUM_THREADS accelerator=$DS_ACCELERATOR"
+echo "threads=$OMP_NUM_THREADS meet=$MASTER_ADDR:$MASTER_PORT accelerator=$DS_ACCELERATOR"
 if [ -f "$DS_ENV_FILE" ]; then cat "$DS_ENV_FILE"; fi
 """
 TASK = {
@@ -25,7 +25,14 @@ TASK = {
     "SLURM_JOB_ID": "7",
     "MASTER_ADDR": "n",
 }
-SRUN = '#!/bin/sh\necho "srun with ${SRUN_CPUS_PER_TASK-no} cores"\nexit 76\n'
+SRUN = """#!/bin/sh
+echo "srun with ${SRUN_CPUS_PER_TASK-no} cores"
+echo "meeting at $MASTER_ADDR:$MASTER_PORT: $*"
+exit 76
+"""
+SCONTROL = """#!/bin/sh
+if [ "$1 $2" = "show hostnames" ]; then printf 'n1\\nn2\\n'; else echo "scontrol $@"; fi
+"""
 
 
 def launch(folder: Path, *command: str, **variables: str) -> subprocess.CompletedProcess[str]:
@@ -34,7 +41,7 @@ def launch(folder: Path, *command: str, **variables: str) -> subprocess.Complete
     shutil.copytree(ROOT / "launch", clone / "launch")
     for name in ("programs", "home", "tmp"):
         (folder / name).mkdir(exist_ok=True)
-    asked = {"python": PYTHON, "srun": SRUN, "scontrol": '#!/bin/sh\necho "scontrol $@"\n', "sleep": "#!/bin/sh\n"}
+    asked = {"python": PYTHON, "srun": SRUN, "scontrol": SCONTROL, "sleep": "#!/bin/sh\n"}
     for name, text in asked.items():
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
@@ -136,6 +143,27 @@ def test_cores_are_divided_once(tmp_path: Path, variables: dict[str, str], threa
     """Where srun binds a task to its cores, the 16 that it sees are its own."""
     _, settings = told(tmp_path, **{"LAUNCHER": "deepspeed", **variables})
     assert settings.startswith(f"threads={threads} ")
+
+
+def test_a_task_meets_the_others_on_the_first_node(tmp_path: Path) -> None:
+    """Where there is no scontrol, as in a container: on the node that srun was started on."""
+    asked = {"LAUNCHER": "none", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_LAUNCH_NODE_IPADDR": "10.0.0.1"}
+    variables = {**TASK, **asked, "MASTER_ADDR": "", "MASTER_PORT": ""}
+    assert " meet=n1:20007 " in told(tmp_path / "outside", **variables)[1]
+    inside = tmp_path / "inside"
+    (inside / "bin").mkdir(parents=True)
+    for name in ("bash", "dirname"):  # the folders of the system may have a scontrol
+        (inside / "bin" / name).symlink_to(f"/usr/bin/{name}")
+    (inside / "bin" / "python").write_text(PYTHON)
+    (inside / "bin" / "python").chmod(0o755)
+    assert " meet=10.0.0.1:20007 " in told(inside, PATH=str(inside / "bin"), **variables)[1]
+
+
+def test_a_job_says_where_its_tasks_meet_and_hands_options_to_srun(tmp_path: Path) -> None:
+    variables = {"SLURM_JOB_ID": "17", "SLURM_JOB_NODELIST": "n[1-2]", "MASTER_PORT": ""}
+    srun_args = "--container-image=a.sqsh --container-mounts=/data:/data"
+    ended = launch(tmp_path, "launch/slurm/stage.sbatch", "launch/run.sh", "x.yaml", SRUN_ARGS=srun_args, **variables)
+    assert f"meeting at n1:20017: --wait=60 {srun_args} bash launch/run.sh x.yaml" in ended.stdout.splitlines()
 
 
 @pytest.mark.parametrize(

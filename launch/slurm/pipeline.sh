@@ -22,7 +22,8 @@ for at in 0 1 2; do
     read -r -a configs <<<"${stages[at]}"
     jobs=
     for config in "${configs[@]}"; do
-        job=$(sbatch --parsable "${options[@]}" ${after:+"--dependency=afterok$after"} --job-name="tagllm-${scripts[at]}" \
+        # a stage that cannot come any more would wait in the queue for ever
+        job=$(sbatch --parsable --kill-on-invalid-dep=yes "${options[@]}" ${after:+"--dependency=afterok$after"} --job-name="tagllm-${scripts[at]}" \
             "$here/stage.sbatch" "$here/../${scripts[at]}.sh" "$config" "$@")
         echo "${scripts[at]} $config: job ${job%%;*}"
         jobs+=:${job%%;*}

@@ -59,6 +59,13 @@ def test_three_stages(cluster: Cluster) -> None:
     assert {"Size"} <= set(saved.tags)
 
 
+def test_stages_behind_one_that_failed_leave_the_queue(cluster: Cluster) -> None:
+    fails = ("--export=ALL,SRUN_ARGS=--no-such-option", *TWO_NODES)
+    said = cluster.run("bash", str(ROOT / "launch/slurm/pipeline.sh"), *fails, "--", "1.yaml", "2.yaml", "3.yaml")
+    jobs = [line.rpartition(" ")[2] for line in said.splitlines()]
+    cluster.wait_until(lambda: [cluster.state(job) for job in jobs] == ["FAILED", "CANCELLED", "CANCELLED"])
+
+
 def test_a_pre_empted_job_ends_with_the_same_tags(cluster: Cluster) -> None:
     """First asked to save (USR1), then sent off by Slurm (requeue): the tags are those of a job left alone."""
     record = requeued(cluster, 2, seed=0)
