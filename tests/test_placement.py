@@ -24,7 +24,7 @@ SEVEN = LlamaConfig(
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
-def stage(folder: Path, **engine: object) -> Stage:
+def stage(folder: Path, remember_gib: float = 0, **engine: object) -> Stage:
     """Its config without its weights: nothing of them is loaded."""
     tiny.save_backbone(folder / "backbone")
     SEVEN.save_pretrained(folder / "backbone")
@@ -33,7 +33,8 @@ def stage(folder: Path, **engine: object) -> Stage:
         "output": str(folder / "run"), "backbone": {"model": str(folder / "backbone"), "dtype": "bf16"},
         "tags": {"S": {"length": 2}},
         "data": {"sources": [{"path": str(folder / "rows.csv"), "template": "It is <S> {smiles}"}]},
-        "optim": {"steps": 2, "rows_per_step": 32, "rows_per_micro_batch": 2}, "engine": engine, "remember_gib": 0,
+        "optim": {"steps": 2, "rows_per_step": 32, "rows_per_micro_batch": 2}, "engine": engine,
+        "remember_gib": remember_gib,
     }  # fmt: skip
     return read_stage(parse_as(RunConfig, values, "test"), "test")
 
@@ -68,6 +69,21 @@ def test_one_node_is_sharded_whatever_it_is_called(
     config, why = placed(stage(tmp_path, shard_over=shard_over), Ranks(0, 8, torch.device("cpu")))
     assert (config.engine.zero_stage, config.engine.shard_over) == (3, shard_over)
     assert "nothing fits" not in why
+
+
+def test_budgets_for_a_whole_backbone_do_not_stand_in_the_way_of_sharding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only who asks for stage 3 and for memory at once is refused."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    monkeypatch.setenv("TAGLLM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(os, "sysconf", {"SC_PAGE_SIZE": PAGE, "SC_PHYS_PAGES": 64 * 2**30 // PAGE}.__getitem__)
+    monkeypatch.setattr(plan, "cpu_multiplies_bf16", lambda: True)
+    config, why = placed(stage(tmp_path, remember_gib=4), Ranks(0, 8, torch.device("cpu")))
+    assert config.engine.zero_stage == 3 and "remember_gib and remember_device_gib are 0 then" in why
+    assert read_stage(config, "test").config.remember_gib == 0
+    with pytest.raises(UserError, match=r"remember_gib is 4\.0 and remember_device_gib 0, but engine.zero_stage is 3"):
+        stage(tmp_path, remember_gib=4, zero_stage=3)
 
 
 def test_a_user_who_shards_in_nodes_gets_nothing_wider(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,10 @@ STEPS = 4
 
 
 def placed(stage: Stage, ranks: Ranks) -> tuple[RunConfig, str]:
-    """The config with `engine.zero_stage: auto` decided, and why; called on one rank for all."""
+    """The config with `engine.zero_stage: auto` decided, and why; called on one rank for all.
+
+    Where that is 3 nothing is remembered, whatever the config says: the budgets were given for the other case.
+    """
     config = stage.config
     local = ranks_per_node(ranks.size)
     cuda = ranks.device.type == "cuda"
@@ -36,10 +39,15 @@ def placed(stage: Stage, ranks: Ranks) -> tuple[RunConfig, str]:
     ways = placements(config, hardware)
     chosen, why = choose([estimate(shape, loads, learned, config, hardware, way, cuda) for way in ways], hardware)
     placement = chosen.placement if chosen is not None else ways[-1]
-    decided: dict[str, Any] = {"zero_stage": 0 if placement == "replicate" else 3}
+    if placement == "replicate":
+        return config.model_copy(update={"engine": config.engine.model_copy(update={"zero_stage": 0})}), why
+    if config.remember_gib or config.remember_device_gib:
+        why += "; remember_gib and remember_device_gib are 0 then: sharded, ranks must all run the same passes"
+    decided: dict[str, Any] = {"zero_stage": 3}
     if placement == "shard in a node":
         decided["shard_over"] = "node"
-    return config.model_copy(update={"engine": config.engine.model_copy(update=decided)}), why
+    changed = {"engine": config.engine.model_copy(update=decided), "remember_gib": 0.0, "remember_device_gib": 0.0}
+    return config.model_copy(update=changed), why
 
 
 def host_memory(groups: Path = Path("/sys/fs/cgroup"), mine: Path = Path("/proc/self/cgroup")) -> int:
