@@ -14,7 +14,7 @@ import torch
 from tagllm.config import Quantization, RunConfig
 from tagllm.data.batch import Batch
 from tagllm.model.linear import PACK_UP_TO, FrozenLinear, cpu_multiplies_bf16
-from tagllm.model.lm_head import CHUNK_BYTES
+from tagllm.model.lm_head import chunk_bytes
 from tagllm.model.prefix import POSITIONS_AT_ONCE
 from tagllm.model.quantize import bytes_per_weight
 from tagllm.train.deepspeed_settings import BUCKET_ELEMENTS
@@ -176,6 +176,7 @@ def estimate(
     in_few = not cuda and placement == "replicate" and config.remembers
     computed = min(largest.computed, max(POSITIONS_AT_ONCE, largest.longest)) if in_few else largest.computed
     at_once = max(largest.live, computed)
+    kept = kept_per_live(shape) + kept_by_plain_attention(shape) * (cuda and not largest.computed)
     work = at_once * (4 * shape.hidden + 3 * shape.mlp) * FP32
     copies = shape.width * (shape.map_weights * (shape.quantize == "none") + (shape.head or shape.embedding))
     rounds = not cuda and shape.dtype == torch.bfloat16
@@ -189,12 +190,12 @@ def estimate(
         "packed copy of weights": copies * packs,
         "scales": shape.scale_bytes // parts,
         "gathered weights": 0 if parts == 1 else of_layer + shape.embedding * shape.width,
-        "kept for backward": kept_per_live(shape) * largest.live,
+        "kept for backward": kept * largest.live,
         "prefix keys and values": per_key * largest.key_places,
         "work of one layer": work + 3 * shape.heads * largest.scores * FP32,
         "a map in fp32": FP32 * max(cast, default=0) * rounds,
         "states of chosen layers": FP32 * shape.hidden * layers * at_once,
-        "logits": 3 * min(CHUNK_BYTES, FP32 * largest.labels * shape.vocabulary),
+        "logits": 3 * min(chunk_bytes(cuda), FP32 * largest.labels * shape.vocabulary),
         "remembered prefixes": device if cuda else host,
         "learned rows, moments, buffers": 4 * FP32 * learned + 2 * BUCKET_BYTES,
     }
@@ -212,6 +213,12 @@ def kept_per_live(shape: Shape) -> int:
     of_layer = 2 * (shape.hidden * shape.width + FP32) + shape.heads * shape.head_size * FP32
     of_layer += 2 * shape.mlp * shape.width
     return shape.layers * of_layer + shape.hidden * shape.width + FP32
+
+
+def kept_by_plain_attention(shape: Shape) -> int:
+    """Bytes more where a row has nothing frozen in front, so that a kernel of torch's computes its attention: on CUDA
+    it keeps keys and values of all heads and what comes out."""
+    return 3 * shape.layers * shape.heads * shape.head_size * FP32
 
 
 def _flops(shape: Shape, load: Load) -> float:

@@ -248,6 +248,15 @@ def test_the_kernels_pass_these_tests_in_the_interpreter(device: str) -> None:
     assert run.returncode == 0, run.stdout + run.stderr
 
 
+@pytest.mark.skipif(find_spec("triton") is None, reason="triton is not installed")
+def test_where_triton_cannot_run_rows_are_gathered_without_it(capsys: pytest.CaptureFixture[str]) -> None:
+    """On a CPU it has nothing to run on, but for its interpreter; that is said once."""
+    gather.kernels_run.cache_clear()
+    found = {gather.kernels_run(torch.device("cpu")) for _ in range(2)}
+    assert found == {INTERPRETED}
+    assert capsys.readouterr().out.count("warning: triton cannot run here") == (not INTERPRETED)
+
+
 @needs_triton
 @pytest.mark.parametrize("capability", [80, 90])
 def test_the_kernels_compile_for_cuda(

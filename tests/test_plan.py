@@ -13,6 +13,7 @@ from tagllm import plan
 from tagllm.config import RunConfig
 from tagllm.config_file import parse_as
 from tagllm.model.frozen import make_frozen_aware
+from tagllm.model.lm_head import chunk_bytes
 from tagllm.model.prefix import POSITIONS_AT_ONCE
 from tagllm.plan import Hardware, Load, Shape, choose, estimate, placements
 from tests import tiny
@@ -123,6 +124,22 @@ def test_a_pass_on_a_cpu_is_over_few_stretches_where_ranks_need_not_go_together(
     assert work("shard", LOADS) - work("replicate", LOADS) == (4000 - POSITIONS_AT_ONCE) * of_position
     assert work("shard", long) - work("replicate", long) == (9000 - 2500) * of_position
     assert work("replicate", LOADS, cuda=True) == work("shard", LOADS)
+
+
+def test_logits_are_those_of_one_chunk() -> None:
+    """Of a chunk as the LM head cuts it: on a GPU a product over 1,000 positions of a large vocabulary."""
+    of, many = shape(SEVEN)._replace(vocabulary=2**17), [LOADS[0]._replace(labels=9000)]
+    for cuda, positions in ((True, 1024), (False, 64)):
+        assert chunk_bytes(cuda) // (4 * of.vocabulary) == positions
+        found = estimate(of, many, 40960, config(), GPUS, "replicate", cuda).memory["logits"]
+        assert found == 3 * 4 * of.vocabulary * positions
+
+
+def test_rows_without_a_prefix_keep_what_torchs_kernel_keeps() -> None:
+    """Nothing that grows with the square of a row."""
+    of, alone = shape(SEVENTY), LOADS[0]._replace(computed=0)
+    frozen, live = (estimate(of, [x], 40960, config(), GPUS, "replicate").memory for x in (LOADS[0], alone))
+    assert live["kept for backward"] - frozen["kept for backward"] == 160 * 80 * 3 * 8192 * 4
 
 
 def test_a_load_counts_positions_once() -> None:

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import sys
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional
 
+from tagllm.config import BackboneConfig
 from tagllm.data.batch import Counts, count
 from tagllm.data.encode import Example, TagLayout
+from tagllm.errors import UserError
 from tagllm.model import attention, prefix
 from tagllm.model.attention import plain_attention
-from tagllm.model.backbone import checkpoint_layers
+from tagllm.model.backbone import _attention, checkpoint_layers
 from tagllm.model.loss import LossWeights, total
 from tagllm.model.tagged import TaggedModel
 from tagllm.template import FIELD, OUTPUT, SPAN
@@ -345,6 +349,53 @@ def test_flash_attn_gets_no_fp32(monkeypatch: pytest.MonkeyPatch) -> None:
         loss, _ = tiny.loss_of(tagged, tiny.collator(of, frozen)(tiny.rows(of)[:1]))
         loss.backward()
     assert set(seen_dtypes) == {torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("files", "told"),
+    [
+        ({"cute/__init__.py": ""}, "cannot import name 'flash_attn_varlen_func'"),
+        ({"__init__.py": "raise ImportError('undefined symbol: _ZN3c105ErrorE')"}, "undefined symbol: _ZN3c105ErrorE"),
+    ],
+    ids=["flash-attn 4", "of another torch"],
+)
+def test_flash_attn_that_cannot_be_imported_is_not_chosen(
+    files: dict[str, str], told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, text in files.items():
+        (tmp_path / "flash_attn" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "flash_attn" / name).write_text(text)
+    monkeypatch.syspath_prepend(tmp_path)
+    asked = torch.device("cuda"), torch.bfloat16
+    for name in [name for name in sys.modules if name.partition(".")[0] == "flash_attn"]:
+        monkeypatch.delitem(sys.modules, name)
+    assert _attention(BackboneConfig(model="m"), *asked) == "sdpa"
+    with pytest.raises(UserError, match=f"needs the package flash-attn, which says: {told}"):
+        _attention(BackboneConfig(model="m", attention="flash_attention_2"), *asked)
+    sys.modules.pop("flash_attn", None)
+
+
+def test_heads_of_a_group_spread_out_are_the_same_attention() -> None:
+    random = torch.Generator().manual_seed(0)
+    shapes = [(2, 6, 5, 8), (2, 3, 5, 8), (2, 3, 5, 8)]
+    states = [torch.randn(shape, generator=random, requires_grad=True) for shape in shapes]
+    query, key, value = states
+    grouped = attention.causal(query, key, value, 0.3)
+    spread = attention.causal(query, *(attention.spread_over_heads(t, 6) for t in (key, value)), 0.3)
+    torch.testing.assert_close(spread, grouped, rtol=1e-5, atol=1e-6)
+    upstream = torch.randn(grouped.shape, generator=random)
+    found, expected = (torch.autograd.grad(out, states, upstream) for out in (spread, grouped))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+def test_a_gpu_keeps_no_scores_of_groups_of_heads_in_fp32() -> None:
+    """The only other kernel for them keeps rows x heads x positions x positions in each layer."""
+    of = tiny.layout()
+    tagged = tiny.model(of).cuda()
+    batch = tiny.collator(of, frozen=False)(tiny.rows(of)[:1]).to(torch.device("cuda"))
+    with torch.nn.attention.sdpa_kernel([torch.nn.attention.SDPBackend.EFFICIENT_ATTENTION]):
+        tiny.loss_of(tagged, batch)[0].backward()
 
 
 def test_beginnings_that_differ_in_their_spans_alone_are_two() -> None:

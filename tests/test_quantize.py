@@ -9,7 +9,16 @@ from torch import Tensor, nn
 
 from tagllm.config import Quantization
 from tagllm.model.linear import FrozenLinear
-from tagllm.model.quantize import OUTLIER, Int8Linear, LlmInt8Linear, Nf4Linear, bytes_per_weight, quantised
+from tagllm.model.quantize import (
+    OUTLIER,
+    PIECE,
+    Int8Linear,
+    LlmInt8Linear,
+    Nf4Linear,
+    at_a_time,
+    bytes_per_weight,
+    quantised,
+)
 
 KINDS: dict[Quantization, type[FrozenLinear]] = {"int8": Int8Linear, "llm_int8": LlmInt8Linear, "nf4": Nf4Linear}
 DTYPES = [torch.float32, torch.bfloat16]
@@ -44,6 +53,12 @@ def test_nf4_is_what_bitsandbytes_makes_of_it(dtype: torch.dtype) -> None:
     assert found.dtype == dtype
     assert found.equal(expected)
     assert 0.01 < float((found.float() - original.weight.float()).norm() / original.weight.float().norm()) < 0.12
+
+
+def test_only_a_cpu_is_given_nf4_in_pieces() -> None:
+    """Seven billion weights are 99,000 pieces, each with calls of its own."""
+    assert [len(piece) for piece in at_a_time(torch.empty(PIECE + 64))] == [PIECE, 64]
+    assert [len(piece) for piece in at_a_time(torch.empty(9 * PIECE, device="meta"))] == [9 * PIECE]
 
 
 @pytest.mark.parametrize("width", [32, 40, 64, 96])

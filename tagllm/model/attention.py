@@ -245,10 +245,28 @@ def _plain(this: PassCache, query_1HNE: Tensor, key_1GNE: Tensor, value_1GNE: Te
     ):  # live passes are fp32: not for flash
         return _flash(this.tokens, query_1HNE, key_1GNE, value_1GNE, scale)
     query, key, value = (this.rows.split(states) for states in (query_1HNE, key_1GNE, value_1GNE))
-    out_BHSE = functional.scaled_dot_product_attention(
+    if query.is_cuda and query.shape[1] != key.shape[1] and not _flash_takes(query, key, value):
+        key, value = spread_over_heads(key, query.shape[1]), spread_over_heads(value, query.shape[1])
+    return this.rows.join(causal(query, key, value, scale))
+
+
+def causal(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """torch's attention in which each position sees itself and those before: (B, H, S, E)."""
+    return functional.scaled_dot_product_attention(
         query, key, value, is_causal=True, scale=scale, enable_gqa=query.shape[1] != key.shape[1]
     )
-    return this.rows.join(out_BHSE)
+
+
+def _flash_takes(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether torch's own flash kernel for CUDA does; no other there knows groups of heads and keeps no scores."""
+    asked = torch.backends.cuda.SDPAParams(query, key, value, None, 0.0, True, query.shape[1] != key.shape[1])
+    return torch.backends.cuda.can_use_flash_attention(asked)
+
+
+def spread_over_heads(states_BGSE: Tensor, heads: int) -> Tensor:
+    """(B, H, S, E), for the memory-efficient kernel: in fp32 groups of heads go to the one that keeps all scores for
+    backward, B x H x S x S of them in each layer."""
+    return states_BGSE.repeat_interleave(heads // states_BGSE.shape[1], dim=1)
 
 
 def _flash(tokens: Tokens, query_1HNE: Tensor, key_1GNE: Tensor, value_1GNE: Tensor, scale: float) -> Tensor:

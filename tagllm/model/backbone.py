@@ -6,7 +6,6 @@ import hashlib
 import time
 from collections.abc import Callable, Collection
 from functools import partial
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -201,15 +200,28 @@ def pack_weights(model: Any) -> None:
 
 
 def _attention(config: BackboneConfig, device: torch.device, dtype: torch.dtype) -> str:
-    """flash-attn where it is installed and can run: on CUDA, not in fp32."""
-    usable = device.type == "cuda" and dtype != torch.float32 and find_spec("flash_attn") is not None
+    """flash-attn where it can be imported and can run: on CUDA, not in fp32."""
+    able = device.type == "cuda" and dtype != torch.float32 and config.attention != "sdpa"
+    missing = _flash_attn_missing() if able else ""
+    usable = able and not missing
     if config.attention == "flash_attention_2" and not usable:
+        said = f", which says: {missing}" if missing else ""
         raise UserError(
-            f"backbone.attention is flash_attention_2; it needs the package flash-attn, CUDA (here: {device.type}) and "
-            f"bf16 (here: {str(dtype).removeprefix('torch.')}). With nvcc, in the checkout, "
+            f"backbone.attention is flash_attention_2; it needs the package flash-attn{said}, CUDA (here: "
+            f"{device.type}) and bf16 (here: {str(dtype).removeprefix('torch.')}). With nvcc, in the checkout, "
             "run: pip install --no-build-isolation -e '.[gpu]'; or set backbone.attention=auto."
         )
-    return "flash_attention_2" if usable and config.attention != "sdpa" else "sdpa"
+    return "flash_attention_2" if usable else "sdpa"
+
+
+def _flash_attn_missing() -> str:
+    """Why what is used of flash-attn is not to be had; empty if it is. A folder of that name says little: flash-attn 4
+    has one too, without this function, and a build for another torch fails here."""
+    try:
+        from flash_attn import flash_attn_varlen_func  # noqa: F401
+    except Exception as error:  # noqa: BLE001  whatever a build for another torch raises
+        return str(error).strip().partition("\n")[0] or repr(error)
+    return ""
 
 
 def identify(

@@ -14,6 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn.functional import embedding
 
+from tagllm import launched
+
 
 def gather_rows(
     table_VD: Tensor, frozen_FD: Tensor, learned_LD: Tensor, ids_BS: Tensor, vocabulary_size: int, dtype: torch.dtype
@@ -25,7 +27,7 @@ def gather_rows(
 
     An id outside is taken as the nearest one inside, forward and backward: nothing out of bounds is ever read.
     `learned_LD` is fp32 and has an fp32 gradient, the same bits in every run; the others have none. Nothing waits for
-    the device. One Triton kernel on CUDA where triton is installed, else plain PyTorch.
+    the device. One Triton kernel on CUDA where it can be compiled, else plain PyTorch.
 
     Args:
         vocabulary_size: V; the table may have more rows than that, which no id reaches.
@@ -65,12 +67,29 @@ class _GatherRows(torch.autograd.Function):
 
 
 def _has_kernel(ids_BS: Tensor) -> bool:
-    return ids_BS.is_cuda and _triton_is_installed()
+    return ids_BS.is_cuda and kernels_run(ids_BS.device)
 
 
 @cache
-def _triton_is_installed() -> bool:
-    return find_spec("triton") is not None
+def kernels_run(device: torch.device) -> bool:
+    """Whether triton is installed and gets both kernels to run on this device, which it may not: it needs a C compiler
+    on the machine that trains. Rank 0 says so."""
+    if find_spec("triton") is None:
+        return False
+    row_1D, ids_11 = torch.zeros(1, 16, device=device), torch.zeros(1, 1, dtype=torch.long, device=device)
+    try:
+        from tagllm.model import gather_triton
+
+        gather_triton.gather(row_1D, row_1D, row_1D, ids_11, 1, torch.float32)
+        gather_triton.sum_of_learned(row_1D[None], ids_11, 0, 1)
+    except Exception as error:  # noqa: BLE001  triton has no one kind of error for what a machine lacks
+        if launched.rank() == 0:
+            first = str(error).strip().partition("\n")[0] or repr(error)
+            print(
+                f"warning: triton cannot run here, so rows of tags are gathered without its kernel: {first}", flush=True
+            )
+        return False
+    return True
 
 
 def plain_gather(

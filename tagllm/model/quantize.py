@@ -8,7 +8,7 @@ O outputs, I inputs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any, Self
 
@@ -19,7 +19,7 @@ from tagllm.config import Quantization
 from tagllm.model.linear import Exact, FrozenLinear
 
 PIECE = 1 << 16
-"""Weights that NF4 is made of at a time; whole blocks."""
+"""Weights that NF4 is made of at a time on a CPU; whole blocks."""
 OUTLIER = 6.0
 """Of LLM.int8's paper."""
 
@@ -88,8 +88,7 @@ class Nf4Linear(FrozenLinear):
         from bitsandbytes.functional import quantize_4bit, quantize_blockwise
 
         matrix_OI = layer.matrix().detach()
-        # piece by piece: on a CPU bitsandbytes compares every weight with all 16 levels at once
-        pieces = [quantize_4bit(piece, quant_type="nf4") for piece in matrix_OI.flatten().split(PIECE)]
+        pieces = [quantize_4bit(piece, quant_type="nf4") for piece in at_a_time(matrix_OI.flatten())]
         absmax = torch.cat([state.absmax for _, state in pieces])
         offset = absmax.mean()
         quantised_absmax, of_scales = quantize_blockwise(absmax - offset, blocksize=256)
@@ -115,6 +114,12 @@ class Nf4Linear(FrozenLinear):
             self.weight.view(-1, 1), absmax, 64, "nf4", shape, self._dtype
         )
         return row.view(self.out_features, self.in_features)
+
+
+def at_a_time(weights_n: Tensor) -> Sequence[Tensor]:
+    """What bitsandbytes gets in one call: on a CPU it compares every weight with all 16 levels at once, which takes
+    memory for each; elsewhere its kernel takes any number."""
+    return weights_n.split(PIECE) if weights_n.device.type == "cpu" else [weights_n]
 
 
 @cache
