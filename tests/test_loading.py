@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 from tokenizers.processors import TemplateProcessing
 from torch import nn
@@ -17,7 +18,7 @@ from tagllm.errors import UserError
 from tagllm.model.backbone import identify
 from tagllm.model.linear import FrozenLinear
 from tagllm.model.lm_head import FrozenHead
-from tagllm.model.loading import _sample, load_model
+from tagllm.model.loading import HUB_FILES, NOT_READ, _sample, load_model
 from tagllm.model.quantize import Int8Linear, Nf4Linear
 from tests import tiny
 
@@ -78,6 +79,13 @@ def test_it_is_the_model_of_transformers(family: str, shard: str, tmp_path: Path
     assert embedding().equal(expected.get_input_embeddings().weight)
     assert found.generation_config.eos_token_id == expected.generation_config.eos_token_id
     assert not any(p.requires_grad for p in found.parameters())
+
+
+def test_weights_come_once_from_the_hub() -> None:
+    """Repositories of Mistral and Llama have them in two layouts."""
+    read = ["config.json", "model.safetensors.index.json", "model-00001-of-00002.safetensors", "tokenizer.json"]
+    others = ["consolidated.safetensors", "consolidated-00001.safetensors", "original/params.json", "README.md"]
+    assert [*filter_repo_objects(read + others, allow_patterns=HUB_FILES, ignore_patterns=NOT_READ)] == read
 
 
 def test_what_routers_keep_beside_parameters_is_loaded(tmp_path: Path) -> None:

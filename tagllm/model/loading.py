@@ -27,6 +27,9 @@ QUANTISED_AT_LEAST = 0.9
 SAMPLED = 64
 """Numbers of each map of the decoder that its digest is of."""
 
+HUB_FILES, NOT_READ = ["*.json", "*.safetensors"], ["consolidated*", "original/*"]
+"""What is downloaded, and what of it is not: the same weights once more, as their authors' own code reads them."""
+
 Place = Callable[[nn.Module], None]
 """Called with each module as soon as its own weights are there: shards them."""
 
@@ -192,7 +195,7 @@ def local_folder(name: str) -> Path:
 
     if Path(name).is_dir():
         return Path(name)
-    return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]))
+    return Path(snapshot_download(name, allow_patterns=HUB_FILES, ignore_patterns=NOT_READ))
 
 
 def _aliases(model: nn.Module) -> Iterator[list[str]]:
