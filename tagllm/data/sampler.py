@@ -65,7 +65,8 @@ class Sampler:
         self.sizes, self.rows_per_step, self.seed = list(sizes), rows_per_step, seed
         self.rows_per_epoch = sum(sizes)
         self.draws = list(sizes) if shares is None else _apportion(shares, self.rows_per_epoch)
-        self._epochs: dict[int, list[Draw]] = {}
+        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        """Sources and rows of the draws of each epoch: as tuples of Python a million rows would take 100 MB."""
 
     def step(self, step: int) -> list[Draw]:
         """The rows of one optimizer step."""
@@ -77,16 +78,17 @@ class Sampler:
         if epoch not in self._epochs:
             before = {e: order for e, order in self._epochs.items() if e == epoch - 1}
             self._epochs = before | {epoch: self._order(epoch)}
-        return self._epochs[epoch][offset]
+        sources, rows = self._epochs[epoch]
+        return Draw(int(sources[offset]), int(rows[offset]))
 
-    def _order(self, epoch: int) -> list[Draw]:
+    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
         sources = np.repeat(np.arange(len(self.sizes)), self.draws)
         np.random.default_rng([self.seed, 0, epoch]).shuffle(sources)
         rows = np.empty(len(sources), np.int64)
         for source, (size, draws) in enumerate(zip(self.sizes, self.draws, strict=True)):
             positions = np.arange(epoch * draws, (epoch + 1) * draws)
             rows[sources == source] = self._permuted(source, size, positions)
-        return [Draw(int(source), int(row)) for source, row in zip(sources, rows, strict=True)]
+        return sources, rows
 
     def _permuted(self, source: int, size: int, positions: np.ndarray) -> np.ndarray:
         rows = np.empty(len(positions), np.int64)
