@@ -172,6 +172,15 @@ def test_a_run_that_was_stopped_behind_its_last_step_ends_once(
 
 
 @pytest.mark.parametrize("cut", ["held_out", "seen_by_heads"])
+def test_the_last_steps_are_saved_before_the_last_fit(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def failing(*_: Any) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Validation, "probes", failing)
+    assert isinstance(run("train", config(folder, "unfitted")).exception, MemoryError)
+    assert [path.name for path in (folder / "runs/unfitted/checkpoints").glob("step-*")] == ["step-00000003"]
+
+
 def test_an_evaluation_that_a_stop_cut_off_is_made_by_the_next_process(
     run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, cut: str
 ) -> None:

@@ -105,6 +105,8 @@ class Trainer:
             try:
                 self._train()
                 self._finish()
+                if self.at > self.first:
+                    self._save()  # what follows takes minutes on many rows, and may fail
             except StopAsked:
                 self._leave()
 
