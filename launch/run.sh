@@ -20,12 +20,12 @@ if [[ -x $here/.venv/bin/python ]]; then PATH=$here/.venv/bin:$PATH; fi # ninja 
 export PATH TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
 launcher=${LAUNCHER:-torchrun} command=${TAGLLM_COMMAND:-train}
 
-there='import os, torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0, len(os.sched_getaffinity(0)))'
+there='from tagllm.gpus import main; main()'
 if [[ ${DS_ACCELERATOR:-} == cpu ]]; then
     export CUDA_VISIBLE_DEVICES=
     there='import os; print(0, len(os.sched_getaffinity(0)))' # torch takes seconds to import
 fi
-read -r gpus cores < <(python -c "$there")
+read -r gpus cores < <(python -c "$there") || exit 2 # it said why
 if ((gpus == 0)) && [[ -z ${HOSTFILE:-} ]]; then export DS_ACCELERATOR=${DS_ACCELERATOR:-cpu}; fi
 slots=
 if [[ -n ${HOSTFILE:-} ]]; then slots=$(grep -os 'slots=[0-9]*' "$HOSTFILE" | cut -d = -f 2 | sort -n | tail -n 1) || true; fi

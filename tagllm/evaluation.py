@@ -58,7 +58,7 @@ def evaluate(
     config = config.alone() if ranks.size == 1 else config
     with in_contact(ranks.silent, lambda: f"rank {ranks.rank} scoring {run}"):
         results = _results(run, config, split, controls, ablate, ranks)
-        results |= {"seconds": time.monotonic() - began, "peak_gib": ranks.sum([peak_memory_gib()])[0]}
+        results |= {"seconds": time.monotonic() - began, **ranks.sum_each(peak_memory_gib())}
         ranks.on_rank_zero(lambda: write_results(run, results))
     return results
 

@@ -77,6 +77,11 @@ def code_digest() -> str:
     return hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
 
 
-def peak_memory_gib() -> float:
-    """Peak resident memory of this process."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def peak_memory_gib() -> dict[str, float]:
+    """Peak memory of this process: resident, and where there is a GPU what torch had allocated there."""
+    import torch
+
+    peaks = {"peak_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+    if torch.cuda.is_available():
+        peaks["peak_gpu_gib"] = torch.cuda.max_memory_allocated() / 2**30
+    return peaks

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from threading import Thread
@@ -16,7 +16,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 
-from tagllm import launched
+from tagllm import gpus, launched
 from tagllm.errors import SharedError, UserError
 from tagllm.rendezvous import met
 
@@ -40,12 +40,16 @@ class Ranks(NamedTuple):
 
     @classmethod
     def start(cls, timeout_s: int) -> Ranks:
-        """Joins the process group of the launcher, or makes a group of one."""
+        """Joins the process group of the launcher, or makes a group of one.
+
+        Raises:
+            UserError: there are GPUs that torch does not see.
+        """
         rank, size = launched.rank(), launched.world_size()
         local = int(os.environ.setdefault("LOCAL_RANK", "0"))  # DeepSpeed insists on it
         device = torch.device("cpu")
-        if torch.cuda.is_available():
-            at = local % torch.cuda.device_count()  # Slurm may show each of its tasks one GPU alone
+        if num_gpus := gpus.seen():
+            at = local % num_gpus  # Slurm may show each of its tasks one GPU alone
             device = torch.device("cuda", at)
             torch.cuda.set_device(device)
             os.environ["LOCAL_RANK"] = str(at)  # where DeepSpeed reads its device
@@ -103,6 +107,10 @@ class Ranks(NamedTuple):
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
         dist.all_reduce(total)
         return list(total.tolist())
+
+    def sum_each(self, values: Mapping[str, float]) -> dict[str, float]:
+        """`sum` by name; every rank has the same names."""
+        return dict(zip(values, self.sum(list(values.values())), strict=True))
 
     def gather(self, value: Any) -> list[Any]:
         """The value of every rank, on every rank."""

@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 
 from tagllm import __version__
 from tagllm.cli import app
+from tagllm.origin import hardware
 from tagllm.tags import Tag, TagLibrary
 from tagllm.train.signals import EXIT_STOPPED, StopAsked
 from tagllm.train.validation import Validation
@@ -171,7 +172,6 @@ def test_a_run_that_was_stopped_behind_its_last_step_ends_once(
     assert (folder / "runs/late/library").exists()
 
 
-@pytest.mark.parametrize("cut", ["held_out", "seen_by_heads"])
 def test_the_last_steps_are_saved_before_the_last_fit(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def failing(*_: Any) -> None:
         raise MemoryError
@@ -181,6 +181,7 @@ def test_the_last_steps_are_saved_before_the_last_fit(run: Run, folder: Path, mo
     assert [path.name for path in (folder / "runs/unfitted/checkpoints").glob("step-*")] == ["step-00000003"]
 
 
+@pytest.mark.parametrize("cut", ["held_out", "seen_by_heads"])
 def test_an_evaluation_that_a_stop_cut_off_is_made_by_the_next_process(
     run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch, cut: str
 ) -> None:
@@ -210,7 +211,9 @@ def _scores(run: Path) -> tuple[list[dict[str, float]], dict[str, Any]]:
 
 def test_train_eval_predict(run: Run, folder: Path) -> None:
     file = config(folder, "whole")
-    assert run("train", file).exit_code == 0
+    trained = run("train", file)
+    assert trained.exit_code == 0
+    assert f"device: {hardware()}; ranks: 1" in trained.stderr
     out = folder / "runs" / "whole"
     names = {path.name for path in out.iterdir()}
     assert {"config.yaml", "origin.json", "splits.json", "metrics.jsonl", "tensorboard", "library", "last"} <= names

@@ -11,6 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PYTHON = """#!/bin/sh
 if [ "$1" = -c ]; then
+    if [ "$GPUS" = unseen ]; then echo "error: torch sees no GPU" >&2; exit 1; fi
     if [ "${CUDA_VISIBLE_DEVICES-all}" ]; then echo "$GPUS 16"; else echo "0 16"; fi
     exit
 fi
@@ -111,6 +112,11 @@ def test_gpus_that_deepspeed_cannot_be_given_are_refused(tmp_path: Path, visible
     ended = launch(tmp_path, "launch/run.sh", "x.yaml", **variables)
     assert ended.returncode == 2
     assert ended.stderr.startswith(f"error: launch/run.sh: {problem}")
+
+
+def test_gpus_that_torch_does_not_see_are_not_taken_for_none(tmp_path: Path) -> None:
+    ended = launch(tmp_path, "launch/run.sh", "x.yaml", LAUNCHER="deepspeed", GPUS="unseen")
+    assert (ended.returncode, ended.stdout, ended.stderr) == (2, "", "error: torch sees no GPU\n")
 
 
 def test_other_hosts_are_told_what_is_set_here(tmp_path: Path) -> None:

@@ -184,7 +184,7 @@ def _final(task: Task, method: Method, record: Record, rate: float, seed: int) -
         about = bool(head.spec.classes), task.config.data.sources[0].target
         entry = trained._asdict() | {
             "metrics": value_metrics(*pair, *about), "intervals": intervals(*pair, *about),
-            "test_rows": len(test.targets_nK), "peak_gib": peak_memory_gib(),
+            "test_rows": len(test.targets_nK), **peak_memory_gib(),
         }  # fmt: skip
         record.add("final", key, entry)
     return entry

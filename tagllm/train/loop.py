@@ -15,7 +15,7 @@ from tagllm.errors import SharedError
 from tagllm.evaluate.closed_form import FIT_ROWS
 from tagllm.head import fields_alone
 from tagllm.model.backbone import fastest_dtype
-from tagllm.origin import peak_memory_gib
+from tagllm.origin import hardware, peak_memory_gib
 from tagllm.ranks import Ranks
 from tagllm.rendezvous import in_contact
 from tagllm.run_folder import RunFolder, writing
@@ -98,15 +98,16 @@ class Trainer:
             return
         with self._recorded() as self.monitor:
             self.stop.training = True
+            self.monitor.say(f"device: {hardware()}; ranks: {self.ranks.size}")
             if self.first:
                 self.monitor.say(f"going on from step {self.first} of {self.total}")
             for line in [*self.built.data.told(), *unusual(self.built.stage)]:
                 self.monitor.say(line)
             try:
                 self._train()
-                self._finish()
                 if self.at > self.first:
                     self._save()  # what follows takes minutes on many rows, and may fail
+                self._finish()
             except StopAsked:
                 self._leave()
 
@@ -208,8 +209,8 @@ class Trainer:
             raise
         self.monitor.log(self.at, scalars)
         about = {"steps": self.at, "best_step": self.progress.best_step, **scalars}
-        peak = self.ranks.sum([peak_memory_gib()])[0]
-        self.monitor.log(self.at, {"memory/peak_gib_all_ranks": peak})
+        peaks = self.ranks.sum_each(peak_memory_gib())
+        self.monitor.log(self.at, {f"memory/{name}_all_ranks": peak for name, peak in peaks.items()})
 
         def save() -> None:
             with writing(self.run.library):
@@ -235,7 +236,7 @@ class Trainer:
             "train/skipped_steps": float(self.progress.skipped),
             "speed/seconds": seconds, "speed/rows_per_second": optim.rows_per_step / seconds,
             "speed/prefix_hit_ratio": memory.hits / max(memory.lookups, 1) if memory else math.nan,
-            "memory/peak_gib_rank0": peak_memory_gib(),
+            **{f"memory/{name}_rank0": peak for name, peak in peak_memory_gib().items()},
         }  # fmt: skip
         self.monitor.log(self.at, scalars)
 
