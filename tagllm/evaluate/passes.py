@@ -6,6 +6,7 @@ n rows, K head outputs, D hidden size.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from math import ceil
 from typing import NamedTuple
 
 import numpy as np
@@ -28,6 +29,10 @@ from tagllm.model.tagged import Output
 from tagllm.ranks import Ranks
 
 Forward = Callable[[Batch], Output]
+Part = tuple[list[int], list[Floats]]
+"""Which draws, and their columns."""
+GATHERED_AT_ONCE = 1 << 28
+"""Bytes of all ranks together, which NCCL has on every GPU while they are sent, beside the backbone and all else."""
 
 
 class Pass(NamedTuple):
@@ -80,7 +85,7 @@ def run_over(
     batches = [[mine[k] for k in chunk] for chunk in in_chunks([examples[i] for i in mine], rows_per_batch)]
     num_batches = max(ranks.gather(len(batches)))
     sums, counts = np.zeros(3), np.zeros(3, int)
-    parts: list[tuple[list[int], list[Floats]]] = []
+    parts = list[Part]()
     filler, problems = _filler(sources), list[str]()
     for at in range(num_batches):
         if at >= len(batches):
@@ -100,7 +105,7 @@ def run_over(
         parts.append((chosen, _columns(output, batch, features)))
     if found := [text for texts in ranks.gather(problems) for text in texts]:
         raise SharedError(*found)
-    everything = [part for one in ranks.gather(parts) for part in one]
+    everything = gathered(parts, ranks)
     total = ranks.sum([*sums, *counts])
     columns = _in_order(everything, len(draws))
     return Pass((total[0], total[1], total[2]), Counts(*(int(n) for n in total[3:])), *columns)
@@ -117,7 +122,17 @@ def _columns(output: Output, batch: Batch, features: bool) -> list[Floats]:
     return [tensor.detach().float().cpu().numpy() for tensor in kept]
 
 
-def _in_order(parts: Sequence[tuple[list[int], list[Floats]]], n: int) -> list[Floats]:
+def gathered(mine: Sequence[Part], ranks: Ranks) -> list[Part]:
+    """The parts of all ranks, as many at a time as `GATHERED_AT_ONCE` has room for."""
+    num_bytes = sum(column.nbytes for _, columns in mine for column in columns)
+    nums_parts, nums_bytes = zip(*ranks.gather((len(mine), num_bytes)), strict=True)
+    times = max(1, ceil(ranks.size * max(nums_bytes) / GATHERED_AT_ONCE))
+    step = max(1, max(nums_parts) // times)
+    turns = [ranks.gather(mine[at : at + step]) for at in range(0, max(nums_parts), step)]
+    return [part for turn in turns for one in turn for part in one]
+
+
+def _in_order(parts: Sequence[Part], n: int) -> list[Floats]:
     columns = []
     for at in range(5):
         width = parts[0][1][at].shape[1]
