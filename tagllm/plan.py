@@ -15,7 +15,7 @@ from tagllm.config import Quantization, RunConfig
 from tagllm.data.batch import Batch
 from tagllm.model.linear import PACK_UP_TO, FrozenLinear, cpu_multiplies_bf16
 from tagllm.model.lm_head import chunk_bytes
-from tagllm.model.prefix import POSITIONS_AT_ONCE
+from tagllm.model.prefix import POSITIONS_AT_ONCE, SCORE_BYTES, score_bytes
 from tagllm.model.quantize import bytes_per_weight
 from tagllm.train.deepspeed_settings import BUCKET_ELEMENTS
 
@@ -102,6 +102,10 @@ class Load(NamedTuple):
     labels: int
     scores: int
     """Of one attention head: queries times keys."""
+    own_rows: int = 0
+    own_longest: int = 0
+    shared_keys: int = 0
+    """Rows with frozen positions of their own behind shared ones, the most of these, and of those."""
 
     @classmethod
     def of(cls, batch: Batch) -> Load:
@@ -112,11 +116,13 @@ class Load(NamedTuple):
         own = max(
             n + sum(piece[p.piece_B[b]] for p in short if p.piece_B[b] >= 0) for b, n in enumerate(batch.own.lengths)
         )
+        shared_keys = sum(max(piece[i] for i in p.piece_B if i >= 0) for p in shared)
         apart = [len(set(p.piece_B) - {-1}) * max(piece) for p in shared if p not in short]
         seen = own + longest + sum(max(piece) for p in shared if p not in short)
         return cls(
             sum(batch.live.lengths), sum(piece) + sum(batch.own.lengths), max([*piece, *batch.own.lengths]),
             rows * (own + longest) + sum(apart), int((batch.label_term_M >= 0).sum()), rows * longest * seen,
+            sum(n > 0 for n in batch.own.lengths), max(batch.own.lengths, default=0), shared_keys,
         )  # fmt: skip
 
 
@@ -184,6 +190,10 @@ def estimate(
     packs = rounds and multiplies and parts == 1 and copies <= PACK_UP_TO
     cast = [height * width for height, width in shape.maps]
     cast += [shape.head or shape.embedding] * (largest.labels > 0 and not multiplies)
+    scores_of_row = score_bytes(shape.heads, largest.own_longest, largest.shared_keys) * (largest.shared_keys > 0)
+    scores_of_prefix = scores_of_row * largest.own_rows
+    if placement == "replicate" and config.remembers:
+        scores_of_prefix = min(scores_of_prefix, max(SCORE_BYTES, scores_of_row))
     layers = max((len(tag.head.layers) for tag in config.tags.values() if tag.head), default=0)
     memory = {
         "weights": shape.weight_bytes // parts,
@@ -192,7 +202,7 @@ def estimate(
         "gathered weights": 0 if parts == 1 else of_layer + shape.embedding * shape.width,
         "kept for backward": kept * largest.live,
         "prefix keys and values": per_key * largest.key_places,
-        "work of one layer": work + 3 * shape.heads * largest.scores * FP32,
+        "work of one layer": work + 3 * max(shape.heads * largest.scores * FP32, scores_of_prefix * cuda),
         "a map in fp32": FP32 * max(cast, default=0) * rounds,
         "states of chosen layers": FP32 * shape.hidden * layers * at_once,
         "logits": 3 * min(chunk_bytes(cuda), FP32 * largest.labels * shape.vocabulary),

@@ -142,6 +142,16 @@ def test_rows_without_a_prefix_keep_what_torchs_kernel_keeps() -> None:
     assert live["kept for backward"] - frozen["kept for backward"] == 160 * 80 * 3 * 8192 * 4
 
 
+def test_scores_over_shared_keys_are_planned_for() -> None:
+    """On a GPU a pass has no more of them than it may; sharded, where all ranks go together, a pass has all rows."""
+    of, of_row = shape(SEVENTY), 4 * 64 * 1000 * 3000
+    load = LOADS[0]._replace(own_rows=8, own_longest=1000, shared_keys=2000)
+    for placement, cuda, expected in (("replicate", True, 1 << 30), ("shard", True, 8 * of_row), ("shard", False, 0)):
+        before, found = (estimate(of, [x], 40960, config(), GPUS, placement, cuda).memory for x in (LOADS[0], load))
+        live = 4 * 64 * load.scores
+        assert found["work of one layer"] - before["work of one layer"] == 3 * max(expected - live, 0)
+
+
 def test_a_load_counts_positions_once() -> None:
     of = tiny.layout()
     batch = tiny.collator(of)(tiny.rows(of))

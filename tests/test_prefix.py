@@ -12,13 +12,14 @@ import torch
 from torch.nn import functional
 
 from tagllm.config import BackboneConfig
-from tagllm.data.batch import Counts, count
+from tagllm.data.batch import Counts, Tokens, count
 from tagllm.data.encode import Example, TagLayout
 from tagllm.errors import UserError
 from tagllm.model import attention, prefix
 from tagllm.model.attention import plain_attention
 from tagllm.model.backbone import _attention, checkpoint_layers
 from tagllm.model.loss import LossWeights, total
+from tagllm.model.prefix import in_passes
 from tagllm.model.tagged import TaggedModel
 from tagllm.template import FIELD, OUTPUT, SPAN
 from tests import tiny
@@ -73,6 +74,18 @@ def test_remembered_prefix_changes_nothing(budget: int, at_once: int, monkeypatc
     assert remembering.memory is not None
     assert remembering.memory.hits > 0
     assert remembering.memory.used_host <= budget
+
+
+def test_a_gpu_takes_as_many_stretches_as_their_scores_leave_room_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 4 heads and 10 shared keys: 4 x 4 x 6 x 16 bytes for a stretch of 6. What is longer goes by itself."""
+    tokens = Tokens(torch.zeros(4, 41, dtype=torch.long, device="meta"), (2, 6, 20, 5, 0, 6, 2), spans=False)
+    for limit, passes in (
+        (1 << 30, [[0, 1, 2, 3, 4, 5, 6]]),
+        (2 * 4 * 4 * 6 * 16, [[2], [1, 5], [0, 3], [4, 6]]),
+        (1, [[2], [1], [5], [3], [0], [6], [4]]),
+    ):
+        monkeypatch.setattr(prefix, "SCORE_BYTES", limit)
+        assert in_passes(tokens, range(7), heads=4, keys_before=10) == passes
 
 
 @pytest.mark.parametrize("family", tiny.FAMILIES)

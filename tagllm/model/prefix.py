@@ -21,6 +21,9 @@ from tagllm.model.attention import FrozenKeys
 
 POSITIONS_AT_ONCE = 1024
 """In a pass on a CPU, unless one stretch has more."""
+SCORE_BYTES = 1 << 30
+"""Of fp32 attention scores in a pass on a GPU, unless one stretch has more; attention holds them three times. Where
+stretches see shared keys no kernel of torch's or flash-attn's is there to do without."""
 
 
 class Piece(NamedTuple):
@@ -47,20 +50,34 @@ class Prefix(NamedTuple):
     pooled_BGD: Tensor
 
 
-def in_passes(tokens: Tokens, chosen: Sequence[int]) -> list[list[int]]:
-    """Which of the chosen stretches go through the backbone together: all, but on a CPU few that are alike in length,
-    since attention pads them to the longest."""
-    if tokens.ids_N.device.type != "cpu":
-        return [list(chosen)]
+def in_passes(tokens: Tokens, chosen: Sequence[int], heads: int, keys_before: int) -> list[list[int]]:
+    """Which of the chosen stretches go through the backbone together: those that are alike in length, since attention
+    pads them to the longest. On a CPU few; on a GPU as many as there is room for scores of one layer.
+
+    Args:
+        keys_before: the most that any stretch sees in front of it.
+    """
     passes: list[list[int]] = []
+    by_length = sorted(chosen, key=lambda i: -tokens.lengths[i])
+    if tokens.ids_N.device.type != "cpu":
+        while by_length:
+            longest = tokens.lengths[by_length[0]]
+            rows = max(1, SCORE_BYTES // max(1, score_bytes(heads, longest, keys_before)))
+            passes, by_length = [*passes, sorted(by_length[:rows])], by_length[rows:]
+        return passes
     room = 0
-    for i in sorted(chosen, key=lambda i: -tokens.lengths[i]):
+    for i in by_length:
         if not passes or tokens.lengths[i] > max(room, 0):
             passes.append([])
             room = POSITIONS_AT_ONCE
         passes[-1].append(i)
         room -= tokens.lengths[i]
     return [sorted(some) for some in passes]
+
+
+def score_bytes(heads: int, positions: int, keys_before: int) -> int:
+    """Of fp32 attention scores of one stretch in one layer."""
+    return 4 * heads * positions * (keys_before + positions)
 
 
 def cut_into_pieces(

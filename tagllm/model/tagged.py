@@ -82,6 +82,7 @@ class TaggedModel(nn.Module):
         self.heads = nn.ModuleDict({n: HeadModule(h).requires_grad_(n in layout.learned) for n, h in heads.items()})
         self._num_computed = 0
         use_parts_attention(backbone)
+        self._num_heads = int(text.num_attention_heads)
         self.rotation = Rotation.of(backbone)
 
     def forward(self, batch: Batch) -> Output:
@@ -138,7 +139,8 @@ class TaggedModel(nn.Module):
         missing = [i for i, piece in enumerate(found) if piece is None]
         if not missing:
             return [piece for piece in found if piece is not None]
-        for some in in_passes(tokens, missing):
+        before = sum(max(part.lengths, default=0) for part in parts)
+        for some in in_passes(tokens, missing, self._num_heads, before):
             here, below = tokens, parts
             if len(some) < len(keys):
                 here, below = tokens.only(some), [part.only(some) for part in parts]
