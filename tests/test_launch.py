@@ -159,7 +159,7 @@ def test_a_task_meets_the_others_on_the_first_node(tmp_path: Path) -> None:
     inside = tmp_path / "inside"
     (inside / "bin").mkdir(parents=True)
     for name in ("bash", "dirname"):  # the folders of the system may have a scontrol
-        (inside / "bin" / name).symlink_to(f"/usr/bin/{name}")
+        (inside / "bin" / name).symlink_to(str(shutil.which(name)))
     (inside / "bin" / "python").write_text(PYTHON)
     (inside / "bin" / "python").chmod(0o755)
     assert " meet=10.0.0.1:20007 " in told(inside, PATH=str(inside / "bin"), **variables)[1]
