@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from datetime import timedelta
-from threading import Thread
+from threading import Event, Thread
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -22,6 +22,8 @@ from tagllm.rendezvous import met
 
 Result = TypeVar("Result")
 CALL_S = 2.0
+PATIENCE_S = 24 * 3600.0
+"""With what rank 0 does alone: what takes longer hangs."""
 
 
 def ranks_per_node(size: int) -> int:
@@ -37,6 +39,8 @@ class Ranks(NamedTuple):
     """The launcher's, where ranks can leave word for each other without a collective; None alone."""
     local: int = 0
     """The number on its node."""
+    tell_every_s: float = 60.0
+    """While the others wait for what rank 0 does alone; less than their patience."""
 
     @classmethod
     def start(cls, timeout_s: int) -> Ranks:
@@ -62,7 +66,8 @@ class Ranks(NamedTuple):
                 world_size=size,
                 timeout=timedelta(seconds=timeout_s),
             )
-        return cls(rank, size, device, dist.distributed_c10d._get_default_store() if size > 1 else None, local)
+        shared = dist.distributed_c10d._get_default_store() if size > 1 else None
+        return cls(rank, size, device, shared, local, timeout_s / 4)
 
     def of_my_node(self) -> Any:
         """The process group of this rank's node. Collective.
@@ -99,6 +104,39 @@ class Ranks(NamedTuple):
         calling.join(CALL_S + 1)
         return [rank for rank in missing if rank != self.rank]
 
+    @contextmanager
+    def _still_there(self) -> Iterator[None]:
+        """On rank 0: tells the others `_told_busy` again and again, and at the end that they need not wait any more."""
+        if self.size == 1:
+            yield
+            return
+        over, failed = Event(), list[Exception]()
+
+        def keep_telling() -> None:
+            until = time.monotonic() + PATIENCE_S
+            try:
+                while not over.wait(self.tell_every_s) and time.monotonic() < until:
+                    self._told_busy(True)
+            except Exception as error:  # noqa: BLE001  raised below, where it is waited for
+                failed.append(error)
+
+        telling = Thread(target=keep_telling, daemon=True)
+        telling.start()
+        try:
+            yield
+        finally:
+            over.set()
+            telling.join()
+        if failed:
+            raise failed[0]
+        self._told_busy(False)
+
+    def _told_busy(self, busy: bool) -> bool:
+        """What rank 0 says, on all ranks. Collective."""
+        told = torch.tensor([busy], dtype=torch.int32, device=self.device)
+        dist.broadcast(told, src=0)
+        return bool(told.item())
+
     def sum(self, values: Sequence[float]) -> list[float]:
         """Element-wise sum over the ranks, in float64."""
         if self.size == 1:
@@ -121,13 +159,21 @@ class Ranks(NamedTuple):
         return values
 
     def on_rank_zero(self, function: Callable[[], Result]) -> Result:
-        """Runs `function` on rank 0 and gives its result to all; a UserError there is raised on all ranks."""
+        """Runs `function` on rank 0 and gives its result to all; a UserError there is raised on all ranks.
+
+        It may take longer than ranks wait for each other (a download, millions of rows): rank 0 says meanwhile that it
+        is still there.
+        """
         outcome: list[Any] = [None, None]
         if self.rank == 0:
-            try:
-                outcome = [function(), None]
-            except UserError as error:
-                outcome = [None, error.problems]
+            with self._still_there():
+                try:
+                    outcome = [function(), None]
+                except UserError as error:
+                    outcome = [None, error.problems]
+        else:
+            while self._told_busy(False):
+                pass
         if self.size > 1:
             dist.broadcast_object_list(outcome, src=0)
         if outcome[1] is not None:
