@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Collection, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +19,7 @@ from tagllm.data.dataset import Data, Prompts, tokenise, tokenizer_digest
 from tagllm.data.encode import Example, TagLayout
 from tagllm.data.examples import Examples
 from tagllm.data.sampler import Draw, all_draws
-from tagllm.data.splits import refuse_seen
+from tagllm.data.splits import refuse_seen, with_files
 from tagllm.errors import SharedError, UserError
 from tagllm.files import cache_folder
 from tagllm.head import Head
@@ -50,6 +50,10 @@ class Built(NamedTuple):
 
     def examples(self, split: Split) -> list[Examples]:
         return self.data.splits[split]
+
+    def held_out(self, at: int) -> dict[str, Any]:
+        """What tags keep of how rows of a source are held out."""
+        return with_files(self.data.record[str(at)]["held_out"], self.config.data.sources[at])
 
     def draws(self, split: Split, limit: int | None = None, tag: str | None = None) -> list[Draw]:
         """`all_draws` of the split, or of those sources whose prompt has this tag."""
@@ -131,7 +135,7 @@ def require_same_everywhere(identities: Sequence[dict[str, str]]) -> None:
 def refuse_trained_on(built: Built, names: Collection[str], splits: Collection[Split]) -> None:
     """Raises UserError where rows of these splits may be some that one of these tags was trained on."""
     for at, template in enumerate(built.stage.templates):
-        mine = built.data.record[str(at)]["held_out"]
+        mine = built.held_out(at)
         for name in (n for n in dict.fromkeys(template.tags) if n in names):
             for split in splits:
                 refuse_seen(name, built.tags[name].about.get("held_out", []), mine, split, f"data.sources.{at}")

@@ -27,7 +27,7 @@ from tagllm.config import (
     digest_of,
 )
 from tagllm.data.sources import SourceRows, load_rows
-from tagllm.data.splits import drawn_from, refuse_seen, split_by
+from tagllm.data.splits import drawn_from, refuse_seen, split_by, with_files
 from tagllm.errors import UserError
 from tagllm.evaluate.answers import Answer, answers_of, chosen, copied_answers, scores_of, training_means, write_answers
 from tagllm.evaluate.kept import generate_once
@@ -213,7 +213,7 @@ class Composer(NamedTuple):
     def _refuse_seen(self, name: str, rows: SourceRows) -> None:
         """Raises UserError where rows of a case may be some that its function tags were trained on."""
         case = self.config.cases[name]
-        mine = drawn_from(case.source, self._key(case), rows.given_splits)
+        mine = with_files(drawn_from(case.source, self._key(case), rows.given_splits), case.source)
         if {*mine["by"]} <= {*rows.columns}:
             for tag in self._first(case, "function"):
                 held_out = self.library.tags[tag].about.get("held_out", [])

@@ -337,6 +337,8 @@ def test_rows_the_tag_was_trained_on_are_not_scored(
     file = composed(folder, libraries, {"tags": "<SMILES> {smiles} <W>"}, "seen")
     overrides = [f"cases.seen.source.split.{key}={value}" for key, value in split.items()]
     fails(run("compose", file, *overrides), "cases.seen: its test rows are drawn by", told, "<W> was trained on")
+    as_test = f"cases.seen.source.path={{test: {folder / 'rows.csv'}}}"
+    fails(run("compose", file, as_test), "cases.seen: its test rows are all of rows.csv, which <W> was trained with")
     for good in ("source.split.test=0.05", "split=train"):  # some of those held out; rows that are known to be seen
         assert run("compose", file, f"cases.seen.{good}").exit_code == 0
 

@@ -15,7 +15,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tagllm.config import SourceConfig, Split
-from tagllm.data.splits import check_keys, keys_of, split_by, split_record, split_rows
+from tagllm.data.splits import (
+    check_keys,
+    drawn_from,
+    keys_of,
+    refuse_seen,
+    split_by,
+    split_record,
+    split_rows,
+    with_files,
+)
 from tagllm.errors import UserError
 from tagllm.template import Template, parse_template
 
@@ -280,3 +289,88 @@ def test_other_draws_of_the_same_rows_are_refused(
 
 def test_shares_of_splits_that_are_given_are_never_drawn() -> None:
     check_keys(*sources({"template": DE, "split": {"test": 0.3}}, {"template": DE}), [("test",)] * 2)
+
+
+@pytest.mark.parametrize(
+    ("one", "two", "told"),
+    [
+        (
+            {},
+            {"path": {"train": "./rows.csv", "test": "t.csv"}},
+            "rows.csv, from which it draws split.seed 0, split.valid",
+        ),
+        ({"path": {"train": "rows.csv", "valid": "v.csv", "test": "t.csv"}}, {}, "test 0.1 by de, .*0 nothing;"),
+        ({}, {"path": {"train": "rows.csv"}, "split": {"by": "id"}}, "by id, and data.sources.0 .* by de;"),
+        (
+            {"path": {"train": "a.csv", "test": "rows.csv"}},
+            {},
+            "1: trains on rows of rows.csv, and data.sources.0 holds",
+        ),
+        ({}, {"path": {"train": "a.csv", "valid": "rows.csv"}}, "0: trains on rows of rows.csv, and data.sources.1"),
+    ],
+)
+def test_a_file_that_is_held_out_in_another_way_is_refused(one: Any, two: Any, told: str) -> None:
+    """Whatever other files are beside it."""
+    found, templates = sources({"template": DE, **one}, {"template": DE, **two})
+    with pytest.raises(UserError, match=f"data.sources.*{told}") as caught:
+        check_keys(found, templates, [[split for split in source.paths if split] for source in found])
+    assert len(caught.value.problems) == 1
+
+
+@pytest.mark.parametrize(
+    ("one", "two"),
+    [
+        ({}, {"path": {"train": "rows.csv"}}),
+        ({"path": {"train": "rows.csv", "test": "t.csv"}}, {"path": {"train": "rows.csv", "test": "u.csv"}}),
+        ({"split": {"valid": 0}}, {"path": {"train": "rows.csv", "valid": "v.csv"}}),
+        ({"path": {"train": "a.csv", "test": "t.csv"}}, {"path": {"train": "b.csv", "test": "t.csv"}}),
+    ],
+)
+def test_a_file_that_is_held_out_alike_may_have_others_beside_it(one: Any, two: Any) -> None:
+    found, templates = sources({"template": DE, **one}, {"template": DE, **two})
+    check_keys(found, templates, [[split for split in source.paths if split] for source in found])
+
+
+def asked(source: dict[str, Any]) -> dict[str, Any]:
+    (found,), (template,) = sources({"template": DE, **source})
+    given_splits = [split for split in found.paths if split]
+    return json.loads(json.dumps(with_files(drawn_from(found, split_by(found, template), given_splits), found)))
+
+
+TRAIN_TEST = {"path": {"train": "rows.csv", "test": "other.csv"}}
+
+
+@pytest.mark.parametrize(
+    ("trained", "mine"),
+    [
+        ({}, {"path": {"test": "rows.csv"}}),
+        ({}, {"path": {"train": "other.csv", "test": "else/rows.csv"}}),
+        (TRAIN_TEST, {"path": {"test": "rows.csv"}}),
+        ({"path": {"train": "rows.csv", "valid": "other.csv"}}, {"path": {"test": "other.csv"}}),
+        (TRAIN_TEST, {}),
+        (TRAIN_TEST, {"path": {"train": "rows.csv", "valid": "more.csv"}}),
+        ({}, {"split": {"seed": 1}}),
+    ],
+)
+def test_rows_that_a_tag_may_have_seen_are_refused(trained: Any, mine: Any) -> None:
+    """By the names of files, since a library is asked elsewhere."""
+    with pytest.raises(UserError, match="cases.c: its test rows are .*<W>.*Set source.path and source.split as"):
+        refuse_seen("W", [asked({"path": "unrelated.csv"}), asked(trained)], asked(mine), "test", "cases.c")
+
+
+@pytest.mark.parametrize(
+    ("trained", "mine"),
+    [
+        ({}, {}),
+        ({}, {"path": {"test": "other.csv"}}),
+        (TRAIN_TEST, TRAIN_TEST),
+        (TRAIN_TEST, {"path": {"test": "other.csv"}}),
+        ({}, {"path": {"train": "rows.csv", "valid": "other.csv"}}),
+        ({"path": None, "recipe": "flores"}, {"path": None, "recipe": "flores"}),
+    ],
+)
+def test_rows_that_a_tag_has_not_seen_are_asked(trained: Any, mine: Any) -> None:
+    refuse_seen("W", [asked(trained)], asked(mine), "test", "here")
+    refuse_seen("W", [asked(trained)], asked(mine | {"path": {"train": "rows.csv"}, "recipe": None}), "train", "here")
+    before = {key: value for key, value in asked(trained).items() if key != "given"}
+    refuse_seen("W", [before], asked(trained), "test", "here")

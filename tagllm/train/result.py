@@ -46,8 +46,8 @@ def _history(built: Built, name: str) -> dict[str, Any]:
     sources, templates = built.config.data.sources, built.stage.templates
     mine = [source for source, template in zip(sources, templates, strict=True) if name in template.tags]
     source = mine[0]
-    drawn = [built.data.record[str(at)]["held_out"] for at, template in enumerate(templates) if name in template.tags]
-    drawn = [*built.tags[name].about.get("held_out", []), *drawn]  # of a tag that was loaded: its first training, too
+    now = [built.held_out(at) for at, template in enumerate(templates) if name in template.tags]
+    drawn = [*built.tags[name].about.get("held_out", []), *now]  # of a tag that was loaded: its first training, too
     fields = {field: config.model_dump() for other in reversed(mine) for field, config in other.fields.items()}
     return {
         "template": source.template,
