@@ -223,11 +223,15 @@ def escaped(text: str) -> str:
     return re.sub(r"[<{}\\]", r"\\\g<0>", text)
 
 
+def unbroken(text: str, config: FieldConfig) -> str:
+    """Without white space that no prompt shows: a sequence that is spaced may be broken into lines."""
+    return "".join(text.split()) if config.characters == "spaced" else text
+
+
 def field_text(value: str, part: Part, config: FieldConfig) -> str:
     """The text of a field as it is tokenised."""
-    if config.characters == "spaced":
-        return " " + " ".join("".join(value.split()))  # a sequence may be broken into lines
-    return part.space + value
+    text = unbroken(value, config)
+    return " " + " ".join(text) if config.characters == "spaced" else part.space + text
 
 
 def truncate(ids: Sequence[int], length: int, side: str) -> list[int]:

@@ -82,14 +82,16 @@ def test_what_training_left_for_probes_is_what_a_pass_would_find(run: Run, folde
 
 
 def test_rows_that_ask_what_a_training_row_asks_are_told_and_scored_without(run: Run, folder: Path) -> None:
-    """Split by name: three molecules of the test rows have two names, one of them in training."""
+    """Split by name: three molecules of the test rows have two names, one of them in training. They are broken there,
+    which their prompt does not show."""
     lines = [f"{'C' * (n % 9 + 1)}{'N' * (n % 7)}O,x{n},{n % 13 + n / 60}" for n in range(40)]
-    again = [f"{lines[n].split(',')[0]},y{n},{n + 0.5}" for n in (3, 7, 30)]
+    again = [f"{lines[n][0]} {lines[n][1:].split(',')[0]},y{n},{n + 0.5}" for n in (3, 7, 30)]
     new = [f"{'N' * (n + 1)}C{'O' * n},z{n},{n % 5}" for n in range(5)]
     for name, rows in (("known", lines), ("asked", [*again, *new])):
         (folder / f"{name}.csv").write_text("smiles,name,weight\n" + "\n".join(rows) + "\n")
     path = {"train": str(folder / "known.csv"), "test": str(folder / "asked.csv")}
-    file = config(folder, "again", data__path=path, data__split={"by": ["name"], "valid": 0})
+    spaced = {"smiles": {"characters": "spaced"}}
+    file = config(folder, "again", data__path=path, data__split={"by": ["name"], "valid": 0}, data__fields=spaced)
     assert run("train", file).exit_code == 0
     told = run("eval", "runs/again")
     assert told.exit_code == 0, told.output

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tagllm.config import SourceConfig, Split
+from tagllm.config import FieldConfig, SourceConfig, Split
 from tagllm.data.splits import (
     check_keys,
     drawn_from,
@@ -233,6 +233,13 @@ def test_the_default_key_does_not_depend_on_the_order_of_the_prompt() -> None:
     assert keys_of(table, ["de", "fr"]) == ["a\0b", "\0c"] and keys_of(table, ["de"]) == ["a", ""]
     table = datasets.Dataset.from_dict({"de": ["CCO", "CCO "], "fr": [" b", "b"]})
     assert len({*keys_of(table, ["de", "fr"])}) == 1, "what a spreadsheet leaves behind a value is no other molecule"
+
+
+def test_white_space_that_no_prompt_shows_makes_no_other_key() -> None:
+    """A sequence that is spaced may be broken into lines, in training and not in the test rows."""
+    table = datasets.Dataset.from_dict({"a": ["MKVLL", "MKV LL", "MKV\n LL "], "b": ["x y"] * 3})
+    assert {*keys_of(table, ["a", "b"], {"a": FieldConfig(characters="spaced")})} == {"MKVLL\0x y"}
+    assert keys_of(table, ["a"], {"b": FieldConfig(characters="spaced")}) == ["MKVLL", "MKV LL", "MKV\n LL"]
 
 
 @pytest.mark.parametrize(

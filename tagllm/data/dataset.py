@@ -151,7 +151,7 @@ def _divided(
         where = f"data.sources.{at} ({rows.name})"
         check_columns(source, template, rows.columns, where)
         table = rows.table.select(_short_enough(rows.table, source))
-        keys = keys_of(table, split_by(source, template))
+        keys = keys_of(table, split_by(source, template), source.fields)
         found = split_rows(table, keys, source, where, wanted)
         yield _Divided(rows, table, found, split_record(found, keys, answers_in(table, source, template)))
 

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from tagllm.config import SPLITS, RowsConfig, SourceConfig, Split
+from tagllm.config import SPLITS, FieldConfig, RowsConfig, SourceConfig, Split
 from tagllm.errors import UserError
-from tagllm.template import Template
+from tagllm.template import Template, unbroken
 
 if TYPE_CHECKING:
     import datasets
@@ -28,10 +28,15 @@ def split_by(source: SourceConfig, template: Template) -> list[str]:
     return source.split.by or (["key"] if source.recipe is not None else sorted(template.fields))
 
 
-def keys_of(table: datasets.Dataset, by: Sequence[str]) -> list[str]:
-    """The key of each row. White space at the ends of a value makes no other key: tables from spreadsheets have it."""
+def keys_of(table: datasets.Dataset, by: Sequence[str], fields: Mapping[str, FieldConfig] = {}) -> list[str]:
+    """The key of each row. White space at the ends of a value makes no other key: tables from spreadsheets have it.
+    Nor does any in a value whose prompt has none, by the settings of `fields`."""
+    about = [fields.get(name, FieldConfig()) for name in by]
     values = zip(*(table[name][:] for name in by), strict=True)
-    return ["\0".join("" if value is None else str(value).strip() for value in row) for row in values]
+    return [
+        "\0".join("" if v is None else unbroken(str(v).strip(), of) for v, of in zip(row, about, strict=True))
+        for row in values
+    ]
 
 
 def check_keys(

@@ -6,17 +6,18 @@ n rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from tagllm.build import Built
-from tagllm.config import Split
+from tagllm.config import FieldConfig, Split
 from tagllm.evaluate.metrics import intervals, value_metrics
 from tagllm.evaluate.passes import Pass
 from tagllm.evaluate.scoring import by_head
+from tagllm.template import unbroken, written
 
 
 def repeated_rows(built: Built, split: Split) -> NDArray[np.bool_]:
@@ -40,11 +41,17 @@ def without_repeated(built: Built, split: Split, held_out: Pass) -> dict[str, An
 
 
 def _asked(built: Built, split: Split) -> Iterator[int]:
-    """A number for what each row asks, in the order of a pass."""
-    for rows, template in zip(built.examples(split), built.stage.templates, strict=True):
-        columns = rows.columns(template.fields).values() or [[""] * len(rows)]
-        for values in zip(*columns, strict=True):
-            yield hash((template.text, *map(str, values)))
+    """A number for what each row asks, in the order of a pass: for the text that its prompt shows."""
+    sources = built.stage.config.data.sources
+    for rows, template, source in zip(built.examples(split), built.stage.templates, sources, strict=True):
+        columns = rows.columns(template.fields)
+        texts = [_shown(values, source.fields.get(name, FieldConfig())) for name, values in columns.items()]
+        for asked in zip(*(texts or [[""] * len(rows)]), strict=True):
+            yield hash((template.text, *asked))
+
+
+def _shown(values: Sequence[Any], field: FieldConfig) -> list[str]:
+    return [unbroken(written(value, field), field) for value in values]
 
 
 def note_of(found: dict[str, Any]) -> str:
