@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,7 @@ from tagllm.data.splits import (
     check_keys,
     drawn_from,
     keys_of,
+    refuse_keyless,
     refuse_seen,
     split_by,
     split_record,
@@ -240,6 +242,21 @@ def test_white_space_that_no_prompt_shows_makes_no_other_key() -> None:
     table = datasets.Dataset.from_dict({"a": ["MKVLL", "MKV LL", "MKV\n LL "], "b": ["x y"] * 3})
     assert {*keys_of(table, ["a", "b"], {"a": FieldConfig(characters="spaced")})} == {"MKVLL\0x y"}
     assert keys_of(table, ["a"], {"b": FieldConfig(characters="spaced")}) == ["MKVLL", "MKV LL", "MKV\n LL"]
+
+
+def test_rows_without_a_key_of_their_own_are_refused() -> None:
+    """All of them would be in one split; a row that was not read has nothing, one without a field is told as such."""
+    columns = {"a": ["a", None, " ", None, ""], "n": [1.0, math.nan, None, None, 2.0], "de": ["x", "", "", "", ""]}
+    table = datasets.concatenate_datasets([table_of(5, bad={3: "broken"}), datasets.Dataset.from_dict(columns)], axis=1)
+    found, templates = sources(*({"template": DE, "split": {"by": by}} for by in ("a", ["a", "n"], [], ["de", "a"])))
+    with pytest.raises(
+        UserError, match=r"^here: 3 of 5 rows have no a to be .*the first all.csv, line 3; .*Fill it in"
+    ):
+        refuse_keyless(table, found[0], templates[0], "here")
+    with pytest.raises(UserError, match="2 of 5 rows have no a and no n to be split by, .*line 3;"):
+        refuse_keyless(table, found[1], templates[1], "here")
+    for at in (2, 3):
+        refuse_keyless(table, found[at], templates[at], "here")
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,16 @@ from tagllm.data.encode import Encoder, TagLayout
 from tagllm.data.examples import Examples, cached_examples
 from tagllm.data.pieces import lead_of
 from tagllm.data.sources import SourceRows, load_rows
-from tagllm.data.splits import answers_in, check_keys, drawn_from, keys_of, split_by, split_record, split_rows
+from tagllm.data.splits import (
+    answers_in,
+    check_keys,
+    drawn_from,
+    keys_of,
+    refuse_keyless,
+    split_by,
+    split_record,
+    split_rows,
+)
 from tagllm.errors import UserError
 from tagllm.template import Template
 
@@ -151,6 +160,7 @@ def _divided(
         where = f"data.sources.{at} ({rows.name})"
         check_columns(source, template, rows.columns, where)
         table = rows.table.select(_short_enough(rows.table, source))
+        refuse_keyless(table, source, template, where)
         keys = keys_of(table, split_by(source, template), source.fields)
         found = split_rows(table, keys, source, where, wanted)
         yield _Divided(rows, table, found, split_record(found, keys, answers_in(table, source, template)))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from tagllm.config import SPLITS, FieldConfig, RowsConfig, SourceConfig, Split
 from tagllm.errors import UserError
-from tagllm.template import Template, unbroken
+from tagllm.template import Template, is_missing, unbroken
 
 if TYPE_CHECKING:
     import datasets
@@ -32,11 +32,31 @@ def keys_of(table: datasets.Dataset, by: Sequence[str], fields: Mapping[str, Fie
     """The key of each row. White space at the ends of a value makes no other key: tables from spreadsheets have it.
     Nor does any in a value whose prompt has none, by the settings of `fields`."""
     about = [fields.get(name, FieldConfig()) for name in by]
-    values = zip(*(table[name][:] for name in by), strict=True)
     return [
         "\0".join("" if v is None else unbroken(str(v).strip(), of) for v, of in zip(row, about, strict=True))
-        for row in values
+        for row in _rows_of(table, by)
     ]
+
+
+def refuse_keyless(table: datasets.Dataset, source: SourceConfig, template: Template, where: str) -> None:
+    """Raises UserError where rows have no value in any of the columns that the config splits by: they would be one
+    group, all of it in one split. Without a field of their prompt they cannot be used anyway."""
+    by = source.split.by
+    if not by or not {*by}.isdisjoint(template.fields):
+        return
+    empty = [all(is_missing(value) or not str(value).strip() for value in row) for row in _rows_of(table, by)]
+    missing = [at for at, bad in enumerate(table["_bad"][:]) if empty[at] and not bad]
+    if missing:
+        first = table[missing[0]]
+        raise UserError(
+            f"{where}: {len(missing):,} of {len(table):,} rows have no {' and no '.join(by)} to be split by, the first "
+            f"{first['_file']}, line {first['_line']}; they would be one group in one split. Fill it in, "
+            "take these rows out, or name another column in split.by."
+        )
+
+
+def _rows_of(table: datasets.Dataset, columns: Sequence[str]) -> Iterator[tuple[Any, ...]]:
+    return zip(*(table[name][:] for name in columns), strict=True)
 
 
 def check_keys(
