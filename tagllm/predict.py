@@ -17,7 +17,7 @@ from tagllm.config import EngineConfig, OptimConfig, SourceConfig
 from tagllm.data.collate import Collator
 from tagllm.data.encode import Encoder, Example, TagLayout, Unusable
 from tagllm.data.readers import column_names, read_rows
-from tagllm.data.row import BadRow, Row
+from tagllm.data.row import BadRow, Row, lost_rows
 from tagllm.data.writers import open_writer, writable_kind
 from tagllm.errors import SharedError, UserError, did_you_mean
 from tagllm.evaluate.generate import generate
@@ -159,11 +159,8 @@ def _answered(predictor: Predictor, source: Path, output: Path, columns: Sequenc
             readable = [row.values for row in chunk if isinstance(row, Row)]
             answers = iter(predictor.predict(readable))
             for row in chunk:
-                if isinstance(row, BadRow) and row.num_lines > 1:
-                    raise SharedError(
-                        f"{source}, line {row.line}: {row.reason}; a quote that is not closed takes the rows behind it "
-                        "with it. Close it, or double it where it is meant."
-                    )
+                if isinstance(row, BadRow) and (told := lost_rows(str(source), row.line, row.reason)):
+                    raise SharedError(told)
                 answer = f"line {row.line}: {row.reason}" if isinstance(row, BadRow) else next(answers)
                 values = dict.fromkeys(columns) | (row.values or {}) if isinstance(row, BadRow) else row.values
                 _refuse_clash(f"{source}, line {row.line}", values, new)  # objects may have columns of their own

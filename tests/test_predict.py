@@ -77,6 +77,8 @@ def test_a_quote_that_is_not_closed_loses_no_row(run: Run, folder: Path, spaced:
     told = run("predict", spaced, folder / "open.csv", folder / "never.csv")
     fails(told, "open.csv, line 4", "read up to line 10", "Close it")
     assert not (folder / "never.csv").exists()
+    file = config(folder, "open", data__path=str(folder / "open.csv"), data__target="id", data__on_bad_row="skip")
+    fails(run("train", file), "open.csv, line 4", "read up to line 10", "a quote that is not closed", "Close it")
 
 
 def test_a_row_with_a_cell_too_many_keeps_the_others(run: Run, folder: Path, spaced: Path) -> None:

@@ -16,6 +16,7 @@ from tagllm.config import SPLITS, DataConfig, SourceConfig, Split, digest_of
 from tagllm.data.encode import Encoder, TagLayout
 from tagllm.data.examples import Examples, cached_examples
 from tagllm.data.pieces import lead_of
+from tagllm.data.row import READ_UPTO, lost_rows
 from tagllm.data.sources import SourceRows, load_rows
 from tagllm.data.splits import (
     answers_in,
@@ -104,8 +105,9 @@ def tokenise(
     """Reads and splits every source, and tokenises the splits that are wanted.
 
     Raises:
-        UserError: unreadable rows (unless `on_bad_row: skip`), a missing column, an empty split, overlapping splits, or
-            more rows without a label than `max_unlabelled_share`; other keys of the same rows (`check_keys`).
+        UserError: unreadable rows (unless `on_bad_row: skip`), a quote that is not closed, a missing column, an empty
+            split, overlapping splits, or more rows without a label than `max_unlabelled_share`; other keys of the same
+            rows (`check_keys`).
     """
     splits: dict[Split, list[Examples]] = {split: [] for split in wanted}
     record: dict[str, Any] = {}
@@ -155,6 +157,8 @@ def _divided(
 ) -> Iterator[_Divided]:
     """Each source, after all of them were checked against each other."""
     loaded = [load_rows(source, cache) for source in config.sources]
+    for rows in loaded:
+        _refuse_lost(rows)
     check_keys(config.sources, templates, [rows.given_splits for rows in loaded])
     for at, (source, template, rows) in enumerate(zip(config.sources, templates, loaded, strict=True)):
         where = f"data.sources.{at} ({rows.name})"
@@ -164,6 +168,15 @@ def _divided(
         keys = keys_of(table, split_by(source, template), source.fields)
         found = split_rows(table, keys, source, where, wanted)
         yield _Divided(rows, table, found, split_record(found, keys, answers_in(table, source, template)))
+
+
+def _refuse_lost(rows: SourceRows) -> None:
+    """Raises UserError where a quote that is not closed hides rows, which leaving one out would not tell."""
+    import pyarrow.compute as pc
+
+    marks = pc.match_substring(rows.table.data.column("_bad"), READ_UPTO)
+    for row in rows.table.select(np.flatnonzero(marks)[:1]):
+        raise UserError(lost_rows(row["_file"], row["_line"], row["_bad"]))
 
 
 def split_records(config: DataConfig, templates: Sequence[Template], cache: Path) -> dict[str, dict[str, Any]]:

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
-from tagllm.data.row import BadRow, Row, checked, checked_names, plain_values, undecoded
+from tagllm.data.row import READ_UPTO, BadRow, Row, checked, checked_names, plain_values, undecoded
 from tagllm.errors import UserError
 
 if TYPE_CHECKING:
@@ -155,9 +155,8 @@ def _csv_rows(path: Path, kind: str) -> Iterator[Row | BadRow]:
             try:
                 row = next(reader, None)
             except csv.Error as error:
-                num_lines = reader.line_num - line + 1
-                upto = f" (read up to line {reader.line_num})" if num_lines > 1 else ""
-                yield BadRow(line, f"{error}{upto}", num_lines=num_lines)
+                upto = f" {READ_UPTO}{reader.line_num})" if reader.line_num > line else ""
+                yield BadRow(line, f"{error}{upto}")
                 continue
             if row is None:
                 return

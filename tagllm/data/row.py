@@ -19,13 +19,26 @@ class Row(NamedTuple):
     values: dict[str, Any]
 
 
+READ_UPTO = "(read up to line "
+"""In the reason of a bad row that took others with it; cached tables keep nothing else of it."""
+
+
 class BadRow(NamedTuple):
-    """`values`: what can be read of it all the same. `num_lines`: more than one where a quote was not closed."""
+    """`values`: what can be read of it all the same."""
 
     line: int
     reason: str
     values: dict[str, Any] | None = None
-    num_lines: int = 1
+
+
+def lost_rows(file: str, line: int, reason: str) -> str:
+    """What to tell of a row whose quote is not closed: no row behind it can be trusted. Empty for another row."""
+    if READ_UPTO not in reason:
+        return ""
+    return (
+        f"{file}, line {line}: {reason}; a quote that is not closed takes the rows behind it with it. Close it, or "
+        "double it where it is meant."
+    )
 
 
 def checked(row: Row) -> Row | BadRow:
