@@ -228,6 +228,26 @@ def test_what_is_missing_is_of_no_class(tokenizer: Any, missing: Any) -> None:
     assert one(built, x="a", y="None").target.tolist() == [0]
 
 
+@pytest.mark.parametrize(
+    ("value", "way_out"),
+    [
+        ("0,5", "; decimals stand behind a point"),
+        ("1234,567", "; decimals stand behind a point"),
+        ("1,234", "; numbers have no thousands separators and decimals stand behind a point"),
+        ("-12,345.6", "; numbers have no thousands separators"),
+        ("1,234,567", "; numbers have no thousands separators"),
+        ("1_234", "; numbers have no thousands separators"),
+        ("1_2", ""),
+        ("1,2,3", ""),
+        (None, ""),
+    ],
+)
+def test_how_a_number_is_to_be_written_is_told(tokenizer: Any, value: Any, way_out: str) -> None:
+    """1.234 for 1,234 would be a thousandth of what may be meant."""
+    unusable = refused(encoder(tokenizer, "{x} <QED>", target="y"), x="a", y=value)
+    assert unusable.reason == f"y is {value!r}; it must be a finite number{way_out}"
+
+
 def test_one_bad_row_does_not_move_the_others(tokenizer: Any) -> None:
     built = encoder(tokenizer, "{x} <QED>", target="y")
     rows = [{"x": "a", "y": 1}, {"x": "", "y": "?"}, {"x": "abc", "y": 3}]

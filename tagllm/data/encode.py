@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -35,6 +36,7 @@ from tagllm.template import (
 )
 
 _LARGEST = float(np.finfo(np.float32).max)
+_THOUSANDS = re.compile(r"\s*[-+]?[1-9]\d{0,2}([,_]\d{3})+(\.\d*)?\s*")
 
 
 class TagLayout(NamedTuple):
@@ -224,9 +226,7 @@ class Encoder:
         numbers = [_number(value) for value in values]
         for column, value, number in zip(self.source.target, values, numbers, strict=True):
             if not abs(number) <= _LARGEST:  # NaN too
-                comma = isinstance(value, str) and "," in value and math.isfinite(_number(value.replace(",", ".")))
-                way_out = "; decimals stand behind a point" if comma else ""
-                reasons[i] = reasons[i] or f"{column} is {value!r}; it must be a finite number{way_out}"
+                reasons[i] = reasons[i] or f"{column} is {value!r}; it must be a finite number{_way_out(value)}"
         return target if reasons[i] else np.array(numbers, np.float32)
 
     def _assemble(
@@ -281,7 +281,20 @@ def _label(value: Any, classes: Collection[str]) -> str:
     return text if text in classes else text.removesuffix(".0")
 
 
+def _way_out(value: Any) -> str:
+    """What a text means that other writers of numbers know. A comma in 1,234 may part thousands, which a point there
+    would make a thousandth of."""
+    if not isinstance(value, str):
+        return ""
+    thousands = bool(_THOUSANDS.fullmatch(value))
+    decimals = "," in value and math.isfinite(_number(value.replace(",", ".")))
+    hints = ["numbers have no thousands separators"] * thousands + ["decimals stand behind a point"] * decimals
+    return f"; {' and '.join(hints)}" if hints else ""
+
+
 def _number(value: Any) -> float:
+    if isinstance(value, str) and "_" in value:  # Python's own way to write thousands
+        return math.nan
     try:
         return float(value)
     except (TypeError, ValueError, OverflowError):
