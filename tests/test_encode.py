@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import re
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from transformers import AutoTokenizer
 from tagllm.config import FieldConfig, HeadConfig, SourceConfig
 from tagllm.data.dataset import Prompts
 from tagllm.data.encode import Encoder, Example, TagLayout, Unusable
+from tagllm.errors import UserError
 from tagllm.template import FIELD, OUTPUT, SPAN, TAG, TEXT, parse_template, written
 from tests import tiny
 
@@ -331,3 +333,25 @@ def test_a_value_that_spells_a_special_token_is_text(tokenizer: Any) -> None:
     row = one(encoder(tokenizer, "\\</s> {a} is <Name> {output}"), a="C</s>C", output="x</s>")
     assert (row.ids == tokenizer.eos_token_id).sum() == 2, "that of the template, and the end"
     assert row.ids[-1] == tokenizer.eos_token_id and row.ids[0] == tokenizer.eos_token_id
+
+
+def test_a_tokenizer_that_cannot_end_an_answer_is_refused(tokenizer: Any) -> None:
+    endless = copy.deepcopy(tokenizer)
+    endless.eos_token = None
+    with pytest.raises(UserError, match=r"{x} <Name> {output}' has {output}, and .*Set eos_token in its"):
+        encoder(endless, "{x} <Name> {output}")
+    encoder(endless, "{x} <QED>", target="y")
+
+
+def test_tokens_beyond_the_embedding_are_no_tag_rows(tokenizer: Any) -> None:
+    """Such a tokenizer is sound for texts without them, as a [PAD] that was added and is in none."""
+    more = copy.deepcopy(tokenizer)
+    filler = tiny.VOCABULARY - len(more)
+    more.add_tokens([f"filler{n}" for n in range(filler)] + ["[Na+]"])
+    assert more.convert_tokens_to_ids("[Na+]") == tiny.VOCABULARY, "the first row of a tag"
+    told = r"the token '\[Na\+\]' \(id 96\), but the backbone's embedding has 96 rows"
+    with pytest.raises(UserError, match=f"template: .* has {told}. Take it out"):
+        encoder(more, "{x} [Na+] <QED>", target="y")
+    bad, good = encoder(more, "{x} <QED>", target="y").encode([{"x": "C[Na+]", "y": 1}, {"x": "CNa", "y": 1}])
+    assert isinstance(bad, Unusable) and re.match(f"x has {told}", bad.reason)
+    assert isinstance(good, Example)

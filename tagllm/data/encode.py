@@ -17,6 +17,7 @@ from torch import Tensor
 
 from tagllm.config import FieldConfig, HeadConfig, SourceConfig
 from tagllm.data.pieces import tokens_of
+from tagllm.errors import UserError
 from tagllm.head import num_means, reads_of_fields
 from tagllm.template import (
     FIELD,
@@ -140,6 +141,9 @@ class Encoder:
 
     Args:
         labelled: False when predicting: neither target nor {output} is asked of a row.
+
+    Raises:
+        UserError: an answer could not end, or the fixed text has a token that the backbone does not know.
     """
 
     def __init__(
@@ -170,8 +174,25 @@ class Encoder:
         self.spans = spans_of(self.marks)
         grouped = [at for at, i in enumerate(self.inputs) if parts[i].value in source.group_by]
         self.num_alike = grouped[-1] + 1 if grouped else 0
+        if template.has_output and tokenizer.eos_token_id is None:
+            raise UserError(
+                f"template: {template.text!r} has {{output}}, and the tokenizer has no token that ends a text (its "
+                "eos_token is None), with which an answer ends. Set eos_token in its tokenizer_config.json."
+            )
         ends_with_output = bool(parts) and parts[-1].is_output
         self.eos = [tokenizer.eos_token_id] if ends_with_output else []
+        for ids in (self.bos, *self.fixed.values(), self.eos):
+            if unknown := self._unknown(ids):
+                raise UserError(f"template: {template.text!r} has {unknown}. Take it out, or load its own tokenizer.")
+
+    def _unknown(self, ids: Sequence[int]) -> str:
+        """What of these ids is beyond the backbone's embedding, where the rows of tags stand: tokens may be added to a
+        tokenizer alone."""
+        if max(ids, default=0) < self.layout.vocabulary_size:
+            return ""
+        at = max(ids)
+        token = self.tokenizer.convert_ids_to_tokens(at)
+        return f"the token {token!r} (id {at}), but the backbone's embedding has {self.layout.vocabulary_size} rows"
 
     def encode(self, rows: Sequence[Mapping[str, Any]]) -> list[Example | Unusable]:
         """One result per row, in order."""
@@ -183,6 +204,8 @@ class Encoder:
                 texts = [self._text(row, part.value, config, reasons, i) for i, row in enumerate(rows)]
                 shown = [field_text(text, part, config) for text in texts]
                 columns[part] = tokens_of(self.tokenizer, shown, literal=True, begins=part == self.template.parts[0])
+                for i, unknown in enumerate(map(self._unknown, columns[part])):
+                    reasons[i] = reasons[i] or (f"{part.value} has {unknown}" if unknown else "")
         results: list[Example | Unusable] = []
         for i, row in enumerate(rows):
             target = self._target(row, reasons, i)
