@@ -126,8 +126,8 @@ class Predictor:
 def predict_file(request: Request, source: Path, output: Path) -> Predicted:
     """Reads `source`, writes `output`; under a launcher rank 0 does.
 
-    Every input row has one output row, in the same order, with its columns untouched, the prediction in new columns,
-    and in `tagllm_error` the reason where there is none.
+    Every input row has one output row, in the same order, with its columns untouched (empty where they are no text),
+    the prediction in new columns, and in `tagllm_error` the reason where there is none.
 
     Raises:
         UserError: unreadable input, a quote that is not closed, a missing or clashing column, unknown tag, damaged
@@ -153,9 +153,9 @@ def predict_file(request: Request, source: Path, output: Path) -> Predicted:
 
 def _answered(predictor: Predictor, source: Path, output: Path, columns: Sequence[str]) -> Predicted:
     """Writes each row with its answer. All ranks read the same ones, so what is wrong with them is told once."""
-    new, total, failed = [*predictor.columns, ERROR], 0, 0
+    new, total, failed, fields = [*predictor.columns, ERROR], 0, 0, predictor.encoder.template.fields
     with open_writer(output, [*columns, *new]) if predictor.ranks.rank == 0 else nullcontext() as writer:
-        for chunk in _chunks(read_rows(source)):
+        for chunk in _chunks(_without_others(row, fields) for row in read_rows(source)):
             readable = [row.values for row in chunk if isinstance(row, Row)]
             answers = iter(predictor.predict(readable))
             for row in chunk:
@@ -175,6 +175,13 @@ def _answered(predictor: Predictor, source: Path, output: Path, columns: Sequenc
 def _refuse_clash(where: str, columns: Collection[str], new: Sequence[str]) -> None:
     if clash := [name for name in new if name in columns]:
         raise SharedError(f"{where}: has a column {clash[0]!r} already, and inputs are never overwritten. Rename it.")
+
+
+def _without_others(row: Row | BadRow, fields: Collection[str]) -> Row | BadRow:
+    """The row without text that cannot be read, where that is of no field."""
+    if isinstance(row, BadRow) and row.illegible and {*row.illegible}.isdisjoint(fields):
+        return Row(row.line, row.values or {})
+    return row
 
 
 def _chunks(rows: Iterator[Row | BadRow]) -> Iterator[list[Row | BadRow]]:

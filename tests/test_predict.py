@@ -7,7 +7,9 @@ import json
 import re
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from tests.test_cli import Run, config, fails, folder, run
 
@@ -79,6 +81,31 @@ def test_a_quote_that_is_not_closed_loses_no_row(run: Run, folder: Path, spaced:
     assert not (folder / "never.csv").exists()
     file = config(folder, "open", data__path=str(folder / "open.csv"), data__target="id", data__on_bad_row="skip")
     fails(run("train", file), "open.csv, line 4", "read up to line 10", "a quote that is not closed", "Close it")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_text_that_cannot_be_read_matters_where_the_prompt_has_it(
+    run: Run, folder: Path, spaced: Path, suffix: str
+) -> None:
+    """The template has smiles and name; ids and legible values stand in any case."""
+    columns = {
+        "id": [b"1", b"2", b"3"],
+        "note": [b"caf\xe9", b"", b"\0"],
+        "smiles": [b"CCO"] * 3,
+        "name": [b"x", b"\xe9", b"y"],
+    }
+    file, out = folder / f"latin.{suffix}", folder / f"latin_out_{suffix}.csv"
+    if suffix == "parquet":
+        parquet.write_table(pa.table({name: pa.array(values, pa.binary()) for name, values in columns.items()}), file)
+    else:
+        lines = zip(*columns.values(), strict=True)
+        file.write_bytes(b"\n".join([",".join(columns).encode(), *(b",".join(line) for line in lines)]) + b"\n")
+    told = run("predict", spaced, file, out)
+    assert told.exit_code == 0 and "3 rows, 1 without a prediction" in told.stdout, told.output
+    one, two, three = rows_of(out)
+    assert all(row["W"] and not row["note"] and not row["tagllm_error"] for row in (one, three))
+    assert [row["id"] for row in (one, two, three)] == ["1", "2", "3"] and two["smiles"] == "CCO"
+    assert two["W"] == "" and "column 'name' is not valid UTF-8" in two["tagllm_error"]
 
 
 def test_a_row_with_a_cell_too_many_keeps_the_others(run: Run, folder: Path, spaced: Path) -> None:

@@ -24,11 +24,13 @@ READ_UPTO = "(read up to line "
 
 
 class BadRow(NamedTuple):
-    """`values`: what can be read of it all the same."""
+    """`values`: what can be read of it all the same. `illegible`: columns whose text cannot be read, where nothing else
+    is wrong."""
 
     line: int
     reason: str
     values: dict[str, Any] | None = None
+    illegible: tuple[str, ...] = ()
 
 
 def lost_rows(file: str, line: int, reason: str) -> str:
@@ -43,14 +45,18 @@ def lost_rows(file: str, line: int, reason: str) -> str:
 
 def checked(row: Row) -> Row | BadRow:
     """The row, or what is wrong with its text: a NUL byte, or bytes that are no UTF-8 (kept as lone surrogates)."""
-    for column, value in row.values.items():
-        for text in (column, value):
-            if isinstance(text, str):
-                if "\0" in text:
-                    return BadRow(row.line, f"column {column!a} holds a NUL byte")
-                if undecoded(text):
-                    return BadRow(row.line, f"column {column!a} is not valid UTF-8")
-    return row
+    found = {column: fault for column, value in row.values.items() if (fault := _fault(column) or _fault(value))}
+    if not found:
+        return row
+    first, fault = next(iter(found.items()))
+    legible = {column: None if column in found else value for column, value in row.values.items() if not _fault(column)}
+    return BadRow(row.line, f"column {first!a} {fault}", legible, tuple(found))
+
+
+def _fault(value: Any) -> str:
+    if not isinstance(value, str):
+        return ""
+    return "holds a NUL byte" if "\0" in value else "is not valid UTF-8" if undecoded(value) else ""
 
 
 def checked_names(names: Iterable[str], where: str) -> list[str]:
