@@ -320,6 +320,7 @@ def test_jsonl_columns_have_one_type(values: Any, stored: Any, dtype: str, write
 
 def test_jsonl_objects_may_differ_in_keys(write: Write, tmp_path: Path) -> None:
     path = write("x.jsonl", '{"a": 1}\nbroken\n{"b": 2}')
+    assert column_names(path) == ["a", "b"]
     rows = loaded(source_of(path=str(path)), tmp_path / "cache")
     assert [(row["a"], row["b"], bool(row["_bad"])) for row in rows] == [(1, None, 0), (None, None, 1), (None, 2, 0)]
 

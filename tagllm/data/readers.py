@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import gzip
+import itertools
 import json
 import re
 import shutil
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from pyarrow.parquet import ParquetFile
 
 MAX_FIELD_CHARACTERS = 10_000_000
+OBJECTS_WITH_COLUMNS = 10_000
 KINDS = {
     "csv": "csv", "tsv": "tsv", "jsonl": "jsonl", "ndjson": "jsonl", "parquet": "parquet",
     "fasta": "fasta", "fa": "fasta", "faa": "fasta", "smi": "smi",
@@ -51,7 +53,7 @@ def read_rows(path: Path) -> Iterator[Row | BadRow]:
 
 
 def column_names(path: Path) -> list[str]:
-    """The columns of a data file; of jsonl those of its first object.
+    """The columns of a data file; of jsonl those that any of its first 10,000 objects has.
 
     Raises:
         UserError: as `read_rows`.
@@ -64,10 +66,11 @@ def column_names(path: Path) -> list[str]:
         with _readable(path), _parquet(path) as parquet:
             return checked_names(parquet.schema_arrow.names, str(path))
     if kind == "jsonl":
-        for row in read_rows(path):
-            if isinstance(row, Row):
-                return checked_names(row.values, str(path))
-        raise UserError(f"{path}: no line is a JSON object; a .jsonl file has one per line. Give such a file.")
+        objects = (row.values for row in read_rows(path) if isinstance(row, Row))
+        names = dict.fromkeys(itertools.chain.from_iterable(itertools.islice(objects, OBJECTS_WITH_COLUMNS)))
+        if not names:
+            raise UserError(f"{path}: no line is a JSON object with values; a .jsonl file has one per line. Give such.")
+        return checked_names(names, str(path))
     next(read_rows(path))
     return list(FIXED_COLUMNS[kind])
 
