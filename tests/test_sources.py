@@ -179,7 +179,14 @@ def test_text_of_parquet_that_is_wrongly_marked(write: Write) -> None:
         ("x.csv", "\n \n", "is empty"),
         ("x.csv.gz", "", "is empty"),
         ("x.csv", "CCO,0.5\nC,1\n", "has no header: line 1 holds the number 0.5"),
+        ("x.csv", "CCO,5,-1\nC,1,2\n", "has no header: line 1 holds the number -1"),
+        ("x.csv", "1,2\n3,4\n", "has no header: line 1 holds the number 1"),
         ("x.csv", "a,b,a\n", "column 'a' is there 2 times"),
+        (
+            "x.csv",
+            "a,,\n1,,\n2,,x\n",
+            "line 3 holds 'x' in column 3, which line 1 gives no name, and 2 have none; .*Name",
+        ),
         ("x.csv", "a,_line\n", "column '_line' is reserved"),
         ("x.csv", "a,b\n", "holds no row"),
         ("x.csv", "a,b\n1,2".encode("utf-16"), "line 1 is not UTF-8"),
@@ -415,6 +422,16 @@ def test_blanks_around_names_are_not_part_of_them(write: Write) -> None:
     path = write("x.csv", "id , smiles,\tweight\n1,CCO,2\n")
     assert column_names(path) == ["id", "smiles", "weight"]
     assert list(read_rows(path)) == [Row(2, {"id": "1", "smiles": "CCO", "weight": "2"})]
+
+
+def test_a_name_may_be_a_year_and_empty_columns_none(write: Write) -> None:
+    """As spreadsheets write them. One column without a name is that of pandas' index."""
+    path = write("x.csv", "gene,2010,2020,,\nTP53,1.5,2,,\nEGFR,3\n")
+    assert column_names(path) == ["gene", "2010", "2020"]
+    first, short = read_rows(path)
+    assert first == Row(2, {"gene": "TP53", "2010": "1.5", "2020": "2"})
+    assert short == BadRow(3, "2 columns where the header has 5", {"gene": "EGFR", "2010": "3"})
+    assert list(read_rows(write("y.csv", ",smiles\n0,CCO\n"))) == [Row(2, {"": "0", "smiles": "CCO"})]
 
 
 @pytest.mark.parametrize(("name", "header"), [("x.csv", "smiles;weight"), ("x.csv", "a\tb"), ("x.tsv", "a,b")])

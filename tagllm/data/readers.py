@@ -10,7 +10,7 @@ import re
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
@@ -61,7 +61,8 @@ def column_names(path: Path) -> list[str]:
     kind = kind_of(path)
     if kind in ("csv", "tsv"):
         with _readable(path), _open_text(path) as stream:
-            return _csv_header(_csv_reader(stream, kind), path)
+            header = _csv_header(_csv_reader(stream, kind), path)
+            return [header[at] for at in _named(header)]
     if kind == "parquet":
         with _readable(path), _parquet(path) as parquet:
             return checked_names(parquet.schema_arrow.names, str(path))
@@ -131,17 +132,26 @@ def _csv_header(reader: Any, path: Path) -> list[str]:
         raise UserError(f"{path}: line 1 cannot be read: {error}; {rule}") from None
     if names is None:
         raise UserError(f"{path}: is empty; {rule}")
+    if len(names) > 1 and not any(names):
+        raise UserError(f"{path}: line 1 holds {len(names)} empty names; {rule}")
     if any("\0" in name or undecoded(name) for name in names):
         raise UserError(f"{path}: line 1 is not UTF-8 text; data files must be. Convert it, as with iconv -t utf-8.")
-    for name in names:
-        if NUMBER.fullmatch(name):
-            raise UserError(f"{path}: has no header: line 1 holds the number {name}; {rule}")
+    numbers = [name for name in names if NUMBER.fullmatch(name)]
+    measured = [name for name in numbers if not name.isdigit()]  # a year may be a name, and 0.5 may not
+    if measured or (numbers and len(numbers) == sum(map(bool, names))):
+        raise UserError(f"{path}: has no header: line 1 holds the number {(measured or numbers)[0]}; {rule}")
     if len(names) == 1 and (other := re.search("[,;|\t]", names[0])):
         raise UserError(
             f"{path}: line 1 is one column, {names[0]!r}, with {other[0]!r} in it; columns stand between commas in a "
             ".csv and between tabs in a .tsv. Save it so, or rename it."
         )
-    return checked_names(names, str(path))
+    checked_names((names[at] for at in _named(names)), str(path))
+    return names
+
+
+def _named(names: Sequence[str]) -> list[int]:
+    """Which columns there are: spreadsheets leave separators behind a header, so several without a name are none."""
+    return [at for at, name in enumerate(names) if name or names.count("") == 1]
 
 
 def _is_blank(row: list[str]) -> bool:
@@ -153,6 +163,7 @@ def _csv_rows(path: Path, kind: str) -> Iterator[Row | BadRow]:
     with _open_text(path) as stream:
         reader = _csv_reader(stream, kind)
         names = _csv_header(reader, path)
+        named = _named(names)
         while True:
             line = reader.line_num + 1
             try:
@@ -165,12 +176,23 @@ def _csv_rows(path: Path, kind: str) -> Iterator[Row | BadRow]:
                 return
             if _is_blank(row):
                 continue
+            if len(named) < len(names):
+                _refuse_nameless(row, names, f"{path}: line {line}")
             if len(row) == len(names):
-                yield Row(line, dict(zip(names, row, strict=True)))
+                yield Row(line, {names[at]: row[at] for at in named})
             else:
-                legible = checked(Row(line, dict(zip(names, row, strict=False))))
+                legible = checked(Row(line, {names[at]: row[at] for at in named if at < len(row)}))
                 reason = f"{len(row)} columns where the header has {len(names)}"
                 yield BadRow(line, reason, legible.values if isinstance(legible, Row) else None)
+
+
+def _refuse_nameless(row: Sequence[str], names: Sequence[str], where: str) -> None:
+    for at, (name, value) in enumerate(zip(names, row, strict=False), start=1):
+        if not name and value.strip():
+            raise UserError(
+                f"{where} holds {value[:40]!a} in column {at}, which line 1 gives no name, and {names.count('')} have "
+                "none; only an empty column may be without. Name it, or take it out."
+            )
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row | BadRow]:
