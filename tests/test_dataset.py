@@ -151,6 +151,20 @@ def test_what_is_not_asked_whole_is_told(run: Run, folder: Path) -> None:
     assert "told.csv): of 41 rows 3 cut to the tokens there is room for" in told
 
 
+def test_fields_that_spell_a_missing_value_are_told(tmp_path: Path, tokenizer: Any) -> None:
+    """In text files alone: their rows are trained on, with that text in the prompt."""
+    rows = [f"{'NA' if i in (7, 9) else f'x{i}'},y{i},NA" for i in range(40)] + ["NAN,null,z", "x,None,z"]
+    (tmp_path / "rows.csv").write_text("\n".join(["a,b,output", *rows]) + "\n")
+    data = prepared(tmp_path, tokenizer, layout("A", "B", "F"))
+    file = tmp_path / "rows.csv"
+    a, b = (f"{at} rows (first: {file}, line {line})" for at, line in ((2, 9), (1, 43)))
+    text = "which prompts have as text; leave a cell empty to leave its row out"
+    assert data.told() == [f"data.sources.0 ({file}): a is NA in {a}, b is None in {b}, {text}"]
+    assert sum(len(data.splits[split][0]) for split in data.splits) == 42
+    (tmp_path / "rows.csv").unlink()
+    assert not prepared(tmp_path, tokenizer, layout("A", "B", "F")).told()
+
+
 def test_a_decimal_comma_is_named(run: Run, folder: Path) -> None:
     (folder / "comma.csv").write_text("smiles,weight\n" + "".join(f'm{i},"{i},5"\n' for i in range(20)))
     told = run("train", config(folder, "comma", data__path=str(folder / "comma.csv")))

@@ -16,6 +16,7 @@ from tagllm.config import SPLITS, DataConfig, SourceConfig, Split, digest_of
 from tagllm.data.encode import Encoder, TagLayout
 from tagllm.data.examples import Examples, cached_examples
 from tagllm.data.pieces import lead_of
+from tagllm.data.readers import kind_of
 from tagllm.data.row import READ_UPTO, lost_rows
 from tagllm.data.sources import SourceRows, load_rows
 from tagllm.data.splits import (
@@ -34,6 +35,7 @@ from tagllm.template import Template
 FORMAT = 6
 """What a checkpoint of the same data must agree on."""
 _LISTED_ERRORS = 5
+_MISSING = ["NA", "NaN", "NULL", "None"]
 
 
 class RejectedRow(NamedTuple):
@@ -48,6 +50,8 @@ class Data(NamedTuple):
     splits: dict[Split, list[Examples]]
     record: dict[str, Any]
     bad_rows: list[RejectedRow]
+    doubts: tuple[str, ...] = ()
+    """What stands in the data and may not be meant, in a line for each source; nothing depends on it."""
 
     @property
     def digest(self) -> str:
@@ -55,7 +59,7 @@ class Data(NamedTuple):
 
     def told(self) -> list[str]:
         """What is not asked as it stands in the data, in a line for each source, and how many rows are left out."""
-        lines = []
+        lines = [*self.doubts]
         for at, about in self.record.items():
             splits = [about[split] for split in SPLITS if split in about]
             found = {
@@ -112,6 +116,7 @@ def tokenise(
     splits: dict[Split, list[Examples]] = {split: [] for split in wanted}
     record: dict[str, Any] = {}
     bad_rows: list[RejectedRow] = []
+    doubts: list[str] = []
     for at, (source, template, (rows, table, found, of_splits)) in enumerate(
         zip(config.sources, templates, _divided(config, templates, cache, wanted), strict=True)
     ):
@@ -120,6 +125,7 @@ def tokenise(
             RejectedRow(row["_file"], row["_line"], row["_bad"])
             for row in (table.filter(lambda bad: bad != "", input_columns="_bad") if rows.num_bad else [])
         ]
+        doubts += _missing_in_words(source, template, rows, f"{where} ({rows.name})")
         encoder = Encoder(template, source, prompts.layout, prompts.tokenizer, prompts.max_tokens)
         stem = [
             digest_of([source.model_dump(exclude={"weight", "rows_per_group"}), prompts.digest()]),
@@ -140,7 +146,7 @@ def tokenise(
             splits[split].append(examples)
     if bad_rows and config.on_bad_row == "error":
         _refuse(bad_rows)
-    return Data(splits, record, bad_rows)
+    return Data(splits, record, bad_rows, tuple(doubts))
 
 
 class _Divided(NamedTuple):
@@ -197,6 +203,24 @@ def check_columns(source: SourceConfig, template: Template, columns: Sequence[st
     ]
     if problems:
         raise UserError(*problems)
+
+
+def _missing_in_words(source: SourceConfig, template: Template, rows: SourceRows, where: str) -> list[str]:
+    """A line where fields of a csv or tsv hold what R and pandas write for no value: it stands in prompts as text."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if not source.paths or any(kind_of(Path(path)) not in ("csv", "tsv") for path in source.paths.values()):
+        return []
+    found = []
+    for name in template.fields:
+        marked = np.flatnonzero(pc.is_in(rows.table.data.column(name), pa.array(_MISSING)))
+        if len(marked):
+            first = rows.table[int(marked[0])]
+            place = f"{first['_file']}, line {first['_line']}"
+            found.append(f"{name} is {first[name]} in {len(marked):,} rows (first: {place})")
+    told = f"{where}: {', '.join(found)}, which prompts have as text; leave a cell empty to leave its row out"
+    return [told] if found else []
 
 
 def _short_enough(table: Any, source: SourceConfig) -> np.ndarray:
