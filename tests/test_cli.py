@@ -104,9 +104,7 @@ def test_check_reads_the_rows_where_that_is_asked_and_no_weights(run: Run, folde
     fails(run("check", file, "--rows"), "rows.csv, line 62: weight is 'heavy'; it must be a finite number")
     told = run("check", file, "--rows", "data.on_bad_row=skip")
     assert told.exit_code == 0, told.stderr
-    found = re.search(
-        r"rows\.csv\): train (\d+), valid (\d+), test (\d+); (\d+) tokens on average, (\d+)", told.stdout
-    )
+    found = re.search(r"rows\.csv\): train (\d+), valid (\d+), test (\d+); (\d+) tokens on average, (\d+)", told.stdout)
     assert found and sum(map(int, found.groups()[:3])) == 60 and 4 < int(found[4]) <= int(found[5])
     assert "1 rows cannot be used" in told.stdout and "line 62: weight is 'heavy'" in told.stdout
 
