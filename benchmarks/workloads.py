@@ -15,8 +15,9 @@ from tagllm.config import RunConfig
 from tagllm.config_file import parse_as
 from tagllm.data.batch import in_chunks
 from tagllm.data.dataset import Prompts, tokenise
-from tagllm.data.encode import Example, TagLayout
+from tagllm.data.encode import Example
 from tagllm.data.examples import Examples
+from tagllm.data.layout import TagLayout
 from tagllm.data.sampler import Sampler
 from tagllm.files import cache_folder
 from tagllm.model.backbone import Backbone

@@ -16,8 +16,9 @@ from tagllm.arrays import Floats
 from tagllm.config import SPLITS, BackboneConfig, DataConfig, RunConfig, Split, digest_of
 from tagllm.data.collate import Collator
 from tagllm.data.dataset import Data, Prompts, tokenise, tokenizer_digest
-from tagllm.data.encode import Example, TagLayout
+from tagllm.data.encode import Example
 from tagllm.data.examples import Examples
+from tagllm.data.layout import TagLayout
 from tagllm.data.sampler import Draw, all_draws
 from tagllm.data.splits import refuse_seen, with_files
 from tagllm.errors import SharedError, UserError

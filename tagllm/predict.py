@@ -15,7 +15,8 @@ from tagllm import launched
 from tagllm.build import open_backbone, require_same_everywhere
 from tagllm.config import EngineConfig, OptimConfig, SourceConfig
 from tagllm.data.collate import Collator
-from tagllm.data.encode import Encoder, Example, TagLayout, Unusable
+from tagllm.data.encode import Encoder, Example, Unusable
+from tagllm.data.layout import TagLayout
 from tagllm.data.readers import column_names, read_rows
 from tagllm.data.row import BadRow, Row, lost_rows
 from tagllm.data.writers import open_writer, writable_kind

@@ -14,7 +14,7 @@ from torch import nn
 
 from tagllm.config import FieldConfig, HeadConfig, RunConfig, SourceConfig
 from tagllm.data.collate import Collator
-from tagllm.data.encode import TagLayout
+from tagllm.data.layout import TagLayout
 from tagllm.errors import UserError, did_you_mean
 from tagllm.field_order import order_problems, trained_with
 from tagllm.head import States, pools_known, reads_of_fields

@@ -12,7 +12,8 @@ from transformers import AutoTokenizer
 from tagllm import files
 from tagllm.config import DataConfig, SourceConfig
 from tagllm.data.dataset import Data, Prompts, tokenise
-from tagllm.data.encode import Encoder, Example, TagLayout
+from tagllm.data.encode import Encoder, Example
+from tagllm.data.layout import TagLayout
 from tagllm.errors import UserError
 from tagllm.template import parse_template
 from tagllm.train.signals import EXIT_STOPPED, StopAsked

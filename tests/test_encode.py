@@ -16,7 +16,8 @@ from transformers import AutoTokenizer
 
 from tagllm.config import FieldConfig, HeadConfig, SourceConfig
 from tagllm.data.dataset import Prompts
-from tagllm.data.encode import Encoder, Example, TagLayout, Unusable
+from tagllm.data.encode import Encoder, Example, Unusable
+from tagllm.data.layout import TagLayout
 from tagllm.errors import UserError
 from tagllm.template import FIELD, OUTPUT, SPAN, TAG, TEXT, parse_template, written
 from tests import tiny

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from tagllm import evaluation
 from tagllm.config import HeadConfig
-from tagllm.data.encode import TagLayout
+from tagllm.data.layout import TagLayout
 from tagllm.evaluate.metrics import value_metrics
 from tagllm.evaluate.passes import Pass
 from tagllm.head import Head

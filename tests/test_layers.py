@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from tagllm.config import HeadConfig
-from tagllm.data.encode import TagLayout
+from tagllm.data.layout import TagLayout
 from tagllm.model.backbone import checkpoint_layers
 from tagllm.tags import TagLibrary
 from tests import tiny

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 
 from tagllm.config import SourceConfig
-from tagllm.data.encode import Encoder, Example, TagLayout
+from tagllm.data.encode import Encoder, Example
+from tagllm.data.layout import TagLayout
 from tagllm.model.masks import seen
 from tagllm.template import parse_template
 from tests import tiny

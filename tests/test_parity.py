@@ -14,7 +14,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tagllm.config import HeadConfig
 from tagllm.data.batch import count
 from tagllm.data.collate import Collator
-from tagllm.data.encode import Example, TagLayout
+from tagllm.data.encode import Example
+from tagllm.data.layout import TagLayout
 from tagllm.head import Head
 from tagllm.model.attention import plain_attention
 from tagllm.model.frozen import make_frozen_aware

@@ -13,7 +13,8 @@ from torch.nn import functional
 
 from tagllm.config import BackboneConfig
 from tagllm.data.batch import Counts, Tokens, count
-from tagllm.data.encode import Example, TagLayout
+from tagllm.data.encode import Example
+from tagllm.data.layout import TagLayout
 from tagllm.errors import UserError
 from tagllm.model import attention, prefix
 from tagllm.model.attention import plain_attention

@@ -25,7 +25,8 @@ from transformers import (
 from tagllm.config import HeadConfig
 from tagllm.data.batch import Batch, count
 from tagllm.data.collate import Collator
-from tagllm.data.encode import Example, TagLayout
+from tagllm.data.encode import Example
+from tagllm.data.layout import TagLayout
 from tagllm.head import Head
 from tagllm.model.frozen import make_frozen_aware
 from tagllm.model.loss import LossWeights, total

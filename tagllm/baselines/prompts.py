@@ -14,7 +14,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tagllm.data.encode import Example, TagLayout
+from tagllm.data.encode import Example
+from tagllm.data.layout import TagLayout
 from tagllm.data.pieces import tokens_of
 from tagllm.errors import UserError
 

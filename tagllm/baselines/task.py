@@ -13,7 +13,7 @@ from tagllm.baselines.prompts import Row, Untagged
 from tagllm.build import tokenise_on_all
 from tagllm.config import SPLITS, RunConfig, Split
 from tagllm.data.dataset import Data, Prompts
-from tagllm.data.encode import TagLayout
+from tagllm.data.layout import TagLayout
 from tagllm.data.sampler import all_draws
 from tagllm.errors import UserError
 from tagllm.head import Head

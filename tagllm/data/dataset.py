@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tagllm.config import SPLITS, DataConfig, SourceConfig, Split, digest_of
-from tagllm.data.encode import Encoder, TagLayout
+from tagllm.data.encode import Encoder
 from tagllm.data.examples import Examples, cached_examples
+from tagllm.data.layout import TagLayout
 from tagllm.data.pieces import lead_of
 from tagllm.data.readers import kind_of
 from tagllm.data.row import READ_UPTO, lost_rows

@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from tagllm.arrays import Floats
 from tagllm.config import HeadConfig, Reads
-from tagllm.data.encode import TagLayout
+from tagllm.data.layout import TagLayout
 from tagllm.evaluate.closed_form import fit_head, predictions_of
 from tagllm.evaluate.features import Features
 from tagllm.evaluate.passes import Pass

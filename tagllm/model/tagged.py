@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from tagllm.data.batch import Batch, PiecePositions, Tokens
-from tagllm.data.encode import TagLayout
+from tagllm.data.layout import TagLayout
 from tagllm.errors import UserError
 from tagllm.head import Head, fields_read
 from tagllm.model.allocator import give_back_freed_memory

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor
 
-from tagllm.data.encode import TagLayout
+from tagllm.data.layout import TagLayout
 from tagllm.files import write_whole
 
 

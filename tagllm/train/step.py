@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from tagllm.build import Built
 from tagllm.data.batch import Batch, Counts, count
 from tagllm.data.collate import no_batch
-from tagllm.data.encode import Example, TagLayout
+from tagllm.data.encode import Example
+from tagllm.data.layout import TagLayout
 from tagllm.errors import SharedError
 from tagllm.model.loss import nats_per_token, total
 from tagllm.ranks import Ranks
