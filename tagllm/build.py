@@ -19,8 +19,8 @@ from tagllm.data.dataset import Data, Prompts, tokenise, tokenizer_digest
 from tagllm.data.encode import Example
 from tagllm.data.examples import Examples
 from tagllm.data.layout import TagLayout
+from tagllm.data.overlap import refuse_seen, with_files
 from tagllm.data.sampler import Draw, all_draws
-from tagllm.data.splits import refuse_seen, with_files
 from tagllm.errors import SharedError, UserError
 from tagllm.files import cache_folder
 from tagllm.head import Head

@@ -11,9 +11,9 @@ import numpy as np
 from tagllm.config import SPLITS, SourceConfig, Split
 from tagllm.config_file import load_config
 from tagllm.data.dataset import check_columns, tokenise
+from tagllm.data.overlap import check_keys
 from tagllm.data.readers import column_names
 from tagllm.data.recipes import recipe_of
-from tagllm.data.splits import check_keys
 from tagllm.errors import UserError
 from tagllm.evaluate.text import problems_of
 from tagllm.files import cache_folder

@@ -26,8 +26,9 @@ from tagllm.config import (
     TagConfig,
     digest_of,
 )
+from tagllm.data.overlap import drawn_from, refuse_seen, with_files
 from tagllm.data.sources import SourceRows, load_rows
-from tagllm.data.splits import drawn_from, refuse_seen, split_by, with_files
+from tagllm.data.splits import split_by
 from tagllm.errors import UserError
 from tagllm.evaluate.answers import Answer, answers_of, chosen, copied_answers, scores_of, training_means, write_answers
 from tagllm.evaluate.kept import generate_once

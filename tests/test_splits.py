@@ -16,17 +16,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tagllm.config import FieldConfig, SourceConfig, Split
-from tagllm.data.splits import (
-    check_keys,
-    drawn_from,
-    keys_of,
-    refuse_keyless,
-    refuse_seen,
-    split_by,
-    split_record,
-    split_rows,
-    with_files,
-)
+from tagllm.data.overlap import check_keys, drawn_from, refuse_seen, with_files
+from tagllm.data.splits import keys_of, refuse_keyless, split_by, split_record, split_rows
 from tagllm.errors import UserError
 from tagllm.template import Template, parse_template
 

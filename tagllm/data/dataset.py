@@ -16,20 +16,12 @@ from tagllm.config import SPLITS, DataConfig, SourceConfig, Split, digest_of
 from tagllm.data.encode import Encoder
 from tagllm.data.examples import Examples, cached_examples
 from tagllm.data.layout import TagLayout
+from tagllm.data.overlap import check_keys, drawn_from
 from tagllm.data.pieces import lead_of
 from tagllm.data.readers import kind_of
 from tagllm.data.row import READ_UPTO, lost_rows
 from tagllm.data.sources import SourceRows, load_rows
-from tagllm.data.splits import (
-    answers_in,
-    check_keys,
-    drawn_from,
-    keys_of,
-    refuse_keyless,
-    split_by,
-    split_record,
-    split_rows,
-)
+from tagllm.data.splits import answers_in, keys_of, refuse_keyless, split_by, split_record, split_rows
 from tagllm.errors import UserError
 from tagllm.template import Template
 
