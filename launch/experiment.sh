@@ -7,7 +7,7 @@
 #   SEEDS=3 JOBS=1 OUT=FOLDER
 #   TUNE="optim.tag_lr=3e-3,1e-2,3e-2"   all seeds at the rate that is best on validation
 #   ABLATE=1                             the first seed without each tag, with its rows reordered, swapped
-#   VARIANTS=1                           all seeds of its ablations (configs/variants/), trained anew: no tag, digits, text
+#   VARIANTS=1                           all seeds of its ablations too (configs/variants/): no tag, digits, domain as text
 #   BACKBONE=FOLDER                      another LLM; its runs and tables go to runs/offline-NAME OF THE FOLDER/
 #   CONFIGS=paper                        the configs for LLaMA-7B, on the paper's data
 #   BASELINES="prompt_tuning lora"       methods that are trained on the same rows; lora_text has the domain as text, too
@@ -92,13 +92,11 @@ done
 
 # Stages 2 and 3: every seed; what is trained on the same rows, in the first one's folder; prompts without training.
 runs=("$root/$stage")
-tagllm sweep "$(config "$stage")" "${backbone[@]}" --seeds "$seeds" --jobs "$jobs" ${tune:+--tune "$tune"}
-if [[ -n $variants ]]; then
-    tagllm sweep "$(config "$stage")" "${backbone[@]}" --variants "$variants" --seeds "$seeds" --jobs "$jobs" ${tune:+--tune "$tune"}
-fi
+tagllm sweep "$(config "$stage")" "${backbone[@]}" ${variants:+--variants "$variants"} --seeds "$seeds" --jobs "$jobs" \
+    ${tune:+--tune "$tune"}
 key=${tune%%=*} # what the sweep varies is in the name of what it writes
 folders=$("$python" -c 'import json, sys; print(*json.load(open(sys.argv[1]))["combinations"][0]["folders"], sep="\n")' \
-    "${runs[0]}/sweep${key:+_$key}.json")
+    "${runs[0]}/sweep${variants:+_variant}${key:+_$key}.json")
 mapfile -t of_seeds <<<"$folders"
 if [[ -n $ablate ]]; then tagllm eval "${runs[0]}/${of_seeds[0]}" --ablate; fi # tags taken out, reordered, swapped
 if ((${#methods[@]})); then

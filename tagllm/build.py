@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Collection, Sequence
+import itertools
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -133,13 +134,17 @@ def require_same_everywhere(identities: Sequence[dict[str, str]]) -> None:
         raise SharedError(*problems)
 
 
-def refuse_trained_on(built: Built, names: Collection[str], splits: Collection[Split]) -> None:
+def refuse_trained_on(stage: Stage, data: Data, tags: Mapping[str, Tag], splits: Collection[Split]) -> None:
     """Raises UserError where rows of these splits may be some that one of these tags was trained on."""
-    for at, template in enumerate(built.stage.templates):
-        mine = built.held_out(at)
-        for name in (n for n in dict.fromkeys(template.tags) if n in names):
-            for split in splits:
-                refuse_seen(name, built.tags[name].about.get("held_out", []), mine, split, f"data.sources.{at}")
+    sources = stage.config.data.sources
+    mine = [with_files(data.record[str(at)]["held_out"], source) for at, source in enumerate(sources)]
+    for name, tag in tags.items():
+        asked = [at for at, template in enumerate(stage.templates) if name in template.tags]
+        held_out = tag.about.get("held_out", [])
+        if all(mine[at] in held_out for at in asked):  # as it was trained
+            continue
+        for at, split in itertools.product(asked, splits):
+            refuse_seen(name, held_out, mine[at], split, f"data.sources.{at}")
 
 
 def build_on(backbone: Backbone, stage: Stage, ranks: Ranks, splits: Sequence[Split] = SPLITS) -> Built:

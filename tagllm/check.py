@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from tagllm.build import refuse_trained_on
 from tagllm.config import SPLITS, SourceConfig, Split
 from tagllm.config_file import load_config
 from tagllm.data.dataset import check_columns, tokenise
@@ -64,6 +65,7 @@ def _of_rows(stage: Stage) -> list[str]:
 
     _, prompts = shape_and_prompts(stage)
     data = tokenise(stage.config.data, stage.templates, prompts, cache_folder())
+    refuse_trained_on(stage, data, stage.loaded_functions, ["valid", "test"])
     lines = []
     for at, about in data.record.items():
         of_splits = {split: examples[int(at)] for split, examples in data.splits.items()}

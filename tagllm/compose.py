@@ -46,7 +46,7 @@ from tagllm.stage import stage_of_run
 from tagllm.tags import TagLibrary
 from tagllm.template import escaped, field_text, parse_template, written
 
-FORMAT = 2
+FORMAT = 3
 """Raise when the same settings would ask or score otherwise."""
 
 
@@ -128,8 +128,9 @@ class Composer(NamedTuple):
         if not template.has_output:
             found = score_pass(built, self.ranks, case.split)
             classes = any(head.classes for head in built.layout.heads.values())
-            pairs = found.values_nK, found.targets_nK
-            return Asked(Scores(value_metrics(*pairs, classes), intervals(*pairs, classes)), [], numbers, cut)
+            (head,) = [tag for tag in template.tags if tag in built.layout.heads]
+            pairs = found.values_nK, found.targets_nK, classes, built.stage.target_names(head)
+            return Asked(Scores(value_metrics(*pairs), intervals(*pairs)), [], numbers, cut)
         rows = chosen(examples, self.config.evaluation.generated_rows)
         give = copied_answers if about.copies is not None else partial(answers_of, ask=generate_once)
         answers = [answer._replace(source=prompt) for answer in give(built, template, [examples[at] for at in rows])]

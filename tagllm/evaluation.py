@@ -74,7 +74,7 @@ def _results(
         raise SharedError(f"--control: {run} answers with a head and has no loss over tokens to compare. Leave it out.")
     built = _built(stage, ranks)
     if overridden:
-        refuse_trained_on(built, stage.learned, [split])
+        refuse_trained_on(stage, built.data, {name: built.tags[name] for name in stage.learned}, [split])
     else:
         folder.require_same_rows(built.data, ("train", "valid", split))
     if not any(map(len, built.examples(split))):

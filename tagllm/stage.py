@@ -62,6 +62,10 @@ class Stage(NamedTuple):
         return all_pools(self.templates, self.kinds, pool_of(self.heads.values()), known)
 
     @property
+    def loaded_functions(self) -> dict[str, Tag]:
+        return {name: tag for name, tag in self.loaded.items() if tag.kind == "function"}
+
+    @property
     def weights(self) -> LossWeights:
         """Those given, or 1 for the terms a stage calls for: output and value where there are any, else the spans."""
         loss, heads = self.config.loss, self.heads

@@ -270,7 +270,11 @@ def test_rows_that_were_trained_on_are_not_scored(run: Run, folder: Path) -> Non
     file = config(folder, "seen", data__split={"test": 0.2, "valid": 0.2})
     assert run("train", file).exit_code == 0
     for override in ("data.sources.0.split.test=0.5", "data.sources.0.split.seed=1", "data.sources.0.split.by=[name]"):
-        fails(run("eval", folder / "runs/seen", override), "<W> was trained on", "split as it was in training")
+        fails(
+            run("eval", folder / "runs/seen", override),
+            "<W> was trained on",
+            "Set source.path and source.split as they were in training",
+        )
     assert run("eval", folder / "runs/seen", "data.sources.0.rows={test: 3}").exit_code == 0
     assert json.loads((folder / "runs/seen/results.json").read_text())["rows"] == 3
 
@@ -520,7 +524,7 @@ def test_predict_refuses_what_would_harm(run: Run, folder: Path) -> None:
     (folder / "clash.csv").write_text("smiles,W\nC,1\n")
     fails(run("predict", "runs/harm", folder / "clash.csv", folder / "y.csv"), "already")
     (folder / "later.jsonl").write_text('{"smiles": "C"}\n{"smiles": "CC", "W": 1}\n')
-    fails(run("predict", "runs/harm", folder / "later.jsonl", folder / "y.csv"), "later.jsonl, line 2", "'W' already")
+    fails(run("predict", "runs/harm", folder / "later.jsonl", folder / "y.csv"), "later.jsonl", "'W' already")
     (folder / "other.csv").write_text("smile\nC\n")
     fails(run("predict", "runs/harm", folder / "other.csv", folder / "y.csv"), "Did you mean smile?")
     fails(run("predict", "runs/harm", rows, folder / "y.csv", "--tag", "V"), "no function tag")

@@ -235,8 +235,9 @@ def test_an_experiment_of_the_paper_asks_no_data_of_ours(name: str, prepared: li
 @pytest.mark.parametrize(("configs", "file"), [("offline", "drug_combination"), ("paper", "paper_drug_combination")])
 def test_an_experiment_runs_its_ablations_where_that_is_asked(configs: str, file: str, tmp_path: Path) -> None:
     asked = asked_by_experiment(tmp_path, "drug_combination", CONFIGS=configs, VARIANTS="1")
-    first, second = (line for line in asked if line.startswith("sweep"))
-    assert "--variants" not in first and f"--variants configs/variants/{file}.yaml --seeds 3" in second
+    (sweep,) = (line for line in asked if line.startswith("sweep"))
+    assert f"--variants configs/variants/{file}.yaml --seeds 3" in sweep
+    assert next(iter(yaml.safe_load((ROOT / "configs/variants" / f"{file}.yaml").read_text()).values())) == {}, "full"
     done = subprocess.run(
         ["bash", ROOT / "launch" / "experiment.sh", "molecular_weight"],
         env=without_settings() | {"VARIANTS": "1"}, capture_output=True, text=True, timeout=60, check=False,

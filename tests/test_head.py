@@ -85,7 +85,12 @@ def test_a_tag_goes_on_with_the_rows_it_learned_from_alone(run: Run, folder: Pat
     assert run("train", config(folder, "first")).exit_code == 0
     more = {"W": {"load": "runs/first/library", "learn": True}}
     other = config(folder, "other-rows", tags=more, data__split={"seed": 1})
-    fails(run("train", other), "data.sources.0", "those that <W> was trained on", "Set source.split as it was")
+    fails(
+        run("train", other),
+        "data.sources.0",
+        "those that <W> was trained on",
+        "Set source.path and source.split as they were",
+    )
     assert run("train", config(folder, "same-rows", tags=more)).exit_code == 0
     first, second = (TagLibrary.load(folder / f"runs/{name}/library").tags["W"] for name in ("first", "same-rows"))
     assert first.about["held_out"] == second.about["held_out"]

@@ -208,7 +208,7 @@ def test_sources_in_opposite_orders_are_told_before_anything_is_read(
         (f"{NAME} <SMILES> {{smiles}} <W>", "<Name> {kind}, really, <SMILES> {name} <W>", {}),
         (
             "<Name> {kind} <SMILES> {smiles} {name} <W>",
-            "<Name> {smiles} <SMILES> {kind} {weight} <W>",
+            "<Name> {smiles} <SMILES> {kind} {name} <W>",
             {"pool": "each"},
         ),
     ],

@@ -387,5 +387,3 @@ def test_rows_that_a_tag_may_have_seen_are_refused(trained: Any, mine: Any) -> N
 def test_rows_that_a_tag_has_not_seen_are_asked(trained: Any, mine: Any) -> None:
     refuse_seen("W", [asked(trained)], asked(mine), "test", "here")
     refuse_seen("W", [asked(trained)], asked(mine | {"path": {"train": "rows.csv"}, "recipe": None}), "train", "here")
-    before = {key: value for key, value in asked(trained).items() if key != "given"}
-    refuse_seen("W", [before], asked(trained), "test", "here")

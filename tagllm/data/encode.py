@@ -20,7 +20,6 @@ from tagllm.template import (
     OUTPUT,
     SPAN,
     TAG,
-    Part,
     Template,
     field_text,
     fit,
@@ -93,8 +92,10 @@ class Encoder:
         self.template, self.labelled = template._replace(parts=parts), labelled
         self.marks = marks_of(self.template, layout.kinds)
         self.pools = pools_of(self.template, layout.kinds, pool_of(layout.heads.values()))
+        there = [i for i, part in enumerate(parts) if part.kind != "tag" or layout.lengths[part.value]]
+        self.first = there[0] if there else 0
         self.fixed = {
-            i: tokens_of(tokenizer, [part.value], begins=i == 0)[0]
+            i: tokens_of(tokenizer, [part.value], begins=i == self.first)[0]
             for i, part in enumerate(parts)
             if part.kind == "text"
         }
@@ -133,19 +134,19 @@ class Encoder:
     def encode(self, rows: Sequence[Mapping[str, Any]]) -> list[Example | Unusable]:
         """One result per row, in order."""
         reasons: list[str] = [""] * len(rows)
-        columns: dict[Part, list[list[int]]] = {}
-        for part in self.template.parts:
-            if part.kind == "field" and part not in columns:  # the same column twice may differ in white space
+        columns: dict[int, list[list[int]]] = {}
+        for at, part in enumerate(self.template.parts):
+            if part.kind == "field":
                 config = self.source.fields.get(part.value, FieldConfig())
                 texts = [self._text(row, part.value, config, reasons, i) for i, row in enumerate(rows)]
                 shown = [field_text(text, part, config) for text in texts]
-                columns[part] = tokens_of(self.tokenizer, shown, literal=True, begins=part == self.template.parts[0])
-                for i, unknown in enumerate(map(self._unknown, columns[part])):
+                columns[at] = tokens_of(self.tokenizer, shown, literal=True, begins=at == self.first)
+                for i, unknown in enumerate(map(self._unknown, columns[at])):
                     reasons[i] = reasons[i] or (f"{part.value} has {unknown}" if unknown else "")
         results: list[Example | Unusable] = []
         for i, row in enumerate(rows):
             target = self._target(row, reasons, i)
-            values = {part: ids[i] for part, ids in columns.items()}
+            values = {at: ids[i] for at, ids in columns.items()}
             results.append(Unusable(reasons[i]) if reasons[i] else self._assemble(values, target, self._group(row)))
         return results
 
@@ -188,12 +189,10 @@ class Encoder:
                 reasons[i] = reasons[i] or f"{column} is {value!r}; it must be a finite number{_way_out(value)}"
         return target if reasons[i] else np.array(numbers, np.float32)
 
-    def _assemble(
-        self, values: Mapping[Part, list[int]], target: NDArray[np.float32], group: int
-    ) -> Example | Unusable:
+    def _assemble(self, values: Mapping[int, list[int]], target: NDArray[np.float32], group: int) -> Example | Unusable:
         parts, inputs = self.template.parts, self.inputs
         configs = [self.source.fields.get(parts[i].value, FieldConfig()) for i in inputs]
-        whole = [values[parts[i]] for i in inputs]
+        whole = [values[i] for i in inputs]
         capped = [
             truncate(ids, config.max_tokens or len(ids), config.truncate)
             for ids, config in zip(whole, configs, strict=True)
@@ -225,12 +224,12 @@ class Encoder:
             int(starts[[*inputs, -1][self.num_alike]]) if self.num_alike else 0,
         )
 
-    def _fixed_ids(self, part_at: int, values: Mapping[Part, list[int]]) -> Sequence[int]:
+    def _fixed_ids(self, part_at: int, values: Mapping[int, list[int]]) -> Sequence[int]:
         part, mark = self.template.parts[part_at], self.marks[part_at]
         if mark == TAG:
             return self.layout.ids(part.value)
         if mark == OUTPUT:
-            return values[part]
+            return values[part_at]
         return [] if mark in (SPAN, FIELD) else self.fixed[part_at]
 
 

@@ -143,11 +143,11 @@ def refuse_seen(tag: str, held_out: Sequence[dict[str, Any]], mine: dict[str, An
     beside = {name for given, name in mine["given"].items() if given != "train"}
     for held in held_out:
         if asked is not None:
-            if asked in _names(held) and held["given"].get(split) != asked:
+            if asked in _names(held) and asked not in (held["given"].get(split), held["given"].get("test")):
                 raise UserError(
                     f"{where}: its {split} rows are all of {asked}, which <{tag}> was trained with, and not as its "
                     f"{split} rows, so it may have seen them. Set source.path and source.split as they were in "
-                    "training, or ask other rows."
+                    "training, or rename the file if it is another one."
                 )
         elif share is not None and not _names(held).isdisjoint(_names(mine) - beside):
             same = (held["by"], held["drawn"].get("seed")) == (mine["by"], mine["drawn"].get("seed"))
@@ -155,7 +155,8 @@ def refuse_seen(tag: str, held_out: Sequence[dict[str, Any]], mine: dict[str, An
                 raise UserError(
                     f"{where}: its {split} rows are drawn by {', '.join(mine['by'])} ({mine['drawn']}), those that "
                     f"<{tag}> was trained on by {', '.join(held['by'])} ({held['drawn']}), so some of them may be the "
-                    "same. Set source.path and source.split as they were in training."
+                    "same. Set source.path and source.split as they were in training, or rename the file if it is "
+                    "another one."
                 )
 
 

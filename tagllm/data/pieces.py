@@ -22,14 +22,14 @@ def tokens_of(tokenizer: Any, texts: Sequence[str], literal: bool = False, begin
     """
     if not texts:
         return []
-    lead = [] if begins else lead_of(tokenizer)
+    lead = () if begins else lead_of(tokenizer)
     shown = [BREAK + text if lead else text for text in texts]
     found: list[list[int]] = tokenizer(shown, add_special_tokens=False, split_special_tokens=literal).input_ids
     return [ids[len(lead) :] for ids in found]
 
 
 @lru_cache(maxsize=8)
-def lead_of(tokenizer: Any) -> list[int]:
+def lead_of(tokenizer: Any) -> tuple[int, ...]:
     """The ids of a line break where texts behind one are cut otherwise than alone; elsewhere none."""
     alone, behind, lead = (tokenizer(text, add_special_tokens=False).input_ids for text in (".", f"{BREAK}.", BREAK))
-    return list(lead) if behind[: len(lead)] == lead and behind[len(lead) :] not in ([], alone) else []
+    return tuple(lead) if behind[: len(lead)] == lead and behind[len(lead) :] not in ([], alone) else ()

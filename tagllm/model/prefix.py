@@ -52,7 +52,8 @@ class Prefix(NamedTuple):
 
 def in_passes(tokens: Tokens, chosen: Sequence[int], heads: int, keys_before: int) -> list[list[int]]:
     """Which of the chosen stretches go through the backbone together: those that are alike in length, since attention
-    pads them to the longest. On a CPU few; on a GPU as many as there is room for scores of one layer.
+    pads them to the longest. On a CPU few; on a GPU, where they see keys in front of them, as many as there is room
+    for scores of one layer (alone they go to a kernel that keeps none).
 
     Args:
         keys_before: the most that any stretch sees in front of it.
@@ -62,7 +63,8 @@ def in_passes(tokens: Tokens, chosen: Sequence[int], heads: int, keys_before: in
     if tokens.ids_N.device.type != "cpu":
         while by_length:
             longest = tokens.lengths[by_length[0]]
-            rows = max(1, SCORE_BYTES // max(1, score_bytes(heads, longest, keys_before)))
+            room = SCORE_BYTES // max(1, score_bytes(heads, longest, keys_before)) if keys_before else len(by_length)
+            rows = max(1, room)
             passes, by_length = [*passes, sorted(by_length[:rows])], by_length[rows:]
         return passes
     room = 0

@@ -10,7 +10,7 @@ from pathlib import Path
 from torch import Tensor
 
 from tagllm.build import Built, build, loaded_digest, refuse_trained_on
-from tagllm.config import RunConfig
+from tagllm.config import RunConfig, Split
 from tagllm.errors import SharedError
 from tagllm.evaluate.closed_form import FIT_ROWS
 from tagllm.head import fields_alone
@@ -66,7 +66,8 @@ def train(config: RunConfig, where: str, stop: StopRequest) -> Path:
                     print(f"placement {why}", flush=True)
             config = ranks.on_rank_zero(claim)
             built = build(stage._replace(config=config), ranks, sharding(config.optim, config.engine, ranks))
-            refuse_trained_on(built, [n for n in stage.loaded if stage.kinds[n] == "function"], ["valid", "test"])
+            held_out: list[Split] = ["valid", "test"]
+            ranks.on_rank_zero(lambda: refuse_trained_on(stage, built.data, stage.loaded_functions, held_out))
             trainer = Trainer(built, Engine(built.model, config.optim, config.engine, ranks), ranks, run, stop)
             trainer.run_to_the_end()
     finally:
