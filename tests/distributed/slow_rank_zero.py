@@ -1,10 +1,11 @@
-"""A rank of a group in which rank 0 works for longer than ranks wait for each other."""
+"""A rank of a group in which rank 0 works for longer than ranks wait for each other, and then finds a mistake."""
 
 from __future__ import annotations
 
 import sys
 import time
 
+from tagllm.errors import UserError
 from tagllm.ranks import Ranks
 
 TIMEOUT_S, WORK_S = 3, 7
@@ -15,5 +16,15 @@ def work() -> str:
     return "done"
 
 
+def fail() -> None:
+    time.sleep(WORK_S)
+    raise UserError("row 7 is wrong")
+
+
 if __name__ == "__main__":
-    print(Ranks.start(TIMEOUT_S).on_rank_zero(work), file=sys.stderr)
+    ranks = Ranks.start(TIMEOUT_S)
+    print(ranks.on_rank_zero(work), file=sys.stderr)
+    try:
+        ranks.on_rank_zero(fail)
+    except UserError as error:
+        print(error, file=sys.stderr)
