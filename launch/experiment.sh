@@ -13,7 +13,8 @@
 #   BASELINES="prompt_tuning lora"       methods that are trained on the same rows; lora_text has the domain as text, too
 # A method of BASELINES trains for BUDGET_S seconds for each seed, and half of them for each of three to five rates; passes over the
 # rows come on top. Unless given it is as long as a run, where that is asked for qed or the paper's configs, else 600; its heads are
-# fitted on FIT_ROWS rows: for these all, else 2000. With whole proteins (binding_affinity): prompt tuning, one seed, 512 rows.
+# fitted on FIT_ROWS rows: for these all, else 2000. Pairs of drugs: one seed, 1000 rows (an experiment is to fit in two hours of two
+# cores); with whole proteins (binding_affinity): prompt tuning alone, one seed, 512 rows.
 set -euo pipefail
 unset CDPATH
 data=${2:+$(realpath -m -- "$2")}
@@ -33,6 +34,7 @@ compared=${BASELINES-prompt_tuning lora} fit_rows=${FIT_ROWS:-2000} compared_see
 case $set/$name in
 */translate) compared='' ;; # has no head
 paper/* | */qed) budget_s=${BUDGET_S:-} fit_rows=${FIT_ROWS:-} ;;
+*/drug_combination | */synergy_loewe) fit_rows=${FIT_ROWS:-1000} compared_seeds=1 ;;
 */binding_affinity) compared=${BASELINES-prompt_tuning} fit_rows=${FIT_ROWS:-512} compared_seeds=1 ;;
 esac
 read -r -a methods <<<"$compared"

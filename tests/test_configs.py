@@ -245,6 +245,20 @@ def test_an_experiment_runs_its_ablations_where_that_is_asked(configs: str, file
     assert done.returncode == 2 and "there is no configs/variants/molecular_weight.yaml" in done.stderr
 
 
+@pytest.mark.parametrize(
+    ("name", "sized"),
+    [
+        ("qed", "--method=prompt_tuning --method=lora --seeds 3 --jobs 1"),
+        ("descriptor", "--method=prompt_tuning --method=lora --seeds 3 --jobs 1 --fit-rows 2000 --budget-s 600"),
+        ("synergy_loewe", "--method=prompt_tuning --method=lora --seeds 1 --jobs 1 --fit-rows 1000 --budget-s 600"),
+        ("binding_affinity", "--method=prompt_tuning --seeds 1 --jobs 1 --fit-rows 512 --budget-s 600"),
+    ],
+)
+def test_trained_baselines_are_of_a_size_that_two_cores_can_do(name: str, sized: str, tmp_path: Path) -> None:
+    (baseline,) = (line for line in asked_by_experiment(tmp_path, name) if line.startswith("baseline"))
+    assert baseline.endswith(sized)
+
+
 def test_translation_has_no_trained_baselines_whatever_is_asked(tmp_path: Path) -> None:
     asked = {line.split()[0] for line in asked_by_experiment(tmp_path, "translate", BASELINES="lora")}
     assert {"sweep", "report"} <= asked and "baseline" not in asked
