@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tagllm import files
-from tagllm.build import initial_rows, mean_and_spread, new_tag
+from tagllm.build import initial_rows, new_tag
 from tagllm.config import BackboneConfig, HeadConfig, RunConfig
 from tagllm.config_file import parse_as
 from tagllm.data.dataset import Data
@@ -330,31 +330,6 @@ def test_far_targets_keep_their_mean_and_spread(tmp_path: Path) -> None:
     assert head is not None
     assert head.mean_K.tolist() == pytest.approx([5000, 5000], abs=0.1)
     assert head.std_K.tolist() == pytest.approx([10, 10], rel=0.01)
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize("unit", [1e-23, 1e19, 1e29])
-def test_targets_in_any_unit_keep_their_mean_and_spread(unit: float) -> None:
-    """Squares of these are 0 or infinite in fp32."""
-    targets_n1 = (unit * np.array([[1.0], [2.0], [3.0], [6.0]])).astype(np.float32)
-    ((mean,), (std,)) = mean_and_spread(targets_n1, "here")
-    assert mean / unit == pytest.approx(3) and std / unit == pytest.approx(3.5**0.5)
-
-
-@pytest.mark.filterwarnings("error")
-@pytest.mark.parametrize(
-    ("targets", "told"),
-    [
-        ([0.1] * 100, "the same in all training rows"),
-        ([], "the same in all training rows"),
-        ([1e-36, 3e-36], "tags.W.head: the standard deviation of the target in training rows is 1e-36; .*other units"),
-        ([-1e38, 1e38], "is 1e[+]38; heads answer in fp32, which takes 1e-30 to 1e[+]30"),
-    ],
-    ids=["constant", "none", "small", "large"],
-)
-def test_targets_without_a_spread_to_learn(targets: list[float], told: str) -> None:
-    with pytest.raises(UserError, match=told):
-        mean_and_spread(np.array(targets, np.float32)[:, None], "tags.W.head")
 
 
 @pytest.mark.parametrize("init", ["mean", "vocabulary", "normal"])
