@@ -8,7 +8,6 @@ from pathlib import Path
 
 import numpy as np
 
-from tagllm.build import refuse_trained_on
 from tagllm.config import SPLITS, SourceConfig, Split
 from tagllm.config_file import load_config
 from tagllm.data.dataset import check_columns, tokenise
@@ -61,6 +60,7 @@ def check_config(path: Path, overrides: list[str], num_ranks: int, rows: bool = 
 
 def _of_rows(stage: Stage) -> list[str]:
     """How many examples there are of each source, and how long they are."""
+    from tagllm.build import refuse_trained_on  # with these come torch and transformers, which take seconds
     from tagllm.train.placement import shape_and_prompts
 
     _, prompts = shape_and_prompts(stage)
