@@ -15,7 +15,7 @@ installed=$SECONDS
 
 export TOKENIZERS_PARALLELISM=false HF_HUB_DISABLE_TELEMETRY=1
 export TRANSFORMERS_VERBOSITY=${TRANSFORMERS_VERBOSITY:-error}
-gpus=$($python -c 'import torch; print(torch.cuda.device_count() if torch.cuda.is_available() else 0)')
+read -r gpus _ < <($python -c 'from tagllm.gpus import main; main()') || exit 2 # it said why
 ranks=${RANKS:-$((gpus == 1 ? 1 : 2))}
 
 $python - <<'PY'

@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from tagllm.arrays import Floats
 from tagllm.config import SPLITS, BackboneConfig, DataConfig, RunConfig, Split, digest_of
 from tagllm.data.collate import Collator
 from tagllm.data.dataset import Data, Prompts, tokenise, tokenizer_digest
@@ -175,7 +176,7 @@ def tokenise_on_all(
     def first() -> None:
         tokenise(config, templates, prompts, cache_folder(), splits)
 
-    ranks.on_rank_zero(first)
+    ranks.on_rank_zero(first, long=True)
     return tokenise(config, templates, prompts, cache_folder(), splits)
 
 
@@ -187,7 +188,7 @@ def open_backbone(config: BackboneConfig, ranks: Ranks, place: Place | None = No
         dtype = fastest_dtype(ranks.device) if config.dtype == "auto" else config.dtype
         return config.model_copy(update={"dtype": dtype})
 
-    return load_backbone(ranks.on_rank_zero(first), ranks.device, place)
+    return load_backbone(ranks.on_rank_zero(first, long=True), ranks.device, place)
 
 
 def new_tag(stage: Stage, name: str, backbone: Backbone, data: Data) -> Tag:
@@ -204,14 +205,29 @@ def new_tag(stage: Stage, name: str, backbone: Backbone, data: Data) -> Tag:
     head = Head.new(config.head, embedding_VD.shape[1], stage.pools) if config.head else None
     if head is not None and not head.spec.classes:
         targets = np.concatenate([_targets_of(stage, name, data, at) for at in range(len(stage.templates))])
-        of_each = np.ascontiguousarray(targets.T)  # along columns numpy does not add up in pairs, and loses digits
-        mean, std = of_each.mean(axis=1), of_each.std(axis=1)
-        if not (std > 0).all():
-            raise UserError(
-                f"tags.{name}.head: the target is the same in all training rows; there is nothing to learn."
-            )
-        head = replace(head, mean_K=torch.from_numpy(mean), std_K=torch.from_numpy(std))
+        mean_K, std_K = mean_and_spread(targets, f"tags.{name}.head")
+        head = replace(head, mean_K=torch.from_numpy(mean_K), std_K=torch.from_numpy(std_K))
     return Tag(name, config.kind, rows[:0] if config.absent else rows, head)
+
+
+def mean_and_spread(targets_nK: Floats, where: str) -> tuple[Floats, Floats]:
+    """Of each target (K), in fp32.
+
+    Raises:
+        UserError: a target that is always the same, or whose squares fp32 cannot hold.
+    """
+    if not (targets_nK.max(axis=0, initial=-np.inf) > targets_nK.min(axis=0, initial=np.inf)).all():
+        raise UserError(f"{where}: the target is the same in all training rows; there is nothing to learn.")
+    target_Kn = np.ascontiguousarray(targets_nK.T)  # along columns numpy does not add up in pairs, and loses digits
+    with np.errstate(over="ignore", invalid="ignore"):  # told below
+        mean_K, std_K = target_Kn.mean(axis=1), target_Kn.std(axis=1)
+    if not (np.isfinite(std_K) & (std_K > 0)).all():
+        spread = ", ".join(f"{std:.3g}" for std in targets_nK.std(axis=0, dtype=np.float64))
+        raise UserError(
+            f"{where}: the standard deviation of the target in training rows is {spread}, whose square fp32 cannot "
+            "hold. Give the target in other units."
+        )
+    return mean_K, std_K
 
 
 def _targets_of(stage: Stage, name: str, data: Data, source: int) -> np.ndarray:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from tagllm import launched
+from tagllm import gpus, launched
 from tagllm.build import open_backbone, require_same_everywhere
 from tagllm.config import EngineConfig, OptimConfig, SourceConfig
 from tagllm.data.collate import Collator
@@ -60,7 +60,7 @@ class Predictor:
         question = question or Question.of(request)
         tags, kinds, about = question.tags, question.library.kinds, question.about
         self.spec, self.columns = question.spec, question.columns
-        self.ranks = ranks or Ranks(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+        self.ranks = ranks or Ranks(0, 1, torch.device("cuda" if gpus.seen() else "cpu"))
         sharded = self.ranks.size > 1
         how = OptimConfig(steps=1), EngineConfig(zero_stage=3 if sharded else 0), self.ranks
         backbone = open_backbone(question.backbone, self.ranks, sharding(*how))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from threading import Event, Thread
 from typing import Any, NamedTuple, TypeVar
@@ -158,20 +158,21 @@ class Ranks(NamedTuple):
         dist.all_gather_object(values, value)
         return values
 
-    def on_rank_zero(self, function: Callable[[], Result]) -> Result:
+    def on_rank_zero(self, function: Callable[[], Result], long: bool = False) -> Result:
         """Runs `function` on rank 0 and gives its result to all; a UserError there is raised on all ranks.
 
-        It may take longer than ranks wait for each other (a download, millions of rows): rank 0 says meanwhile that it
-        is still there.
+        Args:
+            long: it may take longer than ranks wait for each other (a download, millions of rows): rank 0 says
+                meanwhile that it is still there. All else that takes so long hangs.
         """
         outcome: list[Any] = [None, None]
         if self.rank == 0:
-            with self._still_there():
+            with self._still_there() if long else nullcontext():
                 try:
                     outcome = [function(), None]
                 except UserError as error:
                     outcome = [None, error.problems]
-        else:
+        elif long:
             while self._told_busy(False):
                 pass
         if self.size > 1:

@@ -525,6 +525,10 @@ def test_predict_refuses_what_would_harm(run: Run, folder: Path) -> None:
     fails(run("predict", "runs/harm", folder / "clash.csv", folder / "y.csv"), "already")
     (folder / "later.jsonl").write_text('{"smiles": "C"}\n{"smiles": "CC", "W": 1}\n')
     fails(run("predict", "runs/harm", folder / "later.jsonl", folder / "y.csv"), "later.jsonl", "'W' already")
+    unusable, late = '{"smiles": ""}\n' * 10_000, '{"smiles": "CC", "W": 1}\n'  # so many objects tell the columns
+    (folder / "later.jsonl").write_text(unusable + late)
+    told = run("predict", "runs/harm", folder / "later.jsonl", folder / "y.csv")
+    fails(told, "later.jsonl, line 10001", "'W' already")
     (folder / "other.csv").write_text("smile\nC\n")
     fails(run("predict", "runs/harm", folder / "other.csv", folder / "y.csv"), "Did you mean smile?")
     fails(run("predict", "runs/harm", rows, folder / "y.csv", "--tag", "V"), "no function tag")

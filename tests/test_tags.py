@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tagllm import files
-from tagllm.build import initial_rows, new_tag
+from tagllm.build import initial_rows, mean_and_spread, new_tag
 from tagllm.config import BackboneConfig, HeadConfig, RunConfig
 from tagllm.config_file import parse_as
 from tagllm.data.dataset import Data
@@ -330,6 +330,23 @@ def test_far_targets_keep_their_mean_and_spread(tmp_path: Path) -> None:
     assert head is not None
     assert head.mean_K.tolist() == pytest.approx([5000, 5000], abs=0.1)
     assert head.std_K.tolist() == pytest.approx([10, 10], rel=0.01)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("targets", "told"),
+    [
+        ([0.1] * 100, "the same in all training rows"),
+        ([], "the same in all training rows"),
+        ([1e-23, 3e-23], "tags.W.head: the standard deviation of the target in training rows is 1e-23, .*other units"),
+        ([-1e19, 1e20], "is 5.5e[+]19, whose square fp32 cannot hold"),
+    ],
+    ids=["constant", "none", "small", "large"],
+)
+def test_targets_without_a_spread_to_learn(targets: list[float], told: str) -> None:
+    """Rounding gives a constant a spread, and small or large units none."""
+    with pytest.raises(UserError, match=told):
+        mean_and_spread(np.array(targets, np.float32)[:, None], "tags.W.head")
 
 
 @pytest.mark.parametrize("init", ["mean", "vocabulary", "normal"])

@@ -60,7 +60,7 @@ def train(config: RunConfig, where: str, stop: StopRequest) -> Path:
         with in_contact(ranks.silent, here):
             ranks.on_rank_zero(lambda: check_world(config, ranks.size, where))  # told once
             if config.engine.zero_stage == "auto" and ranks.size > 1:
-                config, why = ranks.on_rank_zero(lambda: placed(stage, ranks))
+                config, why = ranks.on_rank_zero(lambda: placed(stage, ranks), long=True)
                 stage = read_stage(config, where)
                 if ranks.rank == 0:
                     print(f"placement {why}", flush=True)

@@ -23,8 +23,8 @@ def fail() -> None:
 
 if __name__ == "__main__":
     ranks = Ranks.start(TIMEOUT_S)
-    print(ranks.on_rank_zero(work), file=sys.stderr)
+    print(ranks.on_rank_zero(work, long=True), file=sys.stderr)
     try:
-        ranks.on_rank_zero(fail)
+        ranks.on_rank_zero(fail, long=True)
     except UserError as error:
         print(error, file=sys.stderr)
