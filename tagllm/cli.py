@@ -242,14 +242,14 @@ def compose(config: Path, overrides: Overrides = None, offline: Offline = False)
     """Score prompts over libraries of tags, without training: zero-shot composition and its controls, same rows."""
 
     def work() -> None:
-        from tagllm.compose import Composer
+        from tagllm.compose import compose as compose_all
         from tagllm.compose_config import ComposeConfig
         from tagllm.config_file import load_as
         from tagllm.evaluation import describe
 
-        composer = Composer.open(load_as(ComposeConfig, config, overrides))
-        for case in composer.config.cases:
-            print("\n".join(describe(composer.score(case))), flush=True)
+        for results in compose_all(load_as(ComposeConfig, config, overrides)):
+            if launched.rank() == 0:
+                print("\n".join(describe(results)), flush=True)
 
     _run(work, offline)
 

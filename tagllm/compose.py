@@ -7,17 +7,17 @@ with the wrong tag, without tags, in words, with worked examples, or the source 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
 
-from tagllm.build import Built, build_on, open_backbone
+from tagllm.build import Built, build_on, open_backbone, require_same_everywhere
 from tagllm.compose_config import CaseConfig, ComposeConfig, check_compose
 from tagllm.config import (
     DataConfig,
-    EngineConfig,
     FieldConfig,
     OptimConfig,
     RunConfig,
@@ -29,22 +29,23 @@ from tagllm.config import (
 from tagllm.data.overlap import drawn_from, refuse_seen, with_files
 from tagllm.data.sources import SourceRows, load_rows
 from tagllm.data.splits import split_by
-from tagllm.errors import UserError
+from tagllm.errors import SharedError
 from tagllm.evaluate.answers import Answer, answers_of, chosen, copied_answers, scores_of, training_means, write_answers
 from tagllm.evaluate.kept import generate_once
 from tagllm.evaluate.metrics import intervals, value_metrics
 from tagllm.evaluate.scoring import score_pass
 from tagllm.evaluate.text import Scores, no_spbleu
 from tagllm.files import cache_folder, json_bytes, read_json, sha256_file, write_durably, write_whole
-from tagllm.launched import require_alone
 from tagllm.model.backbone import Backbone, as_trained
 from tagllm.origin import origin
 from tagllm.question import fields_as_trained
 from tagllm.ranks import Ranks
+from tagllm.rendezvous import in_contact
 from tagllm.run_folder import writing
 from tagllm.stage import stage_of_run
 from tagllm.tags import TagLibrary
 from tagllm.template import escaped, field_text, parse_template, written
+from tagllm.train.engine import gather_on_use, sharding
 
 FORMAT = 3
 """Raise when the same settings would ask or score otherwise."""
@@ -60,6 +61,20 @@ class Asked(NamedTuple):
     cut: int
 
 
+def compose(config: ComposeConfig) -> Iterator[dict[str, Any]]:
+    """The results of each case, one after another; on several ranks each holds a part of the backbone.
+
+    Raises:
+        UserError: as `Composer.open` and `Composer.score`.
+        LostContact: another rank died, hangs or is cut off.
+    """
+    ranks = Ranks.start(config.engine.timeout_s)
+    with in_contact(ranks.silent, lambda: f"rank {ranks.rank} composing {config.output}"):
+        composer = Composer.open(config, ranks)
+        for name in config.cases:
+            yield composer.score(name)
+
+
 class Composer(NamedTuple):
     config: ComposeConfig
     library: TagLibrary
@@ -67,18 +82,27 @@ class Composer(NamedTuple):
     ranks: Ranks
 
     @classmethod
-    def open(cls, config: ComposeConfig) -> Composer:
+    def open(cls, config: ComposeConfig, ranks: Ranks) -> Composer:
         """
         Raises:
-            UserError: several ranks, a library that cannot be read or is of another backbone, a prompt with mistakes.
+            UserError: a library that cannot be read or is of another backbone, a prompt with mistakes.
         """
-        require_alone("compose")
-        library = TagLibrary.load_all([Path(path) for path in config.libraries])
-        check_compose(config, library)
-        config = config.model_copy(update={"backbone": as_trained(config.backbone, [*library.tags.values()])})
-        ranks = Ranks.start(EngineConfig().timeout_s)
-        backbone = open_backbone(config.backbone, ranks)
+
+        def checked() -> TagLibrary:
+            library = TagLibrary.load_all([Path(path) for path in config.libraries])
+            check_compose(config, library)
+            return library
+
+        library = ranks.on_rank_zero(checked)
+        engine = config.engine.alone() if ranks.size == 1 else config.engine
+        if engine.zero_stage == "auto":
+            engine = engine.model_copy(update={"zero_stage": 3})
+        backbone_config = as_trained(config.backbone, [*library.tags.values()])
+        config = config.model_copy(update={"backbone": backbone_config, "engine": engine})
+        how = OptimConfig(steps=1), engine, ranks
+        backbone = open_backbone(config.backbone, ranks, sharding(*how))
         library.backbone.require_same(backbone.identity, config.libraries[0])
+        gather_on_use(backbone.model, *how)
         return cls(config, library, backbone, ranks)
 
     def score(self, name: str) -> dict[str, Any]:
@@ -86,14 +110,22 @@ class Composer(NamedTuple):
         case, folder = self.config.cases[name], Path(self.config.output) / name
         settings = self.config.model_dump(mode="json", include={"backbone", "libraries", "data", "evaluation"})
         settings["cases"] = {name: case.model_dump(mode="json")}
-        libraries = [sha256_file(Path(path) / "library.json") for path in self.config.libraries]
-        rows = load_rows(case.source, cache_folder())
-        self._refuse_seen(name, rows)
-        file, digest = folder / "results.json", digest_of([FORMAT, settings, libraries, rows.file])
-        if file.is_file() and (found := read_json(file)).get("config_digest") == digest:
+        file = folder / "results.json"
+
+        def known() -> tuple[str, dict[str, Any]]:
+            rows = load_rows(case.source, cache_folder())
+            self._refuse_seen(name, rows)
+            libraries = [sha256_file(Path(path) / "library.json") for path in self.config.libraries]
+            digest = digest_of([FORMAT, settings, libraries, rows.file])
+            if file.is_file() and (found := read_json(file)).get("config_digest") == digest:
+                return digest, found
+            with writing(folder):
+                folder.mkdir(parents=True, exist_ok=True)
+            return digest, {}
+
+        digest, found = self.ranks.on_rank_zero(known, long=True)
+        if found:
             return found
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
         began = time.monotonic()
         asked = {prompt: self._prompt(name, prompt) for prompt in case.prompts}
         _require_alike(asked, f"cases.{name}", self.config.evaluation.generated_rows)
@@ -105,14 +137,20 @@ class Composer(NamedTuple):
             "control_intervals": {other: asked[other].scores.intervals for other in others},
             "learned": self._first(case, "function"), "backbone": self.backbone.identity._asdict(),
             "dtype": self.backbone.dtype, "config_digest": digest, "seconds": time.monotonic() - began, **origin(),
-            "libraries": {path: _trained(path) for path in self.config.libraries},
+            "libraries": self.ranks.on_rank_zero(lambda: {path: _trained(path) for path in self.config.libraries}),
+            "ranks": self.ranks.size,
+            "sharded": any(hasattr(p, "ds_id") for p in self.backbone.model.parameters()),
         }  # fmt: skip
         results |= {"note": note} if (note := no_spbleu(asked[first].scores, self.config.evaluation)) else {}
-        shown = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
-        write_answers([answer for one in asked.values() for answer in one.answers], folder)
-        with writing(folder):
-            write_durably(folder / "config.yaml", shown.encode())
-            write_whole(file, json_bytes(results))
+
+        def write() -> None:
+            with writing(folder):
+                write_answers([answer for one in asked.values() for answer in one.answers], folder)
+                shown = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+                write_durably(folder / "config.yaml", shown.encode())
+                write_whole(file, json_bytes(results))
+
+        self.ranks.on_rank_zero(write)
         return results
 
     def _prompt(self, name: str, prompt: str) -> Asked:
@@ -123,7 +161,7 @@ class Composer(NamedTuple):
         built = self._built(name, text, case.split, bool(about.shots))
         (template,), (examples,) = built.stage.templates, built.examples(case.split)
         if not len(examples):
-            raise UserError(f"cases.{name}: its {case.split} split has no rows. Ask another split.")
+            raise SharedError(f"cases.{name}: its {case.split} split has no rows. Ask another split.")
         numbers, cut = examples.row_numbers(), int(built.data.record["0"][case.split]["rows_cut"])
         if not template.has_output:
             found = score_pass(built, self.ranks, case.split)
@@ -132,7 +170,8 @@ class Composer(NamedTuple):
             pairs = found.values_nK, found.targets_nK, classes, built.stage.target_names(head)
             return Asked(Scores(value_metrics(*pairs), intervals(*pairs)), [], numbers, cut)
         rows = chosen(examples, self.config.evaluation.generated_rows)
-        give = copied_answers if about.copies is not None else partial(answers_of, ask=generate_once)
+        ask = partial(generate_once, ranks=self.ranks)
+        give = copied_answers if about.copies is not None else partial(answers_of, ask=ask)
         answers = [answer._replace(source=prompt) for answer in give(built, template, [examples[at] for at in rows])]
         scores = scores_of(
             built, answers, case.language, self.library.tags,
@@ -158,7 +197,7 @@ class Composer(NamedTuple):
         wanted = dict.fromkeys([*template.fields, source.output])
         (examples,) = built.examples(split)
         if shots > (there := 0 if split == case.split else len(examples)):
-            raise UserError(
+            raise SharedError(
                 f"cases.{name}: shots is {shots}, but there are {there} {split} rows to take worked examples from. Ask "
                 f"for fewer, or raise source.rows.{split}."
             )
@@ -192,14 +231,16 @@ class Composer(NamedTuple):
         max_tokens = next((limit for tag in trained[::-1] if (limit := tag.about.get("max_tokens"))), None)
         config = RunConfig.model_construct(
             output=self.config.output, backbone=self.config.backbone, evaluation=self.config.evaluation,
-            mask=tags[heads[0]].about.get("mask", "causal") if heads else "causal",
+            engine=self.config.engine, mask=tags[heads[0]].about.get("mask", "causal") if heads else "causal",
             tags={n: TagConfig(load=self.config.libraries[0]) for n in used},
             data=DataConfig(
                 sources=[SourceConfig(**known)], on_bad_row=self.config.data.on_bad_row,
                 max_tokens=None if has_shots else self.config.data.max_tokens or max_tokens,
             ), optim=OptimConfig(steps=1),
         )  # fmt: skip
-        return build_on(self.backbone, stage_of_run(config, self.library, f"cases.{name}"), self.ranks, [split])
+        built = build_on(self.backbone, stage_of_run(config, self.library, f"cases.{name}"), self.ranks, [split])
+        require_same_everywhere(self.ranks.gather({f"rows of cases.{name}": built.data.digest}))
+        return built
 
     def _key(self, case: CaseConfig) -> list[str]:
         """One key for all prompts of a case, so that they are asked of the same rows: a run's in the first one."""
@@ -234,19 +275,19 @@ def _require_alike(asked: dict[str, Asked], where: str, generated_rows: int) -> 
     out = "Leave long rows out with source.max_characters"
     if len({len(one.rows) for one in asked.values()}) > 1:
         told = ", ".join(f"{prompt} {len(one.rows)}" for prompt, one in asked.items())
-        raise UserError(
+        raise SharedError(
             f"{where}: its prompts are asked of different numbers of rows ({told}), which cannot be compared. {out}, "
             f"or raise evaluation.generated_rows (it is {generated_rows})."
         )
     first = next(iter(asked))
     for prompt, one in asked.items():
         if one.rows != asked[first].rows:
-            raise UserError(
+            raise SharedError(
                 f"{where}: {prompt} leaves no room for some rows that {first} has, so the two are asked of different "
                 f"rows, which cannot be compared. {out}."
             )
         if one.cut != asked[first].cut:
-            raise UserError(
+            raise SharedError(
                 f"{where}: fields do not fit into {prompt} in {one.cut} rows, into {first} in {asked[first].cut}: the "
                 f"same question would not be asked. {out}, or ask for fewer shots."
             )

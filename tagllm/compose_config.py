@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from tagllm.config import BackboneConfig, Count, EvaluationConfig, PathText, RowsConfig, Section, Split
+from tagllm.config import BackboneConfig, Count, EngineConfig, EvaluationConfig, PathText, RowsConfig, Section, Split
 from tagllm.errors import UserError, did_you_mean
 from tagllm.evaluate.text import known_languages, problems_of
 from tagllm.tags import TagLibrary
@@ -57,6 +57,8 @@ class ComposeConfig(Section):
     backbone: BackboneConfig
     libraries: Annotated[list[PathText], Field(min_length=1)]
     data: PromptsConfig = PromptsConfig()
+    engine: EngineConfig = EngineConfig()
+    """As a run has it, but `auto` shards the backbone wherever there are several ranks."""
     evaluation: EvaluationConfig = EvaluationConfig()
     cases: Annotated[dict[str, CaseConfig], Field(min_length=1)]
 

@@ -346,6 +346,10 @@ class EngineConfig(Section):
         """0 while nothing is decided."""
         return 0 if self.zero_stage == "auto" else self.zero_stage
 
+    def alone(self) -> EngineConfig:
+        """For one rank, which holds the backbone whole."""
+        return self.model_copy(update={"zero_stage": 0, "shard_over": "world"})
+
 
 class RunConfig(Section):
     output: Annotated[PathText, Field(min_length=1)]
@@ -383,8 +387,7 @@ class RunConfig(Section):
 
     def alone(self) -> RunConfig:
         """For one rank, which holds the backbone whole."""
-        engine = self.engine.model_copy(update={"zero_stage": 0, "shard_over": "world"})
-        return self.model_copy(update={"engine": engine})
+        return self.model_copy(update={"engine": self.engine.alone()})
 
     def in_dtype(self, dtype: Dtype) -> RunConfig:
         return self.model_copy(update={"backbone": self.backbone.model_copy(update={"dtype": dtype})})

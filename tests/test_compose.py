@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
 
 from tagllm.compose import Composer, _require_alike
@@ -19,6 +21,7 @@ from tagllm.errors import UserError
 from tagllm.evaluate import kept
 from tagllm.evaluate.answers import chosen, training_means
 from tagllm.evaluate.generate import generate
+from tagllm.ranks import Ranks
 from tagllm.tags import TagLibrary
 from tests.test_cli import Run, config, fails, folder, run
 
@@ -48,6 +51,10 @@ def composed(folder: Path, libraries: list[str], prompts: dict[str, Any], name: 
     file = folder / "compose.yaml"
     file.write_text(yaml.safe_dump(values, sort_keys=False))
     return file
+
+
+def opened(config: Path, overrides: Sequence[str] = ()) -> Composer:
+    return Composer.open(load_as(ComposeConfig, config, overrides), Ranks(0, 1, torch.device("cpu")))
 
 
 def results_of(folder: Path, name: str) -> tuple[dict[str, Any], list[dict[str, str]]]:
@@ -89,10 +96,8 @@ def test_prompts_without_tags_are_asked_once_for_all_libraries(
 
     def answers(output: str, **evaluation: int) -> list[dict[str, str]]:
         asked.clear()
-        config = load_as(ComposeConfig, composed(folder, libraries, prompts))
-        settings = config.evaluation.model_copy(update=evaluation)
-        config = config.model_copy(update={"output": str(folder / output), "evaluation": settings})
-        Composer.open(config).score("case")
+        settings = [f"evaluation.{key}={value}" for key, value in evaluation.items()]
+        opened(composed(folder, libraries, prompts), [f"output={folder / output}", *settings]).score("case")
         lines = (folder / output / "case/generated.jsonl").read_text().splitlines()
         return [json.loads(line) for line in lines]
 
@@ -105,7 +110,7 @@ def test_prompts_without_tags_are_asked_once_for_all_libraries(
 
 def test_rows_to_score_are_those_that_a_run_over_these_columns_holds_out(folder: Path, libraries: list[str]) -> None:
     """In whatever order a prompt has them."""
-    composer = Composer.open(load_as(ComposeConfig, composed(folder, libraries, {"tags": "{smiles} {kind} <W>"})))
+    composer = opened(composed(folder, libraries, {"tags": "{smiles} {kind} <W>"}))
     held_out = {
         text: composer._built("case", text, "test").examples("test")[0].row_numbers()
         for text in ("{smiles} {kind} <W>", "{kind} of {smiles} <W>")
@@ -125,7 +130,7 @@ def test_where_there_are_no_training_rows_examples_are_of_validation(folder: Pat
     path = {"valid": str(folder / "dev.csv"), "test": str(folder / "devtest.csv")}
     source = {"path": path, "output": "name", "split": {"by": ["smiles"]}}
     prompts = {"tags": "{smiles} <T> <FR> {output}", "shown": {"template": "{smiles}: {output}", "shots": 2}}
-    composer = Composer.open(load_as(ComposeConfig, composed(folder, libraries, prompts, source=source)))
+    composer = opened(composed(folder, libraries, prompts, source=source))
     examples = {line.split(",")[0] for line in lines[1:11]}
     assert {
         shown.split(":")[0] for shown in composer._worked("case", "{smiles}: {output}", 2).split("\n\n")[:2]
@@ -135,7 +140,7 @@ def test_where_there_are_no_training_rows_examples_are_of_validation(folder: Pat
 
 def test_worked_examples_are_training_rows_as_they_stand_in_the_prompt(folder: Path, libraries: list[str]) -> None:
     file = composed(folder, libraries, {"tags": {"template": "a {smiles} <T> <FR> {output}", "shots": 2}})
-    composer = Composer.open(load_as(ComposeConfig, file))
+    composer = opened(file)
     worked = composer._worked("case", "\\{ {smiles} <T> <FR> {output}", 2)
     first, second, rest = worked.split("\n\n")
     assert not rest and first != second
@@ -242,9 +247,7 @@ def test_a_tag_that_was_trained_anew_is_scored_anew(folder: Path, run: Run, libr
 
 
 def test_prompts_that_would_ask_something_else_are_refused(folder: Path, libraries: list[str]) -> None:
-    composer = Composer.open(
-        load_as(ComposeConfig, composed(folder, libraries, {"tags": "{smiles} <T> <FR> {output}"}))
-    )
+    composer = opened(composed(folder, libraries, {"tags": "{smiles} <T> <FR> {output}"}))
     asked = composer._prompt("case", "tags")
     alike = {"tags": asked, "in text": asked}
     _require_alike(alike, "cases.case", 3)
@@ -260,7 +263,7 @@ def test_prompts_that_would_ask_something_else_are_refused(folder: Path, librari
 def test_answers_that_are_no_numbers_count_as_the_mean_of_training_rows(folder: Path, libraries: list[str]) -> None:
     """Not as 0, which weighs as much as the mean does."""
     file = composed(folder, libraries, {"in text": "{smiles} weighs {output}"})
-    composer = Composer.open(load_as(ComposeConfig, file, ["cases.case.source.output=weight"]))
+    composer = opened(file, ["cases.case.source.output=weight"])
     built = composer._built("case", "{smiles} weighs {output}", "train")
     expected = np.mean([float(text) for text in built.examples("train")[0].columns(["weight"])["weight"]])
     (mean,) = training_means(built, [0])
@@ -275,7 +278,7 @@ def test_numbers_are_scored_without_any_training_row(folder: Path, libraries: li
     """What is no number counts as 0 then, for there is no mean."""
     file = composed(folder, libraries, {"in text": "{smiles} weighs {output}"}, "test alone")
     path = f"cases.test alone.source.path={{test: {folder / 'rows.csv'}}}"
-    composer = Composer.open(load_as(ComposeConfig, file, [path, "cases.test alone.source.output=weight"]))
+    composer = opened(file, [path, "cases.test alone.source.output=weight"])
     asked = composer._prompt("test alone", "in text")
     targets = [float(answer.reference) for answer in asked.answers]
     assert asked.scores.metrics["unparsable"] == 1
@@ -347,4 +350,4 @@ def test_a_split_without_rows_is_told(folder: Path, libraries: list[str]) -> Non
     source = {"path": str(folder / "rows.csv"), "target": "weight", "split": {"valid": 0}}
     file = composed(folder, libraries, {"tags": "<SMILES> {smiles} <W>"}, "none", source=source, split="valid")
     with pytest.raises(UserError, match=r"^cases.none: its valid split has no rows. Ask another"):
-        Composer.open(load_as(ComposeConfig, file)).score("none")
+        opened(file).score("none")

@@ -12,6 +12,7 @@ from tagllm.config import digest_of
 from tagllm.evaluate.generate import generate
 from tagllm.files import DamagedFile, cache_folder, json_bytes, read_json, write_whole
 from tagllm.origin import code_digest, hardware, versions
+from tagllm.ranks import Ranks
 from tagllm.run_folder import writing
 
 Ask = Callable[[Built, Sequence[NDArray[np.int32]]], list[str]]
@@ -25,20 +26,32 @@ def generate_of(built: Built, prompts: Sequence[NDArray[np.int32]]) -> list[str]
     )
 
 
-def generate_once(built: Built, prompts: Sequence[NDArray[np.int32]]) -> list[str]:
+def generate_once(built: Built, prompts: Sequence[NDArray[np.int32]], ranks: Ranks) -> list[str]:
     """`generate_of`, or what it gave before for the same prompts, if no tag stands in them: with the same backbone,
-    settings, code, libraries and hardware. In one process alone: ranks of which some remember would part."""
+    settings, code, libraries, hardware and number of ranks. What rank 0 has kept is everybody's."""
     if any((ids >= built.layout.vocabulary_size).any() for ids in prompts):
         return generate_of(built, prompts)
     settings = built.config.evaluation.model_dump(mode="json", include={"max_new_tokens", "beams", "rows_per_batch"})
-    loaded = [built.config.backbone.quantize, built.backbone.dtype, built.backbone.attention]
+    loaded = [built.config.backbone.quantize, built.backbone.dtype, built.backbone.attention, ranks.size]
     asked = [ids.tolist() for ids in prompts]
-    digest = digest_of([asked, settings, built.backbone.identity, loaded, code_digest(), versions(), hardware()])
+    digest = digest_of(
+        [asked, settings, built.backbone.identity, loaded, code_digest(), versions(), hardware(), ranks.size]
+    )
     file = cache_folder() / f"answers-{digest}.json"
-    try:
-        texts: list[str] = read_json(file)["texts"]
-    except DamagedFile:  # or not there
-        texts = generate_of(built, prompts)
+
+    def kept() -> list[str] | None:
+        try:
+            found: list[str] = read_json(file)["texts"]
+        except DamagedFile:  # or not there
+            return None
+        return found
+
+    def keep() -> None:
         with writing(file.parent):
             write_whole(file, json_bytes({"texts": texts}))
+
+    texts = ranks.on_rank_zero(kept)
+    if texts is None:
+        texts = generate_of(built, prompts)
+        ranks.on_rank_zero(keep)
     return texts

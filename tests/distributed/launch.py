@@ -249,6 +249,18 @@ class Workspace:
         with file.open() as table:
             return list(csv.DictReader(table))
 
+    def compose(self, num_ranks: int, name: str, libraries: Sequence[Path], **cases: Any) -> list[dict[str, Any]]:
+        """What `compose` finds of each case, which must end well."""
+        values = {**self._config(), "libraries": [str(path) for path in libraries], "cases": cases}
+        values |= {"output": str(self.folder / name), "evaluation": {"generated_rows": 5, "max_new_tokens": 20}}
+        values |= {"engine": {"deepspeed": str(self.sharding)}}
+        config = self.folder / f"{name}.yaml"
+        kept = ("output", "backbone", "libraries", "engine", "evaluation", "cases")
+        config.write_text(yaml.safe_dump({key: values[key] for key in kept}, sort_keys=False))
+        outcome = self._ranks[num_ranks].run(["compose", str(config)])
+        assert outcome.status == [0] * num_ranks, "\n".join(outcome.stderr)
+        return [json.loads((self.folder / name / case / "results.json").read_text()) for case in cases]
+
     def stop(self, num_ranks: int, name: str, **overrides: object) -> Run:
         """A run whose last rank alone is sent SIGTERM once step 3 is logged: all ranks must save and leave with 75."""
         run = Run(self.folder / name)

@@ -49,6 +49,32 @@ def test_a_sharded_run_is_scored_as_a_whole_one(workspace: Workspace, asks: str)
         assert flat(found[part]) == pytest.approx(flat(expected[part]), rel=1e-3, abs=1e-5), part
 
 
+def test_prompts_over_a_sharded_backbone_are_scored_as_over_a_whole_one(workspace: Workspace) -> None:
+    """Heads and text, worked examples too; started again, both read what is there."""
+    libraries = [workspace.train(1, "composed-head").path / "library"]
+    rows = {"path": str(workspace.folder / "rows.csv")}
+    cases = {
+        "values": {
+            "source": {**rows, "target": "size"},
+            "prompts": {"tags": "The molecule is <SMILES> {smiles}. Its size is <Size>", "bare": "{smiles} <Size>"},
+        },
+        "names": {
+            "source": {**rows, "output": "name"},
+            "prompts": {
+                "tags": "<SMILES> {smiles} {output}", "shots": {"template": "{smiles}: {output}\n", "shots": 2},
+                "copied": {"copies": "smiles"},
+            },
+        },
+    }  # fmt: skip
+    expected = workspace.compose(1, "composed-alone", libraries, **cases)
+    found = workspace.compose(2, "composed", libraries, **cases)
+    assert [(case["ranks"], case["sharded"]) for case in found + expected] == [(2, True)] * 2 + [(1, False)] * 2
+    for mine, alone in zip(found, expected, strict=True):
+        for part in ("metrics", "intervals", "controls", "control_intervals"):
+            assert flat(mine[part]) == pytest.approx(flat(alone[part]), rel=1e-3, abs=1e-5), part
+    assert workspace.compose(2, "composed", libraries, **cases) == found
+
+
 def test_a_head_alone_is_trained_over_ranks_too(workspace: Workspace) -> None:
     """No row of a tag is learned."""
     absent = {"tags__SMILES__absent": True, "tags__Size__absent": True, "loss__span": 0.0}
