@@ -321,16 +321,16 @@ def predict(
 ) -> None:
     """Add predictions to a file: regression, classes or text, in new columns; bad rows stay in place with the reason.
 
-    Overrides are those of the backbone, as in backbone.model=FOLDER.
+    Overrides are those of the backbone and the engine, as in backbone.model=FOLDER.
     """
 
     def work() -> None:
         from tagllm.predict import Request, predict_file
-        from tagllm.run_folder import backbone_config
+        from tagllm.run_folder import settings_to_answer
 
         folder = source / "library" if (source / "config.yaml").is_file() else source
-        backbone = backbone_config(source, overrides or [])
-        request = Request([folder, *(library or [])], backbone, tag, template, batch, max_new_tokens)
+        backbone, engine = settings_to_answer(source, overrides or [])
+        request = Request([folder, *(library or [])], backbone, tag, template, batch, max_new_tokens, engine)
         done = predict_file(request, input_file, output_file)
         cut = f", {done.cut} cut to the tokens there is room for" if done.cut else ""
         if launched.rank() == 0:

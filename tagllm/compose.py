@@ -46,6 +46,7 @@ from tagllm.stage import stage_of_run
 from tagllm.tags import TagLibrary
 from tagllm.template import escaped, field_text, parse_template, written
 from tagllm.train.engine import gather_on_use, sharding
+from tagllm.train.placement import placed_to_answer
 
 FORMAT = 3
 """Raise when the same settings would ask or score otherwise."""
@@ -62,7 +63,7 @@ class Asked(NamedTuple):
 
 
 def compose(config: ComposeConfig) -> Iterator[dict[str, Any]]:
-    """The results of each case, one after another; on several ranks each holds a part of the backbone.
+    """The results of each case, one after another; several ranks share the work, and the backbone where it is large.
 
     Raises:
         UserError: as `Composer.open` and `Composer.score`.
@@ -94,11 +95,9 @@ class Composer(NamedTuple):
             return library
 
         library = ranks.on_rank_zero(checked)
-        engine = config.engine.alone() if ranks.size == 1 else config.engine
-        if engine.zero_stage == "auto":
-            engine = engine.model_copy(update={"zero_stage": 3})
-        backbone_config = as_trained(config.backbone, [*library.tags.values()])
-        config = config.model_copy(update={"backbone": backbone_config, "engine": engine})
+        asked = as_trained(config.backbone, [*library.tags.values()])
+        engine = placed_to_answer(asked, config.engine, ranks)
+        config = config.model_copy(update={"backbone": asked, "engine": engine})
         how = OptimConfig(steps=1), engine, ranks
         backbone = open_backbone(config.backbone, ranks, sharding(*how))
         library.backbone.require_same(backbone.identity, config.libraries[0])

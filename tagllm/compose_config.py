@@ -58,7 +58,7 @@ class ComposeConfig(Section):
     libraries: Annotated[list[PathText], Field(min_length=1)]
     data: PromptsConfig = PromptsConfig()
     engine: EngineConfig = EngineConfig()
-    """As a run has it, but `auto` shards the backbone wherever there are several ranks."""
+    """As a run has it."""
     evaluation: EvaluationConfig = EvaluationConfig()
     cases: Annotated[dict[str, CaseConfig], Field(min_length=1)]
 

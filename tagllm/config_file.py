@@ -52,6 +52,18 @@ def load_as(
     return parse_as(model, values, str(path))
 
 
+def from_overrides(model: type[Config], overrides: Sequence[str], values: dict[str, Any]) -> Config:
+    """`values` with `key=value` overrides, checked.
+
+    Raises:
+        UserError: any key or value is wrong.
+    """
+    raw = OmegaConf.create(values)
+    for override in overrides:
+        _apply(raw, override)
+    return parse_as(model, OmegaConf.to_container(raw), "overrides")
+
+
 def parse_as(model: type[Config], values: Any, where: str) -> Config:
     """Checks a plain mapping; `where` begins each error line."""
     try:

@@ -13,7 +13,7 @@ import torch
 
 from tagllm import gpus, launched
 from tagllm.build import open_backbone, require_same_everywhere
-from tagllm.config import EngineConfig, OptimConfig, SourceConfig
+from tagllm.config import OptimConfig, SourceConfig
 from tagllm.data.collate import Collator
 from tagllm.data.encode import Encoder, Example, Unusable
 from tagllm.data.layout import TagLayout
@@ -31,6 +31,7 @@ from tagllm.ranks import Ranks
 from tagllm.rendezvous import in_contact
 from tagllm.template import all_pools, pool_of
 from tagllm.train.engine import gather_on_use, sharding
+from tagllm.train.placement import placed_to_answer
 
 CHUNK_ROWS = 1024
 ERROR = "tagllm_error"
@@ -46,8 +47,8 @@ class Predicted(NamedTuple):
 
 
 class Predictor:
-    """A model, a prompt, and the names of the columns it answers in. On several ranks each holds a part of the backbone
-    and all must ask the same rows."""
+    """A model, a prompt, and the names of the columns it answers in. Several ranks must all ask the same rows, and
+    share the backbone where it is large (`placed_to_answer`)."""
 
     def __init__(self, request: Request, ranks: Ranks | None = None, question: Question | None = None) -> None:
         """
@@ -61,8 +62,8 @@ class Predictor:
         tags, kinds, about = question.tags, question.library.kinds, question.about
         self.spec, self.columns = question.spec, question.columns
         self.ranks = ranks or Ranks(0, 1, torch.device("cuda" if gpus.seen() else "cpu"))
-        sharded = self.ranks.size > 1
-        how = OptimConfig(steps=1), EngineConfig(zero_stage=3 if sharded else 0), self.ranks
+        engine = placed_to_answer(question.backbone, request.engine, self.ranks)
+        self.sharded, how = engine.stage == 3, (OptimConfig(steps=1), engine, self.ranks)
         backbone = open_backbone(question.backbone, self.ranks, sharding(*how))
         question.library.backbone.require_same(backbone.identity, str(request.libraries[0]))
         heads = {n: tag.head.spec for n, tag in tags.items() if tag.head}
@@ -70,7 +71,7 @@ class Predictor:
         known = pools_known(tag.head for tag in tags.values())
         pools = all_pools([question.template], kinds, pool_of(heads.values()), known)
         layout = TagLayout.of(backbone.vocabulary_size, {n: kinds[n] for n in tags}, lengths, [], heads, pools)
-        memory = None if sharded else PrefixMemory(0, 0)  # rows are asked once: in few passes, and nothing is kept
+        memory = None if self.sharded else PrefixMemory(0, 0)  # rows are asked once: in few passes, and nothing is kept
         self.model = TaggedModel(backbone.model, tags, layout, memory, reads_tokens=False, attention=backbone.attention)
         self.model.to(self.ranks.device)
         gather_on_use(self.model, *how)
@@ -84,7 +85,7 @@ class Predictor:
         block = about.get("mask") == "block"
         self.collate = Collator(
             layout.first_learned_id, (), width, cut_at_function=True, block=block, num_pools=layout.num_pools,
-            sharded=sharded,
+            sharded=self.sharded,
         )  # fmt: skip
 
     def predict(self, rows: Sequence[dict[str, Any]]) -> list[list[Any] | str]:
@@ -101,10 +102,10 @@ class Predictor:
         return answers
 
     def _answer_all(self, chunks: list[list[Example]]) -> list[list[list[Any]]]:
-        """Of heads every rank answers chunks of its own, and equally many, since all gather each module together; texts
-        take as many passes as they are long, so that all write the same ones."""
+        """Every rank answers chunks of its own, and equally many: ranks that share the backbone gather each module
+        together. Texts take as many passes as they are long, so those ranks all write the same ones."""
         rank, size = self.ranks.rank, self.ranks.size
-        if size == 1 or self.spec is None:
+        if size == 1 or (self.spec is None and self.sharded):
             return [self._answer(chunk) for chunk in chunks]
         mine = [self._answer(chunks[min(at, len(chunks) - 1)]) for at in range(rank, len(chunks) + rank, size)]
         found = self.ranks.gather(mine)
@@ -146,7 +147,7 @@ def predict_file(request: Request, source: Path, output: Path) -> Predicted:
     _refuse_clash(str(source), columns, new)
     if launched.world_size() == 1:
         return _answered(Predictor(request, question=question), source, output, columns)
-    ranks = Ranks.start(EngineConfig().timeout_s)
+    ranks = Ranks.start(request.engine.timeout_s)
     with in_contact(ranks.silent, lambda: f"rank {ranks.rank} predicting {source}"):
         require_same_everywhere(ranks.gather({str(source): sha256_file(source)}))
         return _answered(Predictor(request, ranks, question), source, output, columns)

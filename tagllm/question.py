@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tagllm.config import BackboneConfig, EvaluationConfig, FieldConfig, HeadConfig
+from tagllm.config import BackboneConfig, EngineConfig, EvaluationConfig, FieldConfig, HeadConfig
 from tagllm.data.writers import numbered
 from tagllm.errors import UserError, did_you_mean
 from tagllm.field_order import order_problems, trained_with
@@ -25,6 +25,7 @@ class Request(NamedTuple):
     template: str | None = None
     rows_per_batch: int = 32
     max_new_tokens: int | None = None
+    engine: EngineConfig = EngineConfig()
 
 
 class Question(NamedTuple):

@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
-from tagllm.config import BackboneConfig, Dtype, RunConfig, Split, flat
-from tagllm.config_file import load_config
+from tagllm.config import BackboneConfig, Dtype, EngineConfig, RunConfig, Split, flat
+from tagllm.config_file import from_overrides, load_config
 from tagllm.data.dataset import Data
 from tagllm.errors import UserError
 from tagllm.files import json_bytes, read_json, write_whole
@@ -126,21 +125,21 @@ def read_config(run: Path, overrides: Sequence[str] | None = None) -> RunConfig:
     return load_config(file, overrides, resolve=False)
 
 
-def backbone_config(source: Path, overrides: list[str]) -> BackboneConfig | None:
-    """The backbone of a run, `backbone.KEY=VALUE` overrides applied. None for a bare library: it knows its own."""
-    wrong = [each for each in overrides if not each.startswith("backbone.") or "=" not in each]
+def settings_to_answer(source: Path, overrides: list[str]) -> tuple[BackboneConfig | None, EngineConfig]:
+    """The backbone of a run (None for a bare library: it knows its own) and how ranks keep it, `backbone.KEY=VALUE` and
+    `engine.KEY=VALUE` overrides applied."""
+    wrong = [each for each in overrides if not each.startswith(("backbone.", "engine.")) or "=" not in each]
     if wrong:
-        raise UserError(f"override {wrong[0]!r}: predict takes only backbone.KEY=VALUE.")
+        raise UserError(f"override {wrong[0]!r}: predict takes only backbone.KEY=VALUE and engine.KEY=VALUE.")
+    of_engine = [each.removeprefix("engine.") for each in overrides if each.startswith("engine.")]
+    engine = from_overrides(EngineConfig, of_engine, {})
+    of_backbone = [each for each in overrides if each.startswith("backbone.")]
     if (source / "config.yaml").is_file():
-        return read_config(source, overrides).backbone
-    if not overrides:
-        return None
-    values = dict(override.removeprefix("backbone.").split("=", 1) for override in overrides)
-    values.setdefault("model", TagLibrary.load(source).backbone.name)
-    try:
-        return BackboneConfig.model_validate(values)
-    except ValidationError as error:
-        raise UserError(f"overrides: {error.errors()[0]['loc'][0]}: {error.errors()[0]['msg']}.") from None
+        return read_config(source, of_backbone).backbone, engine
+    if not of_backbone:
+        return None, engine
+    values = {"model": TagLibrary.load(source).backbone.name}
+    return from_overrides(BackboneConfig, [each.removeprefix("backbone.") for each in of_backbone], values), engine
 
 
 def training_seconds(run: Path) -> float:

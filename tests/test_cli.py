@@ -576,14 +576,8 @@ def test_fewer_rows_in_a_pass_are_no_other_run(run: Run, folder: Path) -> None:
 def test_what_works_in_one_process_says_so_under_a_launcher(
     run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    source = {"path": str(folder / "rows.csv"), "output": "name"}
-    prompts = {
-        "output": "runs/composed", "backbone": {"model": "none"}, "libraries": ["none"],
-        "cases": {"case": {"source": source, "prompts": {"in text": "{smiles} {output}"}}},
-    }  # fmt: skip
-    (folder / "alone.yaml").write_text(yaml.safe_dump(prompts))
     monkeypatch.setenv("WORLD_SIZE", "2")
-    for command in (("sweep", config(folder, "ranks")), ("baseline", "runs/ranks"), ("compose", "alone.yaml")):
+    for command in (("sweep", config(folder, "ranks")), ("baseline", "runs/ranks")):
         fails(run(*command), f"{command[0]}: WORLD_SIZE is 2", "Start it without a launcher")
     assert not (folder / "runs/ranks").exists()
 

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
 from tagllm import plan
-from tagllm.config import RunConfig
+from tagllm.config import EngineConfig, RunConfig
 from tagllm.config_file import parse_as
 from tagllm.errors import UserError
 from tagllm.ranks import Ranks
 from tagllm.stage import Stage, read_stage
-from tagllm.train.placement import host_memory, placed
+from tagllm.train.placement import host_memory, placed, placed_to_answer
 from tests import tiny
 
 SEVEN = LlamaConfig(
@@ -55,6 +56,30 @@ def test_no_more_is_sent_than_memory_asks_for(
     config, why = placed(stage(tmp_path), Ranks(0, 16, torch.device("cpu")))
     assert (config.engine.zero_stage, config.engine.shard_over) == expected, why
     assert why.startswith(("replicate", "shard")[config.engine.stage // 3])
+
+
+@pytest.mark.parametrize(
+    ("gib_per_rank", "num_ranks", "quantize", "given", "expected"),
+    [
+        (40, 16, "none", {}, (0, "world")), (20, 16, "none", {}, (3, "world")), (20, 16, "nf4", {}, (0, "world")),
+        (20, 16, "none", {"shard_over": "node"}, (3, "node")), (40, 16, "none", {"shard_over": "node"}, (0, "world")),
+        (40, 16, "none", {"zero_stage": 3}, (3, "world")), (20, 16, "none", {"zero_stage": 0}, (0, "world")),
+        (20, 1, "none", {"zero_stage": 3, "shard_over": "node"}, (0, "world")),
+    ],
+)  # fmt: skip
+def test_a_backbone_that_only_answers_is_whole_where_half_of_a_rank_holds_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gib_per_rank: int, num_ranks: int, quantize: str,
+    given: dict[str, Any], expected: tuple[int, str],
+) -> None:  # fmt: skip
+    """Its weights have 12.6 GiB in bf16."""
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    pages = {"SC_PAGE_SIZE": PAGE, "SC_PHYS_PAGES": gib_per_rank * 8 * 2**30 // PAGE}
+    monkeypatch.setattr(os, "sysconf", pages.__getitem__)
+    backbone = stage(tmp_path).config.backbone.model_copy(update={"quantize": quantize})
+    ranks = Ranks(1, num_ranks, torch.device("cpu"))
+    monkeypatch.setattr(Ranks, "on_rank_zero", lambda self, function: function())
+    engine = placed_to_answer(backbone, EngineConfig(**given), ranks)
+    assert (engine.zero_stage, engine.shard_over) == expected
 
 
 @pytest.mark.parametrize("shard_over", ["world", "node"])

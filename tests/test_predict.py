@@ -150,8 +150,12 @@ def test_classes_have_a_probability_each(run: Run, folder: Path) -> None:
         assert sum(each.values()) == pytest.approx(1) and row["K"] == max(each, key=each.__getitem__)
 
 
-def test_an_override_without_a_value_is_told(run: Run, folder: Path, spaced: Path) -> None:
-    fails(run("predict", spaced / "library", folder / "rows.csv", folder / "x.csv", "backbone.dtype"), "KEY=VALUE")
+def test_an_override_that_is_none_of_its_keys_is_told(run: Run, folder: Path, spaced: Path) -> None:
+    for override, told in (
+        ("backbone.dtype", "takes only backbone.KEY=VALUE and engine.KEY=VALUE"), ("optim.steps=1", "takes only"),
+        ("backbone.dtyp=fp32", "overrides: dtyp is no key"), ("engine.zero_stage=4", "overrides: zero_stage"),
+    ):  # fmt: skip
+        fails(run("predict", spaced / "library", folder / "rows.csv", folder / "x.csv", override), told)
 
 
 def test_a_field_is_asked_as_the_function_tag_had_it_and_not_as_a_domain_tag(run: Run, folder: Path) -> None:

@@ -60,8 +60,10 @@ def text_results(built: Built, split: Split, ranks: Ranks, run: Path) -> dict[st
     held_out = built.examples(split)
     asked = [at for at, template in enumerate(templates) if template.has_output and len(held_out[at])]
     share = max(1, settings.generated_rows // len(asked))
+    ask = partial(generate_of, ranks=ranks)
     answers = {
-        at: answers_of(built, templates[at], [held_out[at][row] for row in chosen(held_out[at], share)]) for at in asked
+        at: answers_of(built, templates[at], [held_out[at][row] for row in chosen(held_out[at], share)], ask)
+        for at in asked
     }
     everything = [answer for mine in answers.values() for answer in mine]
     ranks.on_rank_zero(lambda: write_answers(everything, run))
@@ -89,7 +91,7 @@ def write_answers(answers: Sequence[Answer], folder: Path) -> None:
         write_whole(folder / "generated.jsonl", lines.encode())
 
 
-def answers_of(built: Built, template: Template, rows: Sequence[Example], ask: Ask = generate_of) -> list[Answer]:
+def answers_of(built: Built, template: Template, rows: Sequence[Example], ask: Ask) -> list[Answer]:
     made = ask(built, [row.ids[: _output_at(row)] for row in rows])
     return [_answer(built, template, row, text) for row, text in zip(rows, made, strict=True)]
 

@@ -18,19 +18,25 @@ from tagllm.run_folder import writing
 Ask = Callable[[Built, Sequence[NDArray[np.int32]]], list[str]]
 
 
-def generate_of(built: Built, prompts: Sequence[NDArray[np.int32]]) -> list[str]:
-    """The text behind each prompt, as the run's settings want it."""
-    settings = built.config.evaluation
-    return generate(
-        built.model, built.backbone.tokenizer, prompts, settings.max_new_tokens, settings.beams, settings.rows_per_batch
-    )
+def generate_of(built: Built, prompts: Sequence[NDArray[np.int32]], ranks: Ranks) -> list[str]:
+    """The text behind each prompt, as the run's settings want it. Ranks that share the backbone all write the same: a
+    text takes as many passes as it is long. Others write shares, of prompts as long as each other's."""
+    settings, by_length = built.config.evaluation, sorted(range(len(prompts)), key=lambda at: len(prompts[at]))
+    size = 1 if built.config.engine.stage == 3 else ranks.size
+    mine = by_length[ranks.rank % size :: size]
+    texts = generate(
+        built.model, built.backbone.tokenizer, [prompts[at] for at in mine], settings.max_new_tokens, settings.beams,
+        settings.rows_per_batch,
+    )  # fmt: skip
+    text_of = dict(pair for pairs in ranks.gather([*zip(mine, texts, strict=True)]) for pair in pairs)
+    return [text_of[at] for at in range(len(prompts))]
 
 
 def generate_once(built: Built, prompts: Sequence[NDArray[np.int32]], ranks: Ranks) -> list[str]:
     """`generate_of`, or what it gave before for the same prompts, if no tag stands in them: with the same backbone,
     settings, code, libraries, hardware and number of ranks. What rank 0 has kept is everybody's."""
     if any((ids >= built.layout.vocabulary_size).any() for ids in prompts):
-        return generate_of(built, prompts)
+        return generate_of(built, prompts, ranks)
     settings = built.config.evaluation.model_dump(mode="json", include={"max_new_tokens", "beams", "rows_per_batch"})
     loaded = [built.config.backbone.quantize, built.backbone.dtype, built.backbone.attention, ranks.size]
     asked = [ids.tolist() for ids in prompts]
@@ -52,6 +58,6 @@ def generate_once(built: Built, prompts: Sequence[NDArray[np.int32]], ranks: Ran
 
     texts = ranks.on_rank_zero(kept)
     if texts is None:
-        texts = generate_of(built, prompts)
+        texts = generate_of(built, prompts, ranks)
         ranks.on_rank_zero(keep)
     return texts

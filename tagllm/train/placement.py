@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tagllm.config import RunConfig
+from tagllm.config import BackboneConfig, EngineConfig, RunConfig
 from tagllm.data.dataset import Prompts, tokenise
 from tagllm.errors import UserError
 from tagllm.files import cache_folder
@@ -28,11 +28,8 @@ def placed(stage: Stage, ranks: Ranks) -> tuple[RunConfig, str]:
 
     Where that is 3 nothing is remembered, whatever the config says: the budgets were given for the other case.
     """
-    config = stage.config
-    local = ranks_per_node(ranks.size)
-    cuda = ranks.device.type == "cuda"
-    memory = torch.cuda.get_device_properties(ranks.device).total_memory if cuda else host_memory() / local
-    hardware = Hardware(ranks.size, local, memory / 2**30)  # speeds do not decide
+    config, cuda = stage.config, ranks.device.type == "cuda"
+    hardware = Hardware(ranks.size, ranks_per_node(ranks.size), _memory(ranks) / 2**30)  # speeds do not decide
     if config.backbone.dtype == "auto":
         stage = stage._replace(config=config.in_dtype(fastest_dtype(ranks.device)))
     shape, loads, learned = figures_of(stage, ranks.size)
@@ -48,6 +45,28 @@ def placed(stage: Stage, ranks: Ranks) -> tuple[RunConfig, str]:
         decided["shard_over"] = "node"
     changed = {"engine": config.engine.model_copy(update=decided), "remember_gib": 0.0, "remember_device_gib": 0.0}
     return config.model_copy(update=changed), why
+
+
+def placed_to_answer(backbone: BackboneConfig, engine: EngineConfig, ranks: Ranks) -> EngineConfig:
+    """`engine` of a backbone that is asked and not trained through, with `zero_stage: auto` decided: 0 where its
+    weights take at most half of a rank's memory; the rest is for keys, logits and what is kept of rows. Collective."""
+    if ranks.size == 1:
+        return engine.alone()
+    if engine.zero_stage != "auto":
+        return engine
+
+    def fits() -> bool:
+        shape = Shape.of(_skeleton(backbone), backbone.quantize)
+        return shape.weight_bytes + shape.scale_bytes <= _memory(ranks) / 2
+
+    return engine.alone() if ranks.on_rank_zero(fits) else engine.model_copy(update={"zero_stage": 3})
+
+
+def _memory(ranks: Ranks) -> float:
+    """Bytes that this rank may use where its backbone is."""
+    if ranks.device.type == "cuda":
+        return float(torch.cuda.get_device_properties(ranks.device).total_memory)
+    return host_memory() / ranks_per_node(ranks.size)
 
 
 def host_memory(groups: Path = Path("/sys/fs/cgroup"), mine: Path = Path("/proc/self/cgroup")) -> int:
@@ -86,9 +105,18 @@ def shape_and_prompts(stage: Stage) -> tuple[Shape, Prompts]:
         UserError: its config or its tokenizer cannot be read.
     """
     backbone = stage.config.backbone
-    try:
-        model = skeleton(resolve(backbone.model), DTYPES["bf16" if backbone.dtype == "auto" else backbone.dtype])
-    except (OSError, ValueError) as error:
-        raise UserError(f"backbone.model is {backbone.model!r}; its config cannot be read: {error}") from None
+    model = _skeleton(backbone)
     shape, limit = Shape.of(model, backbone.quantize), stage.config.data.max_tokens or longest_prompt(model.config)
     return shape, Prompts(stage.layout(shape.vocabulary), load_tokenizer(backbone.model), limit)
+
+
+def _skeleton(backbone: BackboneConfig) -> Any:
+    """A model without weights.
+
+    Raises:
+        UserError: the backbone's config cannot be read.
+    """
+    try:
+        return skeleton(resolve(backbone.model), DTYPES["bf16" if backbone.dtype == "auto" else backbone.dtype])
+    except (OSError, ValueError) as error:
+        raise UserError(f"backbone.model is {backbone.model!r}; its config cannot be read: {error}") from None

@@ -249,14 +249,17 @@ class Workspace:
         with file.open() as table:
             return list(csv.DictReader(table))
 
-    def compose(self, num_ranks: int, name: str, libraries: Sequence[Path], **cases: Any) -> list[dict[str, Any]]:
+    def compose(
+        self, num_ranks: int, name: str, libraries: Sequence[Path], engine: dict[str, Any], **cases: Any
+    ) -> list[dict[str, Any]]:
         """What `compose` finds of each case, which must end well."""
-        values = {**self._config(), "libraries": [str(path) for path in libraries], "cases": cases}
-        values |= {"output": str(self.folder / name), "evaluation": {"generated_rows": 5, "max_new_tokens": 20}}
-        values |= {"engine": {"deepspeed": str(self.sharding)}}
+        values = {
+            "output": str(self.folder / name), "backbone": self._config()["backbone"],
+            "libraries": [str(path) for path in libraries], "engine": engine,
+            "evaluation": {"generated_rows": 5, "max_new_tokens": 20}, "cases": cases,
+        }  # fmt: skip
         config = self.folder / f"{name}.yaml"
-        kept = ("output", "backbone", "libraries", "engine", "evaluation", "cases")
-        config.write_text(yaml.safe_dump({key: values[key] for key in kept}, sort_keys=False))
+        config.write_text(yaml.safe_dump(values, sort_keys=False))
         outcome = self._ranks[num_ranks].run(["compose", str(config)])
         assert outcome.status == [0] * num_ranks, "\n".join(outcome.stderr)
         return [json.loads((self.folder / name / case / "results.json").read_text()) for case in cases]

@@ -25,33 +25,39 @@ def test_a_sharded_quantised_backbone_equals_one_process(workspace: Workspace, q
     assert not run.tags["SMILES.rows"].equal(plain.tags["SMILES.rows"]), "quantised in name only"
 
 
-@pytest.mark.parametrize("asks", ["a head", "for text"])
-def test_a_sharded_run_is_scored_as_a_whole_one(workspace: Workspace, asks: str) -> None:
-    """With its baselines, controls and ablations: each rank has its part of the backbone, as if none could hold it."""
+@pytest.mark.parametrize(
+    ("asks", "sharded"), [("a head", True), ("for text", True), ("for text", False)],
+    ids=["a head of a sharded backbone", "for text of a sharded backbone", "for text of a whole backbone"],
+)  # fmt: skip
+def test_ranks_answer_as_one_process(workspace: Workspace, asks: str, sharded: bool) -> None:
+    """With baselines, controls and ablations: each rank has its part of the backbone, as if none could hold it, or all
+    of it, and answers its share."""
     text: dict[str, object] = {
         "data__sources[0]__template": '"The molecule is <SMILES> {smiles}. <Size> {output}"',
         "data__sources[0]__output": "name", "data__sources[0]__target": "[]", "tags__Size__head": "null",
         "loss__value": 0.0, "evaluation__max_new_tokens": 20,
     }  # fmt: skip
-    sharded = {"engine__zero_stage": 3, "engine__deepspeed": workspace.sharding}
-    run = workspace.train(2, f"scored-{asks}", **sharded, **(text if asks == "for text" else {}))
+    engine = {"engine__zero_stage": 3, "engine__deepspeed": workspace.sharding} if sharded else {}
+    run = workspace.train(2, f"scored-{asks}-{sharded}", **engine, **(text if asks == "for text" else {}))
+    options = [f"{key.replace('__', '.')}={value}" for key, value in engine.items()]
     whole = workspace.predict(1, run)
     for batch in 5, 47:  # of the second one rank has a row, the other all others
-        for row, alone in zip(workspace.predict(2, run, f"--batch={batch}"), whole, strict=True):
+        for row, alone in zip(workspace.predict(2, run, f"--batch={batch}", *options), whole, strict=True):
             answer, wanted = row.pop("Size"), alone["Size"]
             assert row == {name: value for name, value in alone.items() if name != "Size"} and not row["tagllm_error"]
             assert answer == wanted or float(answer) == pytest.approx(float(wanted), rel=1e-3, abs=1e-5)
     found = workspace.score(2, run, "--ablate")
     expected = workspace.score(1, run, "--ablate")
-    assert (found["ranks"], found["sharded"], expected["sharded"]) == (2, True, False)
+    assert (found["ranks"], found["sharded"], expected["sharded"]) == (2, sharded, False)
     assert found["metrics"].keys() == expected["metrics"].keys()
     for part in ("metrics", "baselines", "controls", "ablations"):
         assert flat(found[part]) == pytest.approx(flat(expected[part]), rel=1e-3, abs=1e-5), part
 
 
-def test_prompts_over_a_sharded_backbone_are_scored_as_over_a_whole_one(workspace: Workspace) -> None:
-    """Heads and text, worked examples too; started again, both read what is there."""
-    libraries = [workspace.train(1, "composed-head").path / "library"]
+@pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "whole"])
+def test_prompts_are_scored_by_ranks_as_by_one_process(workspace: Workspace, sharded: bool) -> None:
+    """Heads and text, worked examples too; started again, what is there is read."""
+    libraries = [workspace.train(1, f"asked-{sharded}").path / "library"]
     rows = {"path": str(workspace.folder / "rows.csv")}
     cases = {
         "values": {
@@ -66,13 +72,14 @@ def test_prompts_over_a_sharded_backbone_are_scored_as_over_a_whole_one(workspac
             },
         },
     }  # fmt: skip
-    expected = workspace.compose(1, "composed-alone", libraries, **cases)
-    found = workspace.compose(2, "composed", libraries, **cases)
-    assert [(case["ranks"], case["sharded"]) for case in found + expected] == [(2, True)] * 2 + [(1, False)] * 2
+    engine = {"zero_stage": 3, "deepspeed": str(workspace.sharding)} if sharded else {}
+    expected = workspace.compose(1, f"composed-alone-{sharded}", libraries, engine, **cases)
+    found = workspace.compose(2, f"composed-{sharded}", libraries, engine, **cases)
+    assert [(case["ranks"], case["sharded"]) for case in found + expected] == [(2, sharded)] * 2 + [(1, False)] * 2
     for mine, alone in zip(found, expected, strict=True):
         for part in ("metrics", "intervals", "controls", "control_intervals"):
             assert flat(mine[part]) == pytest.approx(flat(alone[part]), rel=1e-3, abs=1e-5), part
-    assert workspace.compose(2, "composed", libraries, **cases) == found
+    assert workspace.compose(2, f"composed-{sharded}", libraries, engine, **cases) == found
 
 
 def test_a_head_alone_is_trained_over_ranks_too(workspace: Workspace) -> None:

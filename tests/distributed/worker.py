@@ -15,10 +15,7 @@ import traceback
 from pathlib import Path
 
 from tagllm.cli import app
-from tagllm.train import deepspeed_settings
 from tests.distributed.faults import injected, of_json
-
-PERSIST_ELEMENTS = deepspeed_settings.PERSIST_ELEMENTS
 
 
 def run(arguments: list[str]) -> tuple[int, str]:
@@ -37,8 +34,6 @@ def run(arguments: list[str]) -> tuple[int, str]:
 def main() -> None:
     for line in sys.stdin:
         arguments, outcome, fault = json.loads(line)
-        # predict takes no settings of DeepSpeed's, and without this no weight of a tiny backbone would be gathered
-        deepspeed_settings.PERSIST_ELEMENTS = 0 if arguments[0] == "predict" else PERSIST_ELEMENTS
         with injected(of_json(fault)):
             status, errors = run(arguments)
         gc.collect()
