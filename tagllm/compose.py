@@ -37,6 +37,7 @@ from tagllm.evaluate.scoring import score_pass
 from tagllm.evaluate.text import Scores, no_spbleu
 from tagllm.files import cache_folder, json_bytes, read_json, sha256_file, write_durably, write_whole
 from tagllm.model.backbone import Backbone, as_trained
+from tagllm.model.loading import is_sharded
 from tagllm.origin import origin
 from tagllm.question import fields_as_trained
 from tagllm.ranks import Ranks
@@ -137,8 +138,7 @@ class Composer(NamedTuple):
             "learned": self._first(case, "function"), "backbone": self.backbone.identity._asdict(),
             "dtype": self.backbone.dtype, "config_digest": digest, "seconds": time.monotonic() - began, **origin(),
             "libraries": self.ranks.on_rank_zero(lambda: {path: _trained(path) for path in self.config.libraries}),
-            "ranks": self.ranks.size,
-            "sharded": any(hasattr(p, "ds_id") for p in self.backbone.model.parameters()),
+            "ranks": self.ranks.size, "sharded": is_sharded(self.backbone.model),
         }  # fmt: skip
         results |= {"note": note} if (note := no_spbleu(asked[first].scores, self.config.evaluation)) else {}
 

@@ -29,6 +29,7 @@ from tagllm.evaluate.results import write_results
 from tagllm.evaluate.scoring import Evaluation, by_head, nats, score_pass, with_tags
 from tagllm.evaluate.value_probes import probe_of, value_baselines
 from tagllm.head import fields_alone
+from tagllm.model.loading import is_sharded
 from tagllm.origin import origin, peak_memory_gib
 from tagllm.ranks import Ranks
 from tagllm.rendezvous import in_contact
@@ -85,7 +86,7 @@ def _results(
         "learned": stage.learned, "backbone": built.backbone.identity._asdict(), "dtype": built.backbone.dtype,
         "config_digest": config.digest(), "scoring": config.scoring(),
         "data": {source: about["splits"] for source, about in built.data.record.items()},
-        "ranks": ranks.size, "sharded": any(hasattr(p, "ds_id") for p in built.backbone.model.parameters()),
+        "ranks": ranks.size, "sharded": is_sharded(built.backbone.model),
         "rows": sum(map(len, built.examples(split))), "training": folder.training(), **origin(),
     }  # fmt: skip
     if built.layout.heads:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,7 +14,7 @@ import torch
 
 from tagllm import gpus, launched
 from tagllm.build import open_backbone, require_same_everywhere
-from tagllm.config import OptimConfig, SourceConfig
+from tagllm.config import HeadConfig, OptimConfig, SourceConfig
 from tagllm.data.collate import Collator
 from tagllm.data.encode import Encoder, Example, Unusable
 from tagllm.data.layout import TagLayout
@@ -21,6 +22,7 @@ from tagllm.data.readers import column_names, read_rows
 from tagllm.data.row import BadRow, Row, lost_rows
 from tagllm.data.writers import open_writer, writable_kind
 from tagllm.errors import SharedError, UserError, did_you_mean
+from tagllm.evaluate.dealt import dealt
 from tagllm.evaluate.generate import generate
 from tagllm.files import sha256_file
 from tagllm.head import pools_known
@@ -93,35 +95,29 @@ class Predictor:
         encoded = self.encoder.encode(rows)
         answers: list[list[Any] | str] = [e.reason if isinstance(e, Unusable) else "" for e in encoded]
         usable = [(i, e) for i, e in enumerate(encoded) if isinstance(e, Example)]
-        usable.sort(key=lambda pair: len(pair[1].ids))
         self.num_cut += sum(example.tokens_cut > 0 for _, example in usable)
-        chunks = [usable[at : at + self.rows_per_batch] for at in range(0, len(usable), self.rows_per_batch)]
-        found = self._answer_all([[e for _, e in chunk] for chunk in chunks])
-        for (i, _), answer in zip(itertools.chain(*chunks), itertools.chain(*found), strict=True):
-            answers[i] = answer
+        answer = self._texts if self.spec is None else partial(self._values, self.spec)
+        for (i, _), found in zip(usable, answer([example for _, example in usable]), strict=True):
+            answers[i] = found
         return answers
 
-    def _answer_all(self, chunks: list[list[Example]]) -> list[list[list[Any]]]:
-        """Every rank answers chunks of its own, and equally many: ranks that share the backbone gather each module
-        together. Texts take as many passes as they are long, so those ranks all write the same ones."""
-        rank, size = self.ranks.rank, self.ranks.size
-        if size == 1 or (self.spec is None and self.sharded):
-            return [self._answer(chunk) for chunk in chunks]
-        mine = [self._answer(chunks[min(at, len(chunks) - 1)]) for at in range(rank, len(chunks) + rank, size)]
-        found = self.ranks.gather(mine)
-        return [found[at % size][at // size] for at in range(len(chunks))]
+    def _texts(self, examples: list[Example]) -> list[list[Any]]:
+        prompts = [example.ids for example in examples]
+        how = self.max_new_tokens, self.beams, self.rows_per_batch, self.ranks
+        return [[text] for text in generate(self.model, self.tokenizer, prompts, *how)]
+
+    def _values(self, spec: HeadConfig, examples: list[Example]) -> list[list[Any]]:
+        lengths = [len(example.ids) for example in examples]
+        return dealt(lengths, self.rows_per_batch, partial(self._values_of, spec, examples), self.ranks)
 
     @torch.no_grad()
-    def _answer(self, examples: list[Example]) -> list[list[Any]]:
-        if self.spec is None:
-            prompts = [example.ids for example in examples]
-            texts = generate(self.model, self.tokenizer, prompts, self.max_new_tokens, self.beams, self.rows_per_batch)
-            return [[text] for text in texts]
-        batch = self.collate(examples).to(self.ranks.device)
-        values_BK = self.model(batch).values_BK[:, : self.spec.outputs].float().cpu()
-        if self.spec.classes:
+    def _values_of(self, spec: HeadConfig, examples: list[Example], rows: list[int]) -> list[list[Any]]:
+        """Of one batch: the class and the probability of each, or the value of each target."""
+        batch = self.collate([examples[row] for row in rows]).to(self.ranks.device)
+        values_BK = self.model(batch).values_BK[:, : spec.outputs].float().cpu()
+        if spec.classes:
             of_classes = values_BK.softmax(dim=1).tolist()
-            return [[self.spec.classes[int(np.argmax(each))], *each] for each in of_classes]
+            return [[spec.classes[int(np.argmax(each))], *each] for each in of_classes]
         return [[float(value) for value in row] for row in values_BK]
 
 

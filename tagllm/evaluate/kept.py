@@ -19,17 +19,12 @@ Ask = Callable[[Built, Sequence[NDArray[np.int32]]], list[str]]
 
 
 def generate_of(built: Built, prompts: Sequence[NDArray[np.int32]], ranks: Ranks) -> list[str]:
-    """The text behind each prompt, as the run's settings want it. Ranks that share the backbone all write the same: a
-    text takes as many passes as it is long. Others write shares, of prompts as long as each other's."""
-    settings, by_length = built.config.evaluation, sorted(range(len(prompts)), key=lambda at: len(prompts[at]))
-    size = 1 if built.config.engine.stage == 3 else ranks.size
-    mine = by_length[ranks.rank % size :: size]
-    texts = generate(
-        built.model, built.backbone.tokenizer, [prompts[at] for at in mine], settings.max_new_tokens, settings.beams,
-        settings.rows_per_batch,
+    """The text behind each prompt, as the run's settings want it."""
+    settings = built.config.evaluation
+    return generate(
+        built.model, built.backbone.tokenizer, prompts, settings.max_new_tokens, settings.beams,
+        settings.rows_per_batch, ranks,
     )  # fmt: skip
-    text_of = dict(pair for pairs in ranks.gather([*zip(mine, texts, strict=True)]) for pair in pairs)
-    return [text_of[at] for at in range(len(prompts))]
 
 
 def generate_once(built: Built, prompts: Sequence[NDArray[np.int32]], ranks: Ranks) -> list[str]:

@@ -34,6 +34,11 @@ Place = Callable[[nn.Module], None]
 """Called with each module as soon as its own weights are there: shards them."""
 
 
+def is_sharded(model: nn.Module) -> bool:
+    """Whether this rank holds no more than a part of it (ZeRO-3)."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
 class Loaded(NamedTuple):
     """A model, what gives its whole token embedding (V, D), and the digest of its decoder."""
 

@@ -256,7 +256,7 @@ class Workspace:
         values = {
             "output": str(self.folder / name), "backbone": self._config()["backbone"],
             "libraries": [str(path) for path in libraries], "engine": engine,
-            "evaluation": {"generated_rows": 5, "max_new_tokens": 20}, "cases": cases,
+            "evaluation": {"generated_rows": 5, "max_new_tokens": 20, "beams": 2}, "cases": cases,
         }  # fmt: skip
         config = self.folder / f"{name}.yaml"
         config.write_text(yaml.safe_dump(values, sort_keys=False))

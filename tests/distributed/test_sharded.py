@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -36,6 +39,7 @@ def test_ranks_answer_as_one_process(workspace: Workspace, asks: str, sharded: b
         "data__sources[0]__template": '"The molecule is <SMILES> {smiles}. <Size> {output}"',
         "data__sources[0]__output": "name", "data__sources[0]__target": "[]", "tags__Size__head": "null",
         "loss__value": 0.0, "evaluation__max_new_tokens": 20,
+        "backbone__model": backbone_that_ends_with(workspace, "A"),
     }  # fmt: skip
     engine = {"engine__zero_stage": 3, "engine__deepspeed": workspace.sharding} if sharded else {}
     run = workspace.train(2, f"scored-{asks}-{sharded}", **engine, **(text if asks == "for text" else {}))
@@ -46,12 +50,24 @@ def test_ranks_answer_as_one_process(workspace: Workspace, asks: str, sharded: b
             answer, wanted = row.pop("Size"), alone["Size"]
             assert row == {name: value for name, value in alone.items() if name != "Size"} and not row["tagllm_error"]
             assert answer == wanted or float(answer) == pytest.approx(float(wanted), rel=1e-3, abs=1e-5)
+    if asks == "for text":
+        lengths = {len(row["Size"]) for row in whole}
+        assert 0 in lengths and max(lengths) > 16, "some ranks write when all texts of another have ended"
     found = workspace.score(2, run, "--ablate")
     expected = workspace.score(1, run, "--ablate")
     assert (found["ranks"], found["sharded"], expected["sharded"]) == (2, sharded, False)
     assert found["metrics"].keys() == expected["metrics"].keys()
     for part in ("metrics", "baselines", "controls", "ablations"):
         assert flat(found[part]) == pytest.approx(flat(expected[part]), rel=1e-3, abs=1e-5), part
+
+
+def backbone_that_ends_with(workspace: Workspace, token: str) -> Path:
+    """The same, but of its random texts some end early."""
+    folder = workspace.folder / f"ends-with-{token}"
+    shutil.copytree(workspace.folder / "backbone", folder, dirs_exist_ok=True)
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "eos_token": token}))
+    return folder
 
 
 @pytest.mark.parametrize("sharded", [True, False], ids=["sharded", "whole"])
