@@ -153,7 +153,7 @@ def build_on(backbone: Backbone, stage: Stage, ranks: Ranks, splits: Sequence[Sp
     config, layout = stage.config, stage.layout(backbone.vocabulary_size)
     limit = config.data.max_tokens or backbone.max_tokens
     if limit > backbone.max_tokens:
-        raise UserError(f"data.max_tokens is {limit}; the backbone takes at most {backbone.max_tokens}. Lower it.")
+        raise SharedError(f"data.max_tokens is {limit}; the backbone takes at most {backbone.max_tokens}. Lower it.")
     data = tokenise_on_all(config.data, stage.templates, Prompts(layout, backbone.tokenizer, limit), ranks, splits)
     tags = stage.loaded | {
         name: new_tag(stage, name, backbone, data) for name in config.tags if name not in stage.loaded

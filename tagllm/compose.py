@@ -34,7 +34,7 @@ from tagllm.evaluate.answers import Answer, answers_of, chosen, copied_answers, 
 from tagllm.evaluate.kept import generate_once
 from tagllm.evaluate.metrics import intervals, value_metrics
 from tagllm.evaluate.scoring import score_pass
-from tagllm.evaluate.text import Scores, no_spbleu
+from tagllm.evaluate.text import Scores, all_numbers, no_spbleu
 from tagllm.files import cache_folder, json_bytes, read_json, sha256_file, write_durably, write_whole
 from tagllm.model.backbone import Backbone, as_trained
 from tagllm.model.loading import is_sharded
@@ -101,7 +101,7 @@ class Composer(NamedTuple):
         config = config.model_copy(update={"backbone": asked, "engine": engine})
         how = OptimConfig(steps=1), engine, ranks
         backbone = open_backbone(config.backbone, ranks, sharding(*how))
-        library.backbone.require_same(backbone.identity, config.libraries[0])
+        ranks.on_rank_zero(lambda: library.backbone.require_same(backbone.identity, config.libraries[0]))
         gather_on_use(backbone.model, *how)
         return cls(config, library, backbone, ranks)
 
@@ -167,15 +167,17 @@ class Composer(NamedTuple):
             classes = any(head.classes for head in built.layout.heads.values())
             (head,) = [tag for tag in template.tags if tag in built.layout.heads]
             pairs = found.values_nK, found.targets_nK, classes, built.stage.target_names(head)
-            return Asked(Scores(value_metrics(*pairs), intervals(*pairs)), [], numbers, cut)
+            scores = self.ranks.on_rank_zero(lambda: Scores(value_metrics(*pairs), intervals(*pairs)))
+            return Asked(scores, [], numbers, cut)
         rows = chosen(examples, self.config.evaluation.generated_rows)
         ask = partial(generate_once, ranks=self.ranks)
         give = copied_answers if about.copies is not None else partial(answers_of, ask=ask)
         answers = [answer._replace(source=prompt) for answer in give(built, template, [examples[at] for at in rows])]
-        scores = scores_of(
-            built, answers, case.language, self.library.tags,
-            lambda: self._means(name, text, bool(about.shots), len(answers)),
-        )  # fmt: skip
+        numbers_wanted = all_numbers([answer.reference for answer in answers])
+        means = self._means(name, text, bool(about.shots), len(answers)) if numbers_wanted else []
+        scores = self.ranks.on_rank_zero(
+            lambda: scores_of(built, answers, case.language, self.library.tags, lambda: means)
+        )
         return Asked(scores, answers, [numbers[at] for at in rows], cut)
 
     def _means(self, name: str, text: str, has_shots: bool, number: int) -> list[float]:

@@ -36,6 +36,7 @@ from tagllm.train.engine import gather_on_use, sharding
 from tagllm.train.placement import placed_to_answer
 
 CHUNK_ROWS = 1024
+"""Read before they are answered, of each rank: batches are of rows of this many that are as long as each other."""
 ERROR = "tagllm_error"
 __all__ = ["Predicted", "Predictor", "Request", "predict_file"]
 
@@ -153,7 +154,8 @@ def _answered(predictor: Predictor, source: Path, output: Path, columns: Sequenc
     """Writes each row with its answer. All ranks read the same ones, so what is wrong with them is told once."""
     new, total, failed, fields = [*predictor.columns, ERROR], 0, 0, predictor.encoder.template.fields
     with open_writer(output, [*columns, *new]) if predictor.ranks.rank == 0 else nullcontext() as writer:
-        for chunk in _chunks(_without_others(row, fields) for row in read_rows(source)):
+        rows = (_without_others(row, fields) for row in read_rows(source))
+        for chunk in _chunks(rows, CHUNK_ROWS * predictor.ranks.size):
             readable = [row.values for row in chunk if isinstance(row, Row)]
             answers = iter(predictor.predict(readable))
             for row in chunk:
@@ -182,6 +184,6 @@ def _without_others(row: Row | BadRow, fields: Collection[str]) -> Row | BadRow:
     return row
 
 
-def _chunks(rows: Iterator[Row | BadRow]) -> Iterator[list[Row | BadRow]]:
-    while chunk := list(itertools.islice(rows, CHUNK_ROWS)):
+def _chunks(rows: Iterator[Row | BadRow], size: int) -> Iterator[list[Row | BadRow]]:
+    while chunk := list(itertools.islice(rows, size)):
         yield chunk

@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from tagllm.config import BackboneConfig, Dtype, EngineConfig, RunConfig, Split, flat
+from tagllm.config import BackboneConfig, Dtype, EngineConfig, RunConfig, Section, Split, flat
 from tagllm.config_file import from_overrides, load_config
 from tagllm.data.dataset import Data
 from tagllm.errors import UserError
@@ -131,15 +131,18 @@ def settings_to_answer(source: Path, overrides: list[str]) -> tuple[BackboneConf
     wrong = [each for each in overrides if not each.startswith(("backbone.", "engine.")) or "=" not in each]
     if wrong:
         raise UserError(f"override {wrong[0]!r}: predict takes only backbone.KEY=VALUE and engine.KEY=VALUE.")
-    of_engine = [each.removeprefix("engine.") for each in overrides if each.startswith("engine.")]
-    engine = from_overrides(EngineConfig, of_engine, {})
-    of_backbone = [each for each in overrides if each.startswith("backbone.")]
+    known: dict[str, Any] | None = None
     if (source / "config.yaml").is_file():
-        return read_config(source, of_backbone).backbone, engine
-    if not of_backbone:
-        return None, engine
-    values = {"model": TagLibrary.load(source).backbone.name}
-    return from_overrides(BackboneConfig, [each.removeprefix("backbone.") for each in of_backbone], values), engine
+        known = read_config(source).backbone.model_dump(mode="json")
+    elif any(each.startswith("backbone.") for each in overrides):
+        known = {"model": TagLibrary.load(source).backbone.name}
+    found = from_overrides(_ToAnswer, overrides, {} if known is None else {"backbone": known})
+    return found.backbone, found.engine
+
+
+class _ToAnswer(Section):
+    backbone: BackboneConfig | None = None
+    engine: EngineConfig = EngineConfig()
 
 
 def training_seconds(run: Path) -> float:

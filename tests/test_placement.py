@@ -61,8 +61,9 @@ def test_no_more_is_sent_than_memory_asks_for(
 @pytest.mark.parametrize(
     ("gib_per_rank", "num_ranks", "quantize", "given", "expected"),
     [
-        (40, 16, "none", {}, (0, "world")), (20, 16, "none", {}, (3, "world")), (20, 16, "nf4", {}, (0, "world")),
-        (20, 16, "none", {"shard_over": "node"}, (3, "node")), (40, 16, "none", {"shard_over": "node"}, (0, "world")),
+        (40, 16, "none", {}, (0, "world")), (20, 16, "none", {}, (3, "node")), (20, 16, "nf4", {}, (0, "world")),
+        (20, 8, "none", {}, (3, "world")), (3, 16, "none", {}, (3, "world")), (20, 12, "none", {}, (3, "world")),
+        (3, 16, "none", {"shard_over": "node"}, (3, "node")), (40, 16, "none", {"shard_over": "node"}, (0, "world")),
         (40, 16, "none", {"zero_stage": 3}, (3, "world")), (20, 16, "none", {"zero_stage": 0}, (0, "world")),
         (20, 1, "none", {"zero_stage": 3, "shard_over": "node"}, (0, "world")),
     ],
@@ -71,13 +72,13 @@ def test_a_backbone_that_only_answers_is_whole_where_half_of_a_rank_holds_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gib_per_rank: int, num_ranks: int, quantize: str,
     given: dict[str, Any], expected: tuple[int, str],
 ) -> None:  # fmt: skip
-    """Its weights have 12.6 GiB in bf16."""
+    """Its weights have 12.6 GiB in bf16, and a node eight ranks."""
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     pages = {"SC_PAGE_SIZE": PAGE, "SC_PHYS_PAGES": gib_per_rank * 8 * 2**30 // PAGE}
     monkeypatch.setattr(os, "sysconf", pages.__getitem__)
     backbone = stage(tmp_path).config.backbone.model_copy(update={"quantize": quantize})
     ranks = Ranks(1, num_ranks, torch.device("cpu"))
-    monkeypatch.setattr(Ranks, "on_rank_zero", lambda self, function: function())
+    monkeypatch.setattr(Ranks, "on_rank_zero", lambda self, function, long: function())
     engine = placed_to_answer(backbone, EngineConfig(**given), ranks)
     assert (engine.zero_stage, engine.shard_over) == expected
 

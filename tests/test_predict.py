@@ -153,7 +153,8 @@ def test_classes_have_a_probability_each(run: Run, folder: Path) -> None:
 def test_an_override_that_is_none_of_its_keys_is_told(run: Run, folder: Path, spaced: Path) -> None:
     for override, told in (
         ("backbone.dtype", "takes only backbone.KEY=VALUE and engine.KEY=VALUE"), ("optim.steps=1", "takes only"),
-        ("backbone.dtyp=fp32", "overrides: dtyp is no key"), ("engine.zero_stage=4", "overrides: zero_stage"),
+        ("backbone.dtyp=fp32", "overrides: backbone.dtyp is no key"),
+        ("engine.zero_stage=4", "overrides: engine.zero_stage"),
     ):  # fmt: skip
         fails(run("predict", spaced / "library", folder / "rows.csv", folder / "x.csv", override), told)
 

@@ -70,7 +70,8 @@ def text_results(built: Built, split: Split, ranks: Ranks, run: Path) -> dict[st
     sources, source_of = dict[str, Any](), [at for at in asked for _ in answers[at]]
 
     def scored(mine: list[Answer], source_of: list[int], language: str) -> Scores:
-        return scores_of(built, mine, language, built.tags, partial(training_means, built, source_of))
+        means = partial(training_means, built, source_of)
+        return ranks.on_rank_zero(lambda: scores_of(built, mine, language, built.tags, means))
 
     for at in asked:
         mine, name = answers[at], templates[at].text

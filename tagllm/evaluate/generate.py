@@ -37,8 +37,10 @@ def generate(
         ranks: all write a share, and have all texts at the end; they ask for the same ones.
     """
     ranks, lengths = ranks or Ranks(0, 1, model.tags.learned_TD.device), [len(prompt) for prompt in prompts]
-    common = _common(prompts) if lengths and _all_see(model, max(lengths) + max_new_tokens) else 0
-    writer = _Writer(model, tokenizer, max_new_tokens, beams, common, ranks if is_sharded(model) else None)
+    widest = max(lengths, default=0)
+    common = _common(prompts) if lengths and _all_see(model, widest + max_new_tokens) else 0
+    in_step = ranks if is_sharded(model) else None
+    writer = _Writer(model, tokenizer, max_new_tokens, beams, common, in_step, widest if in_step else 0)
     return dealt(lengths, rows_per_batch, lambda batch: writer.texts([prompts[row] for row in batch]), ranks)
 
 
@@ -50,12 +52,15 @@ class _Writer(NamedTuple):
     common: int
     in_step: Ranks | None
     """Ranks that share the backbone, so that all take a pass wherever one does."""
+    widest: int
+    """Of the prompts of ranks in step: all texts end where it leaves no more positions, and none passes its last."""
 
     @torch.no_grad()
     def texts(self, prompts: Sequence[NDArray[np.int32]]) -> list[str]:
         """Of one batch."""
         width, common = max(map(len, prompts)), self.common
-        most = max(1, min(self.max_new_tokens, longest_prompt(self.model.backbone.config) - width))
+        room = longest_prompt(self.model.backbone.config) - max(width, self.widest)
+        most = max(1, min(self.max_new_tokens, room))
         ids = torch.zeros(len(prompts), width, dtype=torch.long)
         mask = torch.zeros(len(prompts), width, dtype=torch.long)
         for row, prompt in enumerate(prompts):

@@ -11,6 +11,7 @@ from tagllm.build import Built
 from tagllm.config import digest_of
 from tagllm.evaluate.generate import generate
 from tagllm.files import DamagedFile, cache_folder, json_bytes, read_json, write_whole
+from tagllm.model.loading import is_sharded
 from tagllm.origin import code_digest, hardware, versions
 from tagllm.ranks import Ranks
 from tagllm.run_folder import writing
@@ -34,10 +35,9 @@ def generate_once(built: Built, prompts: Sequence[NDArray[np.int32]], ranks: Ran
         return generate_of(built, prompts, ranks)
     settings = built.config.evaluation.model_dump(mode="json", include={"max_new_tokens", "beams", "rows_per_batch"})
     loaded = [built.config.backbone.quantize, built.backbone.dtype, built.backbone.attention, ranks.size]
+    loaded.append(is_sharded(built.backbone.model))
     asked = [ids.tolist() for ids in prompts]
-    digest = digest_of(
-        [asked, settings, built.backbone.identity, loaded, code_digest(), versions(), hardware(), ranks.size]
-    )
+    digest = digest_of([asked, settings, built.backbone.identity, loaded, code_digest(), versions(), hardware()])
     file = cache_folder() / f"answers-{digest}.json"
 
     def kept() -> list[str] | None:

@@ -49,17 +49,23 @@ def placed(stage: Stage, ranks: Ranks) -> tuple[RunConfig, str]:
 
 def placed_to_answer(backbone: BackboneConfig, engine: EngineConfig, ranks: Ranks) -> EngineConfig:
     """`engine` of a backbone that is asked and not trained through, with `zero_stage: auto` decided: 0 where its
-    weights take at most half of a rank's memory; the rest is for keys, logits and what is kept of rows. Collective."""
+    weights take at most half of a rank's memory (the rest is for keys, logits and what is kept of rows), else 3, in
+    each node by itself where a part of them does. Collective."""
     if ranks.size == 1:
         return engine.alone()
     if engine.zero_stage != "auto":
         return engine
 
-    def fits() -> bool:
-        shape = Shape.of(_skeleton(backbone), backbone.quantize)
-        return shape.weight_bytes + shape.scale_bytes <= _memory(ranks) / 2
+    def halves() -> float:
+        dtype = fastest_dtype(ranks.device) if backbone.dtype == "auto" else backbone.dtype
+        shape = Shape.of(_skeleton(backbone.model_copy(update={"dtype": dtype})), backbone.quantize)
+        return (shape.weight_bytes + shape.scale_bytes) / (_memory(ranks) / 2)
 
-    return engine.alone() if ranks.on_rank_zero(fits) else engine.model_copy(update={"zero_stage": 3})
+    needed, local = ranks.on_rank_zero(halves, long=True), ranks_per_node(ranks.size)
+    if needed <= 1:
+        return engine.alone()
+    in_node = 1 < local < ranks.size and ranks.size % local == 0 and needed <= local
+    return engine.model_copy(update={"zero_stage": 3} | ({"shard_over": "node"} if in_node else {}))
 
 
 def _memory(ranks: Ranks) -> float:

@@ -249,10 +249,9 @@ class Workspace:
         with file.open() as table:
             return list(csv.DictReader(table))
 
-    def compose(
+    def attempt_to_compose(
         self, num_ranks: int, name: str, libraries: Sequence[Path], engine: dict[str, Any], **cases: Any
-    ) -> list[dict[str, Any]]:
-        """What `compose` finds of each case, which must end well."""
+    ) -> Outcome:
         values = {
             "output": str(self.folder / name), "backbone": self._config()["backbone"],
             "libraries": [str(path) for path in libraries], "engine": engine,
@@ -260,7 +259,13 @@ class Workspace:
         }  # fmt: skip
         config = self.folder / f"{name}.yaml"
         config.write_text(yaml.safe_dump(values, sort_keys=False))
-        outcome = self._ranks[num_ranks].run(["compose", str(config)])
+        return self._ranks[num_ranks].run(["compose", str(config)])
+
+    def compose(
+        self, num_ranks: int, name: str, libraries: Sequence[Path], engine: dict[str, Any], **cases: Any
+    ) -> list[dict[str, Any]]:
+        """What `compose` finds of each case, which must end well."""
+        outcome = self.attempt_to_compose(num_ranks, name, libraries, engine, **cases)
         assert outcome.status == [0] * num_ranks, "\n".join(outcome.stderr)
         return [json.loads((self.folder / name / case / "results.json").read_text()) for case in cases]
 

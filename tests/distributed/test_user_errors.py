@@ -95,3 +95,33 @@ def test_a_mistake_of_predict_is_told_once(workspace: Workspace, text: str, word
     assert outcome.status == [2, 2], outcome.stderr
     (line,) = complaints(outcome.stderr)
     assert words in line and not (workspace.folder / "never.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("prompt", "library", "words"),
+    [
+        ("<Weight> {smiles} {output}", "library", '"Weight" is no tag'),
+        ({"template": "{smiles}: {output}\n", "shots": 99}, "library", "shots is 99"),
+        ("{smiles} {output}", "nowhere", "nowhere"),
+    ],
+)
+def test_a_mistake_of_compose_is_told_once(workspace: Workspace, prompt: object, library: str, words: str) -> None:
+    run = workspace.train(1, "composed-wrongly", optim__steps=1)
+    source = {"path": str(workspace.folder / "rows.csv"), "output": "name"}
+    case = {"source": source, "prompts": {"first": prompt}}
+    outcome = workspace.attempt_to_compose(2, "never", [run.path / library], {"zero_stage": 3}, case=case)
+    assert outcome.status == [2, 2], outcome.stderr
+    (line,) = complaints(outcome.stderr)
+    assert words in line
+
+
+def test_ranks_of_predict_read_settings_of_their_own(workspace: Workspace) -> None:
+    run = workspace.train(1, "sharded-wrongly", optim__steps=1)
+    missing = workspace.folder / "missing.json"
+    arguments = ["predict", str(run.path), str(workspace.folder / "rows.csv"), str(workspace.folder / "never.csv")]
+    outcome = finish(
+        start(
+            ["tagllm", *arguments, "engine.zero_stage=3", f"engine.deepspeed={missing}"], 2, workspace.folder / "cache"
+        )
+    )
+    assert outcome.status == [2, 2] and "missing.json" in "".join(complaints(outcome.stderr)), outcome.stderr
