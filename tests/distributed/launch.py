@@ -250,22 +250,23 @@ class Workspace:
             return list(csv.DictReader(table))
 
     def attempt_to_compose(
-        self, num_ranks: int, name: str, libraries: Sequence[Path], engine: dict[str, Any], **cases: Any
+        self, num_ranks: int, name: str, libraries: Sequence[Path], cases: dict[str, Any], **settings: Any
     ) -> Outcome:
+        """`settings`: sections of the config in the place of those here."""
         values = {
             "output": str(self.folder / name), "backbone": self._config()["backbone"],
-            "libraries": [str(path) for path in libraries], "engine": engine,
-            "evaluation": {"generated_rows": 5, "max_new_tokens": 20, "beams": 2}, "cases": cases,
+            "libraries": [str(path) for path in libraries], "cases": cases,
+            "evaluation": {"generated_rows": 5, "max_new_tokens": 20, "beams": 2}, **settings,
         }  # fmt: skip
         config = self.folder / f"{name}.yaml"
         config.write_text(yaml.safe_dump(values, sort_keys=False))
         return self._ranks[num_ranks].run(["compose", str(config)])
 
     def compose(
-        self, num_ranks: int, name: str, libraries: Sequence[Path], engine: dict[str, Any], **cases: Any
+        self, num_ranks: int, name: str, libraries: Sequence[Path], cases: dict[str, Any], **settings: Any
     ) -> list[dict[str, Any]]:
         """What `compose` finds of each case, which must end well."""
-        outcome = self.attempt_to_compose(num_ranks, name, libraries, engine, **cases)
+        outcome = self.attempt_to_compose(num_ranks, name, libraries, cases, **settings)
         assert outcome.status == [0] * num_ranks, "\n".join(outcome.stderr)
         return [json.loads((self.folder / name / case / "results.json").read_text()) for case in cases]
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from tests import tiny
 from tests.distributed.launch import Workspace, assert_same
 
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(180)]
@@ -90,13 +91,30 @@ def test_prompts_are_scored_by_ranks_as_by_one_process(workspace: Workspace, sha
         },
     }  # fmt: skip
     engine = {"zero_stage": 3, "deepspeed": str(workspace.sharding)} if sharded else {}
-    expected = workspace.compose(1, f"composed-alone-{sharded}", libraries, engine, **cases)
-    found = workspace.compose(2, f"composed-{sharded}", libraries, engine, **cases)
+    expected = workspace.compose(1, f"composed-alone-{sharded}", libraries, cases, engine=engine)
+    found = workspace.compose(2, f"composed-{sharded}", libraries, cases, engine=engine)
     assert [(case["ranks"], case["sharded"]) for case in found + expected] == [(2, sharded)] * 2 + [(1, False)] * 2
     for mine, alone in zip(found, expected, strict=True):
         for part in ("metrics", "intervals", "controls", "control_intervals"):
             assert flat(mine[part]) == pytest.approx(flat(alone[part]), rel=1e-3, abs=1e-5), part
-    assert workspace.compose(2, f"composed-{sharded}", libraries, engine, **cases) == found
+    assert workspace.compose(2, f"composed-{sharded}", libraries, cases, engine=engine) == found
+
+
+def test_no_text_passes_the_last_position_that_is_learned(workspace: Workspace) -> None:
+    """Of GPT-2, which has 256 here: where one rank's texts have ended, it keeps step with those of another."""
+    gpt2 = tiny.save_backbone(workspace.folder / "gpt2", "gpt2")
+    library = workspace.train(1, "gpt2-trained", backbone__model=gpt2).path / "library"
+    case = {
+        "source": {"path": str(workspace.folder / "rows.csv"), "output": "name"},
+        "prompts": {"bare": f"{'x' * 205} {{smiles}} {{output}}"},
+    }
+    settings = {
+        "backbone": {"model": str(gpt2), "dtype": "fp32"},
+        "evaluation": {"rows_per_batch": 1, "max_new_tokens": 60},
+    }
+    engine = {"zero_stage": 3, "deepspeed": str(workspace.sharding)}
+    (found,) = workspace.compose(2, "gpt2-composed", [library], {"case": case}, engine=engine, **settings)
+    assert found["sharded"] and found["rows"] > 2, "some texts are written beside others"
 
 
 def test_a_head_alone_is_trained_over_ranks_too(workspace: Workspace) -> None:

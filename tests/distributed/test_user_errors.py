@@ -109,7 +109,7 @@ def test_a_mistake_of_compose_is_told_once(workspace: Workspace, prompt: object,
     run = workspace.train(1, "composed-wrongly", optim__steps=1)
     source = {"path": str(workspace.folder / "rows.csv"), "output": "name"}
     case = {"source": source, "prompts": {"first": prompt}}
-    outcome = workspace.attempt_to_compose(2, "never", [run.path / library], {"zero_stage": 3}, case=case)
+    outcome = workspace.attempt_to_compose(2, "never", [run.path / library], {"case": case}, engine={"zero_stage": 3})
     assert outcome.status == [2, 2], outcome.stderr
     (line,) = complaints(outcome.stderr)
     assert words in line
