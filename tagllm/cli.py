@@ -165,8 +165,9 @@ def sweep(
             run_sweep(found, jobs)
         finally:  # of what is finished
             finished = summaries(found)
-            write_summary(found, finished)
-            print("\n".join(describe(finished)))
+            if any(summary.runs for summary in finished):  # or a table of before would be lost
+                write_summary(found, finished)
+                print("\n".join(describe(finished)))
 
     _run(work, offline)
 

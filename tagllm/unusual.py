@@ -7,7 +7,7 @@ from tagllm.template import marks_of, spans_of
 
 
 def unusual(stage: Stage) -> list[str]:
-    return [*_of_quantisation(stage), *_of_block_mask(stage)]
+    return [*_of_quantisation(stage), *_of_answers_before_fields(stage), *_of_block_mask(stage)]
 
 
 def _of_quantisation(stage: Stage) -> list[str]:
@@ -21,6 +21,21 @@ def _of_quantisation(stage: Stage) -> list[str]:
                 f"differ; set backbone.quantize={then} unless that is meant."
             )
     return notes
+
+
+def _of_answers_before_fields(stage: Stage) -> list[str]:
+    """Whoever answers has seen what stands in front alone."""
+    notes = []
+    for template in stage.templates:
+        for at, part in enumerate(template.parts):
+            answers = part.is_output or (part.kind == "tag" and part.value in stage.heads)
+            if answers and template.fields and not any(before.kind == "field" for before in template.parts[:at]):
+                name = "{output}" if part.is_output else f"<{part.value}>"
+                notes.append(
+                    f"no field stands before {name} in {template.text!r}, so every row has the same answer; put "
+                    f"{{{template.fields[0]}}} in front of it unless that is meant."
+                )
+    return list(dict.fromkeys(notes))
 
 
 def _of_block_mask(stage: Stage) -> list[str]:

@@ -129,6 +129,17 @@ def test_a_rank_that_is_to_use_the_cpu_sees_no_gpu(run: Run, folder: Path, monke
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
 
 
+@pytest.mark.parametrize(
+    ("template", "noted"),
+    [("<W> of {smiles}", "before <W>"), ("{smiles} <W>", ""), ("{smiles} <W> {kind}", "")],
+)
+def test_an_answer_that_no_field_stands_before_is_noted(run: Run, folder: Path, template: str, noted: str) -> None:
+    """It is the same for every row."""
+    told = run("check", config(folder, data__template=template))
+    assert told.exit_code == 0, told.output
+    assert ("no field stands" in told.output) == bool(noted) and noted in told.output
+
+
 def test_check_reports_every_mistake_at_once(run: Run, folder: Path) -> None:
     lines = fails(
         run("check", config(folder, data__template="{smilse} and <W>", optim__rows_per_step=10), "--ranks", 4),
@@ -485,6 +496,8 @@ def test_a_folder_holds_one_run(run: Run, folder: Path, tmp_path: Path) -> None:
     assert run("train", file).exit_code == 0
     before = (folder / "runs/one/library/tags.safetensors").read_bytes()
     fails(run("train", file, "optim.tag_lr=0.5"), "already holds another run", "optim.tag_lr")
+    again = run("train", file)
+    assert again.exit_code == 0 and "finished before" in again.output and "give another output" in again.output
     assert (folder / "runs/one/library/tags.safetensors").read_bytes() == before
     (tmp_path / "thesis.txt").write_text("mine")
     fails(run("train", file, f"output={tmp_path}"), "not empty")

@@ -99,6 +99,18 @@ def test_a_grid_that_cannot_be_read(config: Path, text: str) -> None:
         points_of(config, [], [text], 1)
 
 
+@pytest.mark.parametrize(
+    ("grid", "tune"),
+    [
+        (["optim.tag_lr=1e-3", "optim.tag_lr=1e-2"], None), (["optim.tag_lr=1e-3,1e-2"], "optim.tag_lr=1e-4"),
+    ],
+)  # fmt: skip
+def test_a_key_given_twice_is_refused(config: Path, grid: list[str], tune: str | None) -> None:
+    """The values of the first one would never run."""
+    with pytest.raises(UserError, match=r"optim.tag_lr is given 2 times. Give all of its values in one"):
+        Sweep.of(config, [], grid, 1, tune=tune)
+
+
 @pytest.mark.parametrize("text", ["seed=1,2", "output=a,b"])
 def test_what_a_sweep_sets_itself_is_no_axis(config: Path, text: str) -> None:
     for grid, tune in (([text], None), ([], text)):
@@ -345,9 +357,13 @@ def test_a_run_that_was_killed_is_named_and_the_other_is_finished(config: Path) 
 
 
 def test_a_run_that_fails_is_named(config: Path) -> None:
+    """And a table of before stays."""
+    (config.parent / "sweep").mkdir()
+    (config.parent / "sweep/sweep.json").write_text("before")
     result = RUNNER.invoke(app, ["sweep", str(config), "data.sources[0].target=mass", "--seeds", "1"])
     assert result.exit_code == 2
     assert "seed=0: tagllm train left with 2: error:" in result.stderr and "mass" in result.stderr
+    assert (config.parent / "sweep/sweep.json").read_text() == "before"
 
 
 @pytest.mark.slow

@@ -34,10 +34,10 @@ def generate_once(built: Built, prompts: Sequence[NDArray[np.int32]], ranks: Ran
     if any((ids >= built.layout.vocabulary_size).any() for ids in prompts):
         return generate_of(built, prompts, ranks)
     settings = built.config.evaluation.model_dump(mode="json", include={"max_new_tokens", "beams", "rows_per_batch"})
-    loaded = [built.config.backbone.quantize, built.backbone.dtype, built.backbone.attention, ranks.size]
-    loaded.append(is_sharded(built.backbone.model))
+    backbone, quantize = built.backbone, built.config.backbone.quantize
+    loaded = [quantize, backbone.dtype, backbone.attention, ranks.size, is_sharded(backbone.model)]
     asked = [ids.tolist() for ids in prompts]
-    digest = digest_of([asked, settings, built.backbone.identity, loaded, code_digest(), versions(), hardware()])
+    digest = digest_of([asked, settings, backbone.identity, loaded, code_digest(), versions(), hardware()])
     file = cache_folder() / f"answers-{digest}.json"
 
     def kept() -> list[str] | None:

@@ -76,14 +76,20 @@ class Sweep(NamedTuple):
             UserError: a grid or file that cannot be read, or a combination that is no valid config.
         """
         _refuse_own("overrides", {override.partition("=")[0] for override in overrides} - {"output"})
-        axes = [_axis(text, "--grid") for text in grid]
+        axes, tuned = [_axis(text, "--grid") for text in grid], _axis(tune, "--tune") if tune else None
+        keys = [key for key, _ in [*axes, *([tuned] if tuned else [])]]
+        if twice := next((key for key in keys if keys.count(key) > 1), None):
+            raise UserError(
+                f"--grid, --tune: {twice} is given {keys.count(twice)} times. Give all of its values in one, as in "
+                f"{twice}=A,B."
+            )
         output = Path(load_config(path, list(overrides)).output)
         combinations = []
         for (name, own), *chosen in itertools.product(_variants(variants), *(values for _, values in axes)):
             values = dict(zip((key for key, _ in axes), chosen, strict=True))
             shown = {"variant": name} | values if variants else values
             combinations.append(Combination(shown, own | values))
-        sweep = cls(path, overrides, output, combinations, seeds, _axis(tune, "--tune") if tune else None)
+        sweep = cls(path, overrides, output, combinations, seeds, tuned)
         sweep._check(variants)
         return sweep
 

@@ -96,6 +96,8 @@ class Trainer:
     def run_to_the_end(self) -> None:
         self.at = self.first = self._resume()
         if self.progress.done:
+            if self.ranks.rank == 0:
+                print(f"finished before: {self.run.library}; to train anew give another output=FOLDER", flush=True)
             return
         with self._recorded() as self.monitor:
             self.stop.training = True

@@ -1,4 +1,4 @@
-"""Where the backbone of a run is kept: whole on every rank or sharded, by the planner's figures."""
+"""Where a backbone is kept, whole on every rank or sharded: a run's by the planner's figures, else by its size."""
 
 from __future__ import annotations
 
