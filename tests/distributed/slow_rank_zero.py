@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 
@@ -28,3 +29,5 @@ if __name__ == "__main__":
         ranks.on_rank_zero(fail, long=True)
     except UserError as error:
         print(error, file=sys.stderr)
+    sys.stderr.flush()
+    os._exit(0)  # gloo's threads sometimes abort the interpreter's own end
