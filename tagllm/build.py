@@ -13,7 +13,6 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from tagllm.arrays import Floats
 from tagllm.config import SPLITS, BackboneConfig, DataConfig, RunConfig, Split, digest_of
 from tagllm.data.collate import Collator
 from tagllm.data.dataset import Data, Prompts, tokenise, tokenizer_digest
@@ -32,6 +31,7 @@ from tagllm.model.tagged import TaggedModel
 from tagllm.ranks import Ranks
 from tagllm.stage import Stage
 from tagllm.tags import Tag
+from tagllm.targets import mean_and_spread, targets_of
 from tagllm.template import Template
 
 
@@ -204,38 +204,9 @@ def new_tag(stage: Stage, name: str, backbone: Backbone, data: Data) -> Tag:
     rows = initial_rows(config.init, length, embedding_VD, text_ids, seed) * backbone.token_scale
     head = Head.new(config.head, embedding_VD.shape[1], stage.pools) if config.head else None
     if head is not None and not head.spec.classes:
-        targets = np.concatenate([_targets_of(stage, name, data, at) for at in range(len(stage.templates))])
-        mean_K, std_K = mean_and_spread(targets, f"tags.{name}.head")
+        mean_K, std_K = mean_and_spread(targets_of(stage, name, data), f"tags.{name}.head")
         head = replace(head, mean_K=torch.from_numpy(mean_K), std_K=torch.from_numpy(std_K))
     return Tag(name, config.kind, rows[:0] if config.absent else rows, head)
-
-
-def mean_and_spread(targets_nK: Floats, where: str) -> tuple[Floats, Floats]:
-    """Of each target (K), in fp32.
-
-    Raises:
-        UserError: a target that is always the same, or whose squares fp32 cannot hold.
-    """
-    if not (targets_nK.max(axis=0, initial=-np.inf) > targets_nK.min(axis=0, initial=np.inf)).all():
-        raise UserError(f"{where}: the target is the same in all training rows; there is nothing to learn.")
-    target_Kn = np.ascontiguousarray(targets_nK.T)  # along columns numpy does not add up in pairs, and loses digits
-    with np.errstate(over="ignore", invalid="ignore"):  # told below
-        mean_K, std_K = target_Kn.mean(axis=1), target_Kn.std(axis=1)
-    if not (np.isfinite(std_K) & (std_K > 0)).all():
-        spread = ", ".join(f"{std:.3g}" for std in targets_nK.std(axis=0, dtype=np.float64))
-        raise UserError(
-            f"{where}: the standard deviation of the target in training rows is {spread}, whose square fp32 cannot "
-            "hold. Give the target in other units."
-        )
-    return mean_K, std_K
-
-
-def _targets_of(stage: Stage, name: str, data: Data, source: int) -> np.ndarray:
-    """Training targets of one source if its template has the tag."""
-    outputs = stage.config.tags[name].head.outputs  # type: ignore[union-attr]  # asked only of tags with a head
-    if name not in stage.templates[source].tags:
-        return np.zeros((0, outputs), np.float32)
-    return data.splits["train"][source].targets().reshape(-1, outputs)
 
 
 def initial_rows(init: str, length: int, embedding_VD: Tensor, text_ids: list[int], seed: int) -> Tensor:

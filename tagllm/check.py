@@ -36,6 +36,7 @@ def check_config(path: Path, overrides: list[str], num_ranks: int, rows: bool = 
     with _gathered(problems):
         check_world(config, num_ranks, where)
     problems += [f"{where}: {problem}" for problem in problems_of(config.evaluation, "evaluation")]
+    problems += [f"{where}: {problem}" for problem in _of_backbone(config.backbone.model)]
     if config.engine.deepspeed is not None:
         with _gathered(problems, where):
             read_deepspeed(config.engine.deepspeed)
@@ -58,9 +59,23 @@ def check_config(path: Path, overrides: list[str], num_ranks: int, rows: bool = 
     return lines + ([f"  {line}" for line in _of_rows(stage)] if rows else [])
 
 
+def _of_backbone(name: str) -> list[str]:
+    """A folder that is not there or holds no model; of a name on a hub only loading tells."""
+    folder = Path(name)
+    if folder.is_dir():
+        there = (folder / "config.json").is_file()
+        return [] if there else [f"backbone.model is {name!r}, a folder without config.json. Name one of a model."]
+    if folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
+        return [
+            f"backbone.model is {name!r}, and there is no such folder. Check the spelling (seen from {Path.cwd()})."
+        ]
+    return []
+
+
 def _of_rows(stage: Stage) -> list[str]:
     """How many examples there are of each source, and how long they are."""
     from tagllm.build import refuse_trained_on  # with these come torch and transformers, which take seconds
+    from tagllm.targets import check_targets
     from tagllm.train.placement import shape_and_prompts
 
     _, prompts = shape_and_prompts(stage)
@@ -75,7 +90,7 @@ def _of_rows(stage: Stage) -> list[str]:
             f"data.sources.{at} ({about['name']}): {counts}; {lengths_n.mean():.0f} tokens on average, "
             f"{lengths_n.max():,} at most, of {prompts.max_tokens:,}"
         )
-    return [*lines, *data.told()]
+    return [*lines, *data.told(), *check_targets(stage, data)]
 
 
 def _given(source: SourceConfig) -> Collection[Split]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
@@ -20,6 +21,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Teach a frozen LLM with input tags.",
 )
+HEARD_S = 2.0
+"""A launcher ends all ranks with the first that fails, so one that is silent waits for the one that is to tell."""
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config values to override.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Block every call to a hub.")]
 
@@ -50,6 +53,7 @@ def check(
     """Check a config, its libraries, templates and data files. Loads no weights; reports every mistake at once."""
 
     def work() -> None:
+        launched.require_alone("check")
         from tagllm.check import check_config
 
         for line in check_config(config, overrides or [], ranks, rows):
@@ -67,6 +71,7 @@ def prepare(
     """Prepare a named data set for `recipe: NAME`: cached, checksummed, with its licence; or list them."""
 
     def work() -> None:
+        launched.require_alone("prepare")
         from rich.console import Console
 
         from tagllm.data.prepare import describe, prepare, table_of
@@ -98,6 +103,7 @@ def plan(
     """Memory, communication, time and placement of a config on given hardware. Loads no weights."""
 
     def work() -> None:
+        launched.require_alone("plan")
         from rich.console import Console
 
         from tagllm.plan import Hardware
@@ -185,7 +191,10 @@ def evaluate(
     ] = False,
     offline: Offline = False,
 ) -> None:
-    """Score a run on held-out rows, beside baselines and controls on the same rows; writes RUN/results.json."""
+    """Score a run on held-out rows, beside baselines and controls on the same rows; writes RUN/results.json.
+
+    Of other rows than those to test RUN/SPLIT/results.json.
+    """
 
     def work() -> None:
         from tagllm.config import SPLITS
@@ -270,6 +279,7 @@ def inspect(
     """What the rows of a library's tags lie near in the vocabulary, and how alike the tags are."""
 
     def work() -> None:
+        launched.require_alone("inspect")
         from rich.console import Console
 
         from tagllm.head import fields_alone
@@ -298,6 +308,7 @@ def report(
     """One page of all runs: results beside baselines, learning curves, predictions, tags; opens offline."""
 
     def work() -> None:
+        launched.require_alone("report")
         from tagllm.report.page import write_report
 
         print(write_report(runs, out))
@@ -333,9 +344,11 @@ def predict(
         backbone, engine = settings_to_answer(source, overrides or [])
         request = Request([folder, *(library or [])], backbone, tag, template, batch, max_new_tokens, engine)
         done = predict_file(request, input_file, output_file)
-        cut = f", {done.cut} cut to the tokens there is room for" if done.cut else ""
+        told = f"{output_file}: {done.rows} rows, {done.failed} without a prediction"
+        told += f", {done.cut} cut to the tokens there is room for" if done.cut else ""
+        told += f", {done.emptied} with cells left empty that are no UTF-8 text" if done.emptied else ""
         if launched.rank() == 0:
-            print(f"{output_file}: {done.rows} rows, {done.failed} without a prediction{cut}")
+            print(told)
 
     _run(work, offline)
 
@@ -354,6 +367,8 @@ def _run(work: Callable[[], None], offline: bool) -> None:
         if _is_mine_to_tell(error):
             for problem in error.problems:
                 print(f"error: {problem}", file=sys.stderr)
+        elif not _has_joined():
+            time.sleep(HEARD_S)
         sys.exit(2)
     except LostContact as lost:
         print(f"error: {lost}", *lost.stack, sep="\n  ", file=sys.stderr)
@@ -365,18 +380,22 @@ def _run(work: Callable[[], None], offline: bool) -> None:
 def _is_mine_to_tell(error: UserError) -> bool:
     """Before the ranks have joined one of each node tells: its files may differ from those of others. After that rank 0
     tells what all ranks find, and each what it alone does."""
-    dist = sys.modules.get("torch.distributed")
-    if dist is None or not dist.is_initialized():
+    if not _has_joined():
         return int(os.environ.get("LOCAL_RANK", launched.rank())) == 0
     return launched.rank() == 0 or not isinstance(error, SharedError)
+
+
+def _has_joined() -> bool:
+    """Whether this rank has joined the others."""
+    dist = sys.modules.get("torch.distributed")
+    return dist is not None and dist.is_initialized()
 
 
 def main() -> None:
     try:
         app()
     except SystemExit as end:
-        dist = sys.modules.get("torch.distributed")
-        if isinstance(end.code, int | None) and dist is not None and dist.is_initialized():
+        if isinstance(end.code, int | None) and _has_joined():
             # all is written by now, and gloo's threads abort the interpreter's own end once in a while
             sys.stdout.flush()
             sys.stderr.flush()

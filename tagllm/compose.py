@@ -29,7 +29,7 @@ from tagllm.config import (
 from tagllm.data.overlap import drawn_from, refuse_seen, with_files
 from tagllm.data.sources import SourceRows, load_rows
 from tagllm.data.splits import split_by
-from tagllm.errors import SharedError
+from tagllm.errors import SharedError, told_as
 from tagllm.evaluate.answers import Answer, answers_of, chosen, copied_answers, scores_of, training_means, write_answers
 from tagllm.evaluate.kept import generate_once
 from tagllm.evaluate.metrics import intervals, value_metrics
@@ -239,7 +239,8 @@ class Composer(NamedTuple):
                 max_tokens=None if has_shots else self.config.data.max_tokens or max_tokens,
             ), optim=OptimConfig(steps=1),
         )  # fmt: skip
-        built = build_on(self.backbone, stage_of_run(config, self.library, f"cases.{name}"), self.ranks, [split])
+        with told_as(f"cases.{name}.source", ours="data.sources.0"):
+            built = build_on(self.backbone, stage_of_run(config, self.library, f"cases.{name}"), self.ranks, [split])
         require_same_everywhere(self.ranks.gather({f"rows of cases.{name}": built.data.digest}))
         return built
 

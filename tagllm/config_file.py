@@ -9,7 +9,7 @@ from typing import Any, TypeVar, get_origin
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import BaseModel, ValidationError
-from yaml import YAMLError
+from yaml import MarkedYAMLError, YAMLError
 
 from tagllm.config import RunConfig, Section, TagConfig
 from tagllm.errors import UserError, did_you_mean
@@ -38,6 +38,8 @@ def load_as(
         raw = OmegaConf.load(path)
     except FileNotFoundError:
         raise UserError(f"{path}: no such config. Copy one of configs/quickstart/ to start from.") from None
+    except MarkedYAMLError as error:
+        raise UserError(_no_yaml(path, error)) from None
     except (YAMLError, OmegaConfBaseException, OSError, UnicodeDecodeError, ValueError) as error:
         raise UserError(f"{path}: not a readable YAML file: {error}") from None
     if not OmegaConf.is_dict(raw):
@@ -77,8 +79,13 @@ def _spread(raw: Any, override: str) -> list[str]:
     key, _, text = override.partition("=")
     first, _, name = key.partition(".")
     tags = raw.get("tags")
-    if first != "tags" or name not in TagConfig.model_fields or not OmegaConf.is_dict(tags) or name in tags:
+    if first != "tags" or not name or "." in name or not OmegaConf.is_dict(tags) or name in tags:
         return [override]
+    if name not in TagConfig.model_fields:
+        raise UserError(
+            f"override {override!r}: {name} is no tag of the config, and no key that all its tags have. "
+            f"{did_you_mean(name, [*tags, *TagConfig.model_fields])}"
+        )
     new = [tag for tag, config in tags.items() if not (OmegaConf.is_dict(config) and config.get("load"))]
     if not new:
         raise UserError(f"override {override!r}: all tags of the config are loaded, and none is new. Leave it out.")
@@ -108,6 +115,16 @@ def _value(text: str) -> Any:
     return value["value"]
 
 
+def _no_yaml(path: Path, error: MarkedYAMLError) -> str:
+    told, mark, hint = ", ".join(filter(None, (error.context, error.problem))), error.problem_mark, ""
+    if mark is not None:
+        told = f"line {mark.line + 1}, column {mark.column + 1}: {told}"
+        line = path.read_text(encoding="utf-8").splitlines()[mark.line : mark.line + 1]
+        if any(sign in "".join(line) for sign in "{}<"):
+            hint = '. Text with braces or a colon stands in quotes, as in template: "{smiles} is <QED>"'
+    return f"{path}: not a readable YAML file: {told}{hint}"
+
+
 def _explain(model: type[BaseModel], where: str, problem: Any) -> str:
     place = ".".join(str(part) for part in problem["loc"])
     kind, value, message = problem["type"], problem["input"], problem["msg"].removeprefix("Value error, ")
@@ -118,6 +135,8 @@ def _explain(model: type[BaseModel], where: str, problem: Any) -> str:
         return f"{where}: {place} is missing; it must be given."
     if kind == "value_error":
         return f"{where}: {place or 'config'}: {message}."
+    if kind == "string_type" and isinstance(value, dict):
+        message += '; text that begins with a brace stands in quotes, as in "{smiles} is <QED>"'
     return f"{where}: {place} is {value!r}; {message[0].lower()}{message[1:]}."
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 
 
 class UserError(Exception):
@@ -28,6 +29,15 @@ class LostContact(Exception):
     def __init__(self, told: str, stack: list[str]) -> None:
         self.stack = stack
         super().__init__(told)
+
+
+@contextmanager
+def told_as(place: str, ours: str) -> Iterator[None]:
+    """User errors in here say `place`, where it stands in what the user wrote, and not `ours`."""
+    try:
+        yield
+    except UserError as error:
+        raise type(error)(*(problem.replace(ours, place) for problem in error.problems)) from None
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -33,7 +33,7 @@ from tagllm.model.loading import is_sharded
 from tagllm.origin import origin, peak_memory_gib
 from tagllm.ranks import Ranks
 from tagllm.rendezvous import in_contact
-from tagllm.run_folder import RunFolder, read_config
+from tagllm.run_folder import RunFolder, read_config, writing
 from tagllm.stage import Stage, stage_of_run
 from tagllm.tags import Tag, TagLibrary
 from tagllm.template import behind_one_tag
@@ -43,7 +43,7 @@ from tagllm.train.engine import gather_on_use, sharding
 def evaluate(
     run: Path, config: RunConfig, split: Split, controls: Sequence[Path], ablate: bool = False
 ) -> dict[str, Any]:
-    """Scores RUN/library on a split and writes RUN/results.json.
+    """Scores RUN/library on a split and writes RUN/results.json (RUN/SPLIT/results.json of other rows than test).
 
     Args:
         controls: libraries whose tags are put in the place of the learned ones of their kind, one at a time.
@@ -60,7 +60,7 @@ def evaluate(
     with in_contact(ranks.silent, lambda: f"rank {ranks.rank} scoring {run}"):
         results = _results(run, config, split, controls, ablate, ranks)
         results |= {"seconds": time.monotonic() - began, **ranks.sum_each(peak_memory_gib())}
-        ranks.on_rank_zero(lambda: write_results(run, results))
+        ranks.on_rank_zero(lambda: write_results(RunFolder(run).scores(split), results))
     return results
 
 
@@ -80,7 +80,8 @@ def _results(
         folder.require_same_rows(built.data, ("train", "valid", split))
     if not any(map(len, built.examples(split))):
         raise SharedError(f"{run}: its {split} split has no rows; score another one with --split.")
-    evaluation = Evaluation(built, ranks, split)
+    evaluation, scores = Evaluation(built, ranks, split), folder.scores(split)
+    ranks.on_rank_zero(lambda: _make(scores))
     results: dict[str, Any] = {
         "run": run.name, "split": split, "metrics": {}, "intervals": {}, "baselines": {}, "controls": {},
         "learned": stage.learned, "backbone": built.backbone.identity._asdict(), "dtype": built.backbone.dtype,
@@ -94,7 +95,7 @@ def _results(
     if stage.terms:
         _score_tokens(evaluation, results, controls)
     if any(t.has_output and len(rows) for t, rows in zip(stage.templates, built.examples(split), strict=True)):
-        found = text_results(built, split, ranks, run)
+        found = text_results(built, split, ranks, scores)
         at = "text/" if built.layout.heads else ""  # heads may have metrics of the same name
         for part in ("metrics", "intervals"):
             results[part] |= {f"{at}{name}": value for name, value in found.pop(part).items()}
@@ -105,6 +106,11 @@ def _results(
     if ablate:
         results["ablations"] = ablations(evaluation)
     return results
+
+
+def _make(folder: Path) -> None:
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
 
 
 def _built(stage: Stage, ranks: Ranks) -> Built:
@@ -121,7 +127,7 @@ def _score_values(evaluation: Evaluation, folder: RunFolder, as_trained: bool, r
     held_out = score_pass(built, ranks, split, probing=True)
     results["metrics"] |= by_head(built, split, held_out, value_metrics)
     results["intervals"] = ranks.on_rank_zero(lambda: by_head(built, split, held_out, intervals))
-    ranks.on_rank_zero(lambda: write_held_out(built, split, held_out, folder.path))
+    ranks.on_rank_zero(lambda: write_held_out(built, split, held_out, folder.scores(split)))
     if as_trained:  # other data has other training rows than the tag had
         results |= ranks.on_rank_zero(lambda: {"without_repeated": without_repeated(built, split, held_out)})
     heads = built.layout.heads

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -42,11 +43,12 @@ __all__ = ["Predicted", "Predictor", "Request", "predict_file"]
 
 
 class Predicted(NamedTuple):
-    """How many rows were read, have no prediction, and were cut to fit."""
+    """How many rows were read, have no prediction, were cut to fit, and lost what is no text in other columns."""
 
     rows: int
     failed: int
     cut: int
+    emptied: int
 
 
 class Predictor:
@@ -142,6 +144,9 @@ def predict_file(request: Request, source: Path, output: Path) -> Predicted:
         has_not = f"{source}: there is no column"
         raise UserError(*(f"{has_not} {n!r}, which the template needs. {did_you_mean(n, columns)}" for n in missing))
     _refuse_clash(str(source), columns, new)
+    if launched.rank() == 0:
+        for note in question.notes:
+            print(f"note: {note}", file=sys.stderr, flush=True)
     if launched.world_size() == 1:
         return _answered(Predictor(request, question=question), source, output, columns)
     ranks = Ranks.start(request.engine.timeout_s)
@@ -152,10 +157,11 @@ def predict_file(request: Request, source: Path, output: Path) -> Predicted:
 
 def _answered(predictor: Predictor, source: Path, output: Path, columns: Sequence[str]) -> Predicted:
     """Writes each row with its answer. All ranks read the same ones, so what is wrong with them is told once."""
-    new, total, failed, fields = [*predictor.columns, ERROR], 0, 0, predictor.encoder.template.fields
+    new, total, failed, emptied = [*predictor.columns, ERROR], 0, 0, 0
     with open_writer(output, [*columns, *new]) if predictor.ranks.rank == 0 else nullcontext() as writer:
-        rows = (_without_others(row, fields) for row in read_rows(source))
-        for chunk in _chunks(rows, CHUNK_ROWS * predictor.ranks.size):
+        for read in _chunks(read_rows(source), CHUNK_ROWS * predictor.ranks.size):
+            chunk = [_without_others(row, predictor.encoder.template.fields) for row in read]
+            emptied += sum(type(row) is not type(as_read) for row, as_read in zip(chunk, read, strict=True))
             readable = [row.values for row in chunk if isinstance(row, Row)]
             answers = iter(predictor.predict(readable))
             for row in chunk:
@@ -169,7 +175,7 @@ def _answered(predictor: Predictor, source: Path, output: Path, columns: Sequenc
                 if writer:
                     writer.write({**values, **dict(zip(new, [*predicted, "" if good else answer], strict=True))})
                 total, failed = total + 1, failed + (not good)
-    return Predicted(total, failed, predictor.num_cut)
+    return Predicted(total, failed, predictor.num_cut, emptied)
 
 
 def _refuse_clash(where: str, columns: Collection[str], new: Sequence[str]) -> None:

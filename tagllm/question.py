@@ -13,6 +13,7 @@ from tagllm.field_order import order_problems, trained_with
 from tagllm.model.backbone import as_trained
 from tagllm.tags import Tag, TagLibrary
 from tagllm.template import Template, parse_template, pool_of
+from tagllm.unusual import answers_blindly
 
 
 class Request(NamedTuple):
@@ -74,6 +75,11 @@ class Question(NamedTuple):
         return head.spec if head else None
 
     @property
+    def notes(self) -> list[str]:
+        """What in its prompt can be meant so, and seldom is."""
+        return answers_blindly(self.template, [n for n, tag in self.tags.items() if tag.head])
+
+    @property
     def columns(self) -> list[str]:
         """Names of the new columns."""
         if self.spec is None:
@@ -133,9 +139,15 @@ def _function_tag(tags: dict[str, Tag], request: Request) -> str:
         if request.tag not in functions:
             raise UserError(f"--tag: {request.tag!r} is no function tag here. {did_you_mean(request.tag, functions)}")
         return request.tag
-    if len(functions) != 1:
+    if not functions:
+        there = ", ".join(f"<{name}>" for name in tags) or "no tags"
         raise UserError(
-            f"{request.libraries[0]}: holds {len(functions)} function tags ({', '.join(functions) or 'none'}); predict "
-            "needs one. Choose it with --tag."
+            f"{request.libraries[0]}: holds {there} and no function tag, which alone answers. Name a run that trained "
+            "one, or its library with --library."
+        )
+    if len(functions) > 1:
+        raise UserError(
+            f"{request.libraries[0]}: holds {len(functions)} function tags ({', '.join(functions)}); predict needs "
+            "one. Choose it with --tag."
         )
     return functions[0]

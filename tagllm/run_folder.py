@@ -2,7 +2,7 @@
 
 config.yaml  origin.json  splits.json  bad_rows.jsonl  metrics.jsonl  tensorboard/  checkpoints/  library/  last/
 probe-train.safetensors  probe-valid.safetensors  results.json  held_out.safetensors  held_out.csv  generated.jsonl
-baselines/  .lock
+baselines/  .lock  valid/ and train/ (the same four of those rows, where eval was asked for them)
 """
 
 from __future__ import annotations
@@ -45,6 +45,15 @@ class RunFolder:
         """The result: the best state on validation, refitted where that is better."""
         self.last = path / "last"
         """The state of the last step."""
+
+    def scores(self, split: Split) -> Path:
+        """The folder of what `tagllm eval` finds on these rows."""
+        return self.path if split == "test" else self.path / split
+
+    def scored(self) -> Path:
+        """The folder of results: those on the rows to test, or else on others."""
+        folders = [self.scores(split) for split in ("test", "valid", "train")]
+        return next((folder for folder in folders if (folder / "results.json").is_file()), self.path)
 
     def probe(self, split: Split) -> Path:
         """What ridge probes see of the rows to fit and to choose on: eval would need their prefixes again."""

@@ -42,6 +42,8 @@ class RunLock:
                 f"{self.path.parent}: another process is writing here: {holder}. A run folder has one writer. "
                 "Wait for it, stop it, or give another output folder (output=...)."
             ) from None
+        except (FileExistsError, NotADirectoryError):
+            raise UserError(f"output: {self.path.parent} is a file; a run has a folder. Give output=FOLDER.") from None
         except OSError as error:
             self.release()
             raise UserError(

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from tagllm.config import FieldConfig, HeadConfig, RunConfig, SourceConfig
+from tagllm.config import FieldConfig, HeadConfig, RunConfig, SourceConfig, Split
 from tagllm.data.collate import Collator
 from tagllm.data.layout import TagLayout
 from tagllm.errors import UserError, did_you_mean
@@ -259,7 +259,7 @@ def _orders(stage: Stage, where: str) -> list[str]:
 def _without_effect(config: RunConfig, where: str) -> list[str]:
     """Settings that something else leaves without effect."""
     problems, sources, patience = list[str](), config.data.sources, config.evaluation.patience
-    if patience is not None and not any(map(_may_validate, sources)):
+    if patience is not None and not any(may_have(source, "valid") for source in sources):
         problems.append(
             f"{where}: evaluation.patience is {patience}, but no source has rows for validation (split.valid is 0 in "
             "all), so nothing would end the run. Set split.valid, or leave patience out."
@@ -280,9 +280,10 @@ def _without_effect(config: RunConfig, where: str) -> list[str]:
     return problems
 
 
-def _may_validate(source: SourceConfig) -> bool:
+def may_have(source: SourceConfig, split: Split) -> bool:
     """Recipes and hub data sets may come with such rows, and files that are given by split too."""
-    return source.split.valid > 0 or not source.paths or "valid" in source.paths
+    share = {"train": 1.0, "valid": source.split.valid, "test": source.split.test}
+    return share[split] > 0 or not source.paths or split in source.paths
 
 
 def _cannot_remember(config: RunConfig, where: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 from tagllm.config import FieldConfig, HeadConfig, Pool
@@ -64,7 +64,7 @@ def parse_template(text: str, known_tags: Mapping[str, str], where: str = "templ
     problems: list[str] = []
     literal, at = "", 0
     for match in _TOKEN.finditer(text):
-        literal, at = literal + _plain(text[at : match.start()], problems, where), match.end()
+        literal, at = literal + _plain(text[at : match.start()], known_tags, problems, where), match.end()
         if match["escaped"]:
             literal += match["escaped"]
         elif match["tag"] is not None:
@@ -82,7 +82,7 @@ def parse_template(text: str, known_tags: Mapping[str, str], where: str = "templ
             _append_text(parts, kept)
             parts.append(Part("field", match["field"].strip(), literal[len(kept) :]))
             literal = ""
-    _append_text(parts, literal + _plain(text[at:], problems, where))
+    _append_text(parts, literal + _plain(text[at:], known_tags, problems, where))
     outputs = sum(part.is_output for part in parts)
     if outputs > 1:
         problems.append(f"{where}: {{output}} stands {outputs} times; it may stand once.")
@@ -98,7 +98,12 @@ def _append_text(parts: list[Part], literal: str) -> None:
         parts.append(Part("text", literal))
 
 
-def _plain(literal: str, problems: list[str], where: str) -> str:
+def _plain(literal: str, known_tags: Collection[str], problems: list[str], where: str) -> str:
+    problems += [
+        f"{where}: <{name} has no > behind it; write <{name}>, or \\< for the sign."
+        for name in re.findall(r"<([\w-]+)", literal)
+        if name in known_tags
+    ]
     if "{" in literal or "}" in literal:
         problems.append(f"{where}: a brace without its other half in {literal!r}; write \\{{ for a brace.")
     return literal

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from tagllm.stage import Stage
-from tagllm.template import marks_of, spans_of
+from tagllm.template import Template, marks_of, spans_of
 
 
 def unusual(stage: Stage) -> list[str]:
@@ -24,18 +26,21 @@ def _of_quantisation(stage: Stage) -> list[str]:
 
 
 def _of_answers_before_fields(stage: Stage) -> list[str]:
-    """Whoever answers has seen what stands in front alone."""
+    return list(dict.fromkeys(note for template in stage.templates for note in answers_blindly(template, stage.heads)))
+
+
+def answers_blindly(template: Template, heads: Collection[str]) -> list[str]:
+    """A line where no field stands before what answers: it has seen what stands in front alone."""
     notes = []
-    for template in stage.templates:
-        for at, part in enumerate(template.parts):
-            answers = part.is_output or (part.kind == "tag" and part.value in stage.heads)
-            if answers and template.fields and not any(before.kind == "field" for before in template.parts[:at]):
-                name = "{output}" if part.is_output else f"<{part.value}>"
-                notes.append(
-                    f"no field stands before {name} in {template.text!r}, so every row has the same answer; put "
-                    f"{{{template.fields[0]}}} in front of it unless that is meant."
-                )
-    return list(dict.fromkeys(notes))
+    for at, part in enumerate(template.parts):
+        answers = part.is_output or (part.kind == "tag" and part.value in heads)
+        if answers and template.fields and not any(before.kind == "field" for before in template.parts[:at]):
+            name = "{output}" if part.is_output else f"<{part.value}>"
+            notes.append(
+                f"no field stands before {name} in {template.text!r}, so every row has the same answer; put "
+                f"{{{template.fields[0]}}} in front of it unless that is meant."
+            )
+    return notes
 
 
 def _of_block_mask(stage: Stage) -> list[str]:

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from tagllm import __version__
-from tagllm.cli import app
+from tagllm.cli import HEARD_S, app
 from tagllm.origin import hardware
 from tagllm.tags import Tag, TagLibrary
 from tagllm.train.signals import EXIT_STOPPED, StopAsked
@@ -90,7 +91,7 @@ def test_the_version_is_told(run: Run) -> None:
 
 
 def test_check_says_what_will_happen_and_loads_no_weights(run: Run, folder: Path) -> None:
-    result = run("check", config(folder, backbone__model="no/such/model"))
+    result = run("check", config(folder, backbone__model="no-such/model"))
     assert result.exit_code == 0, result.stderr
     assert "<W>" in result.stdout
 
@@ -120,6 +121,23 @@ def test_one_rank_of_each_node_tells_what_is_wrong_before_they_join(
     result = run("train", "not-here.yaml")
     assert result.exit_code == 2
     assert ("not-here.yaml" in result.stderr) == tells
+
+
+@pytest.mark.parametrize("tells", [True, False])
+def test_a_silent_rank_leaves_behind_the_one_that_tells(run: Run, monkeypatch: pytest.MonkeyPatch, tells: bool) -> None:
+    """A launcher ends all ranks with the first that fails."""
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)
+    monkeypatch.setenv("LOCAL_RANK", str(int(not tells)))
+    began = time.monotonic()
+    assert run("train", "not-here.yaml").exit_code == 2
+    assert (time.monotonic() - began < HEARD_S) == tells
+
+
+@pytest.mark.parametrize("command", ["check", "report", "inspect", "plan", "prepare"])
+def test_what_works_in_one_process_says_so(run: Run, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: False)
+    fails(run(command, "davis"), f"{command}: WORLD_SIZE is 2", "Start it without a launcher")
 
 
 def test_a_rank_that_is_to_use_the_cpu_sees_no_gpu(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,10 +288,48 @@ def test_classification(run: Run, folder: Path) -> None:
     assert len(rows) == 60 and all(row["K"] in "ab" and 0.5 <= row[f"K_probability_{row['K']}"] <= 1 for row in rows)
 
 
+@pytest.mark.parametrize(
+    ("kinds", "classes", "told"),
+    [("ab", "abc", "no training row is of c"), ("a", "ab", "all training rows are of the class a"), ("ab", "ab", "")],
+)
+def test_classes_that_nothing_teaches_are_told(run: Run, folder: Path, kinds: str, classes: str, told: str) -> None:
+    rows = "".join(f"C{i}O,{kinds[i % len(kinds)]}\n" for i in range(40))
+    (folder / "kinds.csv").write_text(f"smiles,kind\n{rows}")
+    tags = {"K": {"kind": "function", "length": 2, "head": {"type": "classification", "classes": [*classes]}}}
+    source = {"path": str(folder / "kinds.csv"), "template": "{smiles} is <K>", "target": "kind"}
+    file = config(folder, f"kinds-{kinds}-{classes}", tags=tags, data={"sources": [source]})
+    found = [run("check", "--rows", file), run("train", file)]
+    for one in found:
+        assert told in one.output and ("tags.K.head" in one.output) == bool(told), one.output
+        assert one.exit_code == (2 if kinds == "a" else 0)
+
+
+def test_check_reads_targets_that_are_all_alike(run: Run, folder: Path) -> None:
+    (folder / "alike.csv").write_text("smiles,same\n" + "".join(f"C{i},1.0\n" for i in range(90)))
+    file = config(folder, "alike", data__path=str(folder / "alike.csv"), data__target="same")
+    fails(run("check", file, "--rows"), "tags.W.head: the target is the same in all training rows")
+
+
 def test_a_split_without_rows_is_not_scored(run: Run, folder: Path) -> None:
     file = config(folder, "no_test", data__split={"valid": 0.1, "test": 0})
     assert run("train", file).exit_code == 0
     fails(run("eval", "runs/no_test"), "its test split has no rows", "--split")
+    assert run("eval", "runs/no_test", "--split", "valid").exit_code == 0
+    report = run("report", "runs/no_test", "--out", "report_of_valid")
+    assert report.exit_code == 0, report.output
+    (section,) = json.loads((folder / "report_of_valid/report.json").read_text())["sections"]
+    assert "valid" in json.dumps(section)
+
+
+def test_results_of_another_split_stand_beside_those_of_test(run: Run, folder: Path) -> None:
+    assert run("train", config(folder, "splits")).exit_code == 0
+    assert run("eval", "runs/splits").exit_code == 0
+    files = ["results.json", "held_out.csv", "held_out.safetensors"]
+    before = [(folder / "runs/splits" / file).read_bytes() for file in files]
+    assert run("eval", "runs/splits", "--split", "valid").exit_code == 0
+    assert [(folder / "runs/splits" / file).read_bytes() for file in files] == before
+    assert json.loads((folder / "runs/splits/valid/results.json").read_text())["split"] == "valid"
+    assert all((folder / "runs/splits/valid" / file).is_file() for file in files)
 
 
 def test_rows_that_were_trained_on_are_not_scored(run: Run, folder: Path) -> None:
@@ -443,6 +499,8 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     "no backbone": ({}, ["backbone.model=nowhere/at-all", "backbone.dtype=fp32"], ["nowhere/at-all"]),
     "constant target": ({"data__target": "same"}, [], ["same"]),
     "bad override": ({}, ["seed"], ["key=value"]),
+    "tag not closed": ({"data__template": "{smiles} is <W"}, [], ["<W has no > behind it", "write <W>"]),
+    "folder is a file": ({}, ["output=rows.csv"], ["rows.csv", "is a file"]),
 }
 
 

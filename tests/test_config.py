@@ -194,6 +194,12 @@ def test_a_key_of_all_new_tags_needs_one(file: Path) -> None:
     assert told == "override 'tags.length=4': all tags of the config are loaded, and none is new. Leave it out."
 
 
+def test_a_key_that_no_tag_has_is_told(file: Path) -> None:
+    told = refused(file, "tags.lenth=4")
+    assert "lenth is no tag of the config, and no key that all its tags have" in told
+    assert told.endswith("Did you mean length?")
+
+
 @pytest.mark.parametrize("override", ["seed", "=3", ""])
 def test_an_override_that_is_none(file: Path, override: str) -> None:
     assert refused(file, override) == f"override {override!r}: it must read key=value, as in optim.tag_lr=0.01"
@@ -221,6 +227,13 @@ def test_an_override_is_checked_like_the_file(file: Path) -> None:
         ("\x00", "not a readable YAML file"),
         ("output: ${nowhere}\n", "Interpolation key 'nowhere' not found"),
         ("", "output is missing"),
+        (
+            "template: {smiles} is <QED>\n",
+            "not a readable YAML file: line 1, column 20: while parsing a block mapping, did",
+        ),
+        ("template: {smiles} is <QED>\n", 'stands in quotes, as in template: "{smiles} is <QED>"'),
+        ("output: x\ntemplate: {smiles}\n", "template is no key of a config"),
+        ("output: {smiles}\n", "output is {'smiles': None}; input should be a valid string; text that begins with"),
     ],
 )
 def test_a_file_that_is_no_config(tmp_path: Path, text: str, told: str) -> None:

@@ -63,7 +63,7 @@ def test_what_is_saved_reads_means_as_they_are(run: Run, folder: Path) -> None:
     assert run("train", file).exit_code == 0
     assert run("eval", folder / "runs/scaled", "--split", "valid").exit_code == 0
     logged = [json.loads(line) for line in (folder / "runs/scaled/metrics.jsonl").read_text().splitlines()]
-    results = json.loads((folder / "runs/scaled/results.json").read_text())
+    results = json.loads((folder / "runs/scaled/valid/results.json").read_text())
     assert results["metrics"]["mse"] == pytest.approx(min(line.get("valid/mse", 9e9) for line in logged), rel=1e-4)
 
 

@@ -79,6 +79,21 @@ def test_check_finds_what_would_end_a_run_later(run: Run, folder: Path) -> None:
     fails(run("check", file), "evaluation.spbleu_model is", "none.model", "engine.deepspeed: ", "none.json")
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [("./nowhere", "there is no such folder"), ("/nowhere/at/all", "there is no such folder"), (".", "config.json")],
+)
+def test_check_finds_that_a_folder_holds_no_model(run: Run, folder: Path, name: str, told: str) -> None:
+    fails(run("check", config(folder, "no-model"), f"backbone.model={name}"), f"backbone.model is '{name}'", told)
+
+
+def test_why_no_row_is_left_is_told(run: Run, folder: Path) -> None:
+    """A table in another encoding, say, where a column that nobody asked for holds names."""
+    (folder / "latin1.csv").write_bytes(b"smiles,weight,who\n" + b"CC,1.0,Ren\xe9\n" * 20)
+    file = config(folder, "latin1", data__path=str(folder / "latin1.csv"), data__on_bad_row="skip")
+    fails(run("train", file), "no rows for train", "latin1.csv, line 2: column 'who' is not valid UTF-8")
+
+
 def test_results_that_cannot_be_written_are_told(run: Run, folder: Path) -> None:
     assert run("train", config(folder, "unwritable")).exit_code == 0
     (folder / "runs/unwritable/results.json").mkdir()

@@ -101,11 +101,25 @@ def test_text_that_cannot_be_read_matters_where_the_prompt_has_it(
         lines = zip(*columns.values(), strict=True)
         file.write_bytes(b"\n".join([",".join(columns).encode(), *(b",".join(line) for line in lines)]) + b"\n")
     told = run("predict", spaced, file, out)
-    assert told.exit_code == 0 and "3 rows, 1 without a prediction" in told.stdout, told.output
+    assert told.exit_code == 0 and "3 rows, 1 without a prediction, 2 with cells left empty" in told.stdout, told.output
     one, two, three = rows_of(out)
     assert all(row["W"] and not row["note"] and not row["tagllm_error"] for row in (one, three))
     assert [row["id"] for row in (one, two, three)] == ["1", "2", "3"] and two["smiles"] == "CCO"
     assert two["W"] == "" and "column 'name' is not valid UTF-8" in two["tagllm_error"]
+
+
+def test_a_prompt_that_answers_before_it_has_read_is_noted(run: Run, folder: Path, spaced: Path) -> None:
+    for template, noted in (("<W> of {smiles} {name}", True), ("{smiles} of {name} <W>", False)):
+        told = run("predict", spaced, folder / "rows.csv", folder / "blind.csv", "--template", template)
+        assert told.exit_code == 0 and ("no field stands before <W>" in told.stderr) == noted, told.output
+
+
+def test_a_domain_tag_alone_answers_nothing(run: Run, folder: Path) -> None:
+    tags = {"SMILES": {"kind": "domain", "length": 2}}
+    file = config(folder, "domain_alone", tags=tags, data__template="a <SMILES> {smiles}", data__target=[])
+    assert run("train", file).exit_code == 0
+    told = run("predict", "runs/domain_alone", folder / "rows.csv", folder / "never.csv")
+    fails(told, "holds <SMILES> and no function tag", "--library")
 
 
 def test_a_row_with_a_cell_too_many_keeps_the_others(run: Run, folder: Path, spaced: Path) -> None:

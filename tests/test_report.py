@@ -278,6 +278,10 @@ def test_a_run_without_results_is_told(run: Path, tmp_path: Path) -> None:
     result = RUNNER.invoke(app, ["report", str(tmp_path / "run")])
     assert result.exit_code == 2
     assert f"Score it first: tagllm eval {tmp_path / 'run'}" in result.stderr
+    result = RUNNER.invoke(app, ["report", str(tmp_path)])
+    assert result.exit_code == 2 and f"it holds {tmp_path / 'run'}, name these" in result.stderr
+    result = RUNNER.invoke(app, ["report", str(tmp_path / "nowhere")])
+    assert result.exit_code == 2 and "nowhere: is no folder" in result.stderr
 
 
 @pytest.mark.slow

@@ -387,6 +387,14 @@ def test_without_rows_for_validation_nothing_can_be_chosen(config: Path) -> None
         sweep.finals()
 
 
+@pytest.mark.parametrize(("tune", "split"), [(None, "test"), ("optim.tag_lr=1e-3", "valid")])
+def test_a_split_that_no_source_has_is_told_before_anything_runs(config: Path, tune: str | None, split: str) -> None:
+    sweep = Sweep.of(config, [f"data.sources.0.split.{split}=0"], [], 2, tune=tune)
+    with pytest.raises(UserError, match=f"no source has rows for {split}"):
+        run_sweep(sweep, jobs=1)
+    assert not (config.parent / "sweep").exists()
+
+
 def test_rounding_is_no_spread() -> None:
     """A fit on the same rows differs by so little from run to run."""
     assert over_seeds([{"mse": value} for value in (1874.79, 1874.80, 1874.80)])["mse"][1] is None

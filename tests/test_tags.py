@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from tagllm import files
-from tagllm.build import initial_rows, mean_and_spread, new_tag
+from tagllm.build import initial_rows, new_tag
 from tagllm.config import BackboneConfig, HeadConfig, RunConfig
 from tagllm.config_file import parse_as
 from tagllm.data.dataset import Data
@@ -24,6 +24,7 @@ from tagllm.kernel import BOUNDLESS, Kernel
 from tagllm.model.backbone import load_backbone
 from tagllm.stage import read_stage
 from tagllm.tags import BackboneIdentity, Tag, TagLibrary
+from tagllm.targets import mean_and_spread
 from tests import tiny
 
 D = 16

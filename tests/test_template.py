@@ -137,6 +137,8 @@ def test_any_template_is_parsed_or_refused_in_words(text: str) -> None:
         ("{ } {a}", "here: {} names no column; write {column}, or \\{ for a brace."),
         ("{a} b}", "here: a brace without its other half in ' b}'; write \\{ for a brace."),
         ("b { {a}", "here: a brace without its other half in 'b { '; write \\{ for a brace."),
+        ("{a} <QED", "here: <QED has no > behind it; write <QED>, or \\< for the sign."),
+        ("<SMILES {a}", "here: <SMILES has no > behind it; write <SMILES>, or \\< for the sign."),
         ("{a} {", "here: a brace without its other half in ' {'; write \\{ for a brace."),
         ("{output} {a} {output}", "here: {output} stands 2 times; it may stand once."),
         ("only <QED>", "here: 'only <QED>' has no {field}; every row would give the same prompt."),

@@ -96,7 +96,7 @@ def split_rows(
         if split in source.rows:
             members = members[np.argsort(ranks[members], kind="stable")[: source.rows[split]]]
         found[split] = np.sort(rows[members])
-    _refuse_empty({split: found[split] for split in wanted}, source, len(table) - len(rows), where)
+    _refuse_empty({split: found[split] for split in wanted}, source, table, where)
     return found
 
 
@@ -192,14 +192,17 @@ def _refuse_overlap(
         )
 
 
-def _refuse_empty(found: Mapping[Split, Indices], source: SourceConfig, num_bad: int, where: str) -> None:
+def _refuse_empty(found: Mapping[Split, Indices], source: SourceConfig, table: datasets.Dataset, where: str) -> None:
     share = {"train": 1.0, "valid": source.split.valid, "test": source.split.test}
     empty = [split for split in found if not len(found[split]) and (share[split] > 0 or split in source.rows)]
     if empty:
         counts = ", ".join(f"{split} {len(rows)}" for split, rows in found.items())
+        bad = [at for at, reason in enumerate(table["_bad"][:]) if reason]
+        first = table[bad[0]] if bad else {}
+        unreadable = f"{len(bad)} (first: {first['_file']}, line {first['_line']}: {first['_bad']})" if bad else "0"
         raise UserError(
-            f"{where}: no rows for {' and '.join(empty)}: {counts}, unreadable {num_bad}; a split that is asked for "
-            f"must have one (split.valid is {share['valid']:g}, split.test is {share['test']:g}). Give more rows, "
+            f"{where}: no rows for {' and '.join(empty)}: {counts}, unreadable {unreadable}; a split that is asked "
+            f"for must have one (split.valid is {share['valid']:g}, split.test is {share['test']:g}). Give more rows, "
             "change the share, or set it to 0 for no such split."
         )
 

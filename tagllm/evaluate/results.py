@@ -1,4 +1,4 @@
-"""RUN/results.json, written by `eval` and by `baseline`: each puts in what the other has found."""
+"""results.json, written by `eval` and by `baseline`: each puts in what the other has found."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ COMES_FROM = (*ORIGIN, "lr", "lr_at_edge", "tried", "seeds", "steps", "best_step
 `steps`, `best_steps`, `seconds` and `each` (metrics) are those of each seed."""
 
 
-def write_results(run: Path, results: dict[str, Any]) -> None:
-    """RUN/results.json, with the trained baselines that are finished by now put into `results` beside the other ones.
-    These were scored on the test rows with whole weights, so results of another split or config, or of quantised
-    ones, get none."""
-    with RunLock(run / FOLDER, wait=True) if (run / FOLDER).is_dir() else nullcontext():
-        _write_results(run, results)
+def write_results(folder: Path, results: dict[str, Any]) -> None:
+    """FOLDER/results.json. In that of a run, the trained baselines that are finished by now are put into `results`
+    beside the other ones. They were scored on the test rows with whole weights, so results of another split or config,
+    or of quantised ones, get none."""
+    with RunLock(folder / FOLDER, wait=True) if (folder / FOLDER).is_dir() else nullcontext():
+        _write_results(folder, results)
 
 
 def update_results(run: Path) -> None:

@@ -14,6 +14,7 @@ from tagllm.config import flat
 from tagllm.errors import UserError
 from tagllm.evaluate.metric_kinds import KINDS, without_head
 from tagllm.files import load_tensors, read_json
+from tagllm.run_folder import RunFolder
 from tagllm.tags import TagLibrary
 
 Metrics = dict[str, float]
@@ -95,7 +96,8 @@ def collect(path: Path) -> list[Run | Composed | Swept]:
     Raises:
         UserError: it holds none of them, or a file is damaged.
     """
-    found: list[Run | Composed | Swept] = [read_run(path)] if (path / "results.json").is_file() else []
+    is_scored = (RunFolder(path).scored() / "results.json").is_file()
+    found: list[Run | Composed | Swept] = [read_run(path)] if is_scored else []
     found += [_swept(file) for file in sorted(path.glob("sweep*.json"))]
     for folders in ([path], sorted(path.glob("seed=*"))):
         files = [file for folder in folders for file in sorted(folder.glob("*/results.json"))]
@@ -108,8 +110,18 @@ def collect(path: Path) -> list[Run | Composed | Swept]:
                 _require_one_question(runs, path)
             found.append(Composed(path.name, list(cases.values())))
     if not found:
-        raise UserError(f"{path}: has no results.json. Score it first: tagllm eval {path}")
+        raise UserError(_nothing_in(path))
     return found
+
+
+def _nothing_in(path: Path) -> str:
+    if not path.is_dir():
+        return f"{path}: is no folder. Name that of a run, a sweep or a compose."
+    if (path / "config.yaml").is_file():
+        return f"{path}: is a run without results. Score it first: tagllm eval {path}"
+    runs = sorted(str(file.parent) for file in path.glob("*/config.yaml"))
+    there = f"; it holds {', '.join(runs[:5])}{' and others' if len(runs) > 5 else ''}, name these" if runs else ""
+    return f"{path}: holds no run, sweep or compose that was scored{there}."
 
 
 def _swept(file: Path) -> Swept:
@@ -184,10 +196,11 @@ def curve(log: Log, name: str) -> dict[int, float]:
 
 def read_run(path: Path) -> Run:
     """A run that `tagllm eval` has scored, or a case of compose."""
-    pairs = load_tensors(path / "held_out.safetensors") if (path / "held_out.safetensors").is_file() else {}
+    scored = RunFolder(path).scored()
+    pairs = load_tensors(scored / "held_out.safetensors") if (scored / "held_out.safetensors").is_file() else {}
     library = TagLibrary.load(path / "library") if (path / "library").is_dir() else None
-    log, answers = _lines(path / "metrics.jsonl"), _lines(path / "generated.jsonl")
-    return Run(path.name, read_json(path / "results.json"), _config(path), log, library, pairs, answers)
+    log, answers = _lines(path / "metrics.jsonl"), _lines(scored / "generated.jsonl")
+    return Run(path.name, read_json(scored / "results.json"), _config(path), log, library, pairs, answers)
 
 
 def _config(path: Path) -> str:

@@ -14,13 +14,13 @@ from typing import Any, NamedTuple
 import yaml
 
 from tagllm.build import loaded_digest
-from tagllm.config import RunConfig, digest_of
+from tagllm.config import RunConfig, Split, digest_of
 from tagllm.config_file import load_config
 from tagllm.data.dataset import split_records
 from tagllm.errors import UserError
 from tagllm.files import cache_folder, read_json
 from tagllm.run_folder import RunFolder, best_valid_loss, read_config
-from tagllm.stage import read_stage
+from tagllm.stage import may_have, read_stage
 
 LONGEST_NAME = 200
 """Bytes; file systems take 255, `_seed=N` and what stands beside it while it is written come on top."""
@@ -103,8 +103,20 @@ class Sweep(NamedTuple):
             raise UserError(*problems)
 
     def require_stages(self) -> None:
-        """Raises UserError with what `train` would say of any run before it loads a weight."""
-        if problems := self._problems(lambda point: read_stage(self.config(point), str(self.path))):
+        """Raises UserError with what `train` would say of any run before it loads a weight, or with a split that it is
+        chosen by or scored on and no source has."""
+
+        def look(point: Point) -> None:
+            sources = read_stage(self.config(point), str(self.path)).config.data.sources
+            wanted: list[Split] = ["test", "valid"] if self.tuned else ["test"]
+            for split in wanted:
+                if not any(may_have(source, split) for source in sources):
+                    raise UserError(
+                        f"{self.path}: no source has rows for {split} (split.{split} is 0 in all); a sweep scores on "
+                        f"test and tunes on valid. Set split.{split}."
+                    )
+
+        if problems := self._problems(look):
             raise UserError(*problems)
 
     def _first(self) -> list[Point]:

@@ -21,6 +21,7 @@ from tagllm.rendezvous import in_contact
 from tagllm.run_folder import RunFolder, writing
 from tagllm.run_lock import RunLock
 from tagllm.stage import check_world, read_stage
+from tagllm.targets import check_targets
 from tagllm.train import checkpoint
 from tagllm.train.engine import Engine, sharding
 from tagllm.train.monitor import Monitor, row_norms
@@ -99,12 +100,13 @@ class Trainer:
             if self.ranks.rank == 0:
                 print(f"finished before: {self.run.library}; to train anew give another output=FOLDER", flush=True)
             return
+        of_targets = self.ranks.on_rank_zero(lambda: check_targets(self.built.stage, self.built.data))
         with self._recorded() as self.monitor:
             self.stop.training = True
             self.monitor.say(f"device: {hardware()}; ranks: {self.ranks.size}")
             if self.first:
                 self.monitor.say(f"going on from step {self.first} of {self.total}")
-            for line in [*self.built.data.told(), *unusual(self.built.stage)]:
+            for line in [*self.built.data.told(), *of_targets, *unusual(self.built.stage)]:
                 self.monitor.say(line)
             try:
                 self._train()
