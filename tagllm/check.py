@@ -10,6 +10,7 @@ import numpy as np
 
 from tagllm.config import SPLITS, SourceConfig, Split
 from tagllm.config_file import load_config
+from tagllm.contradictions import check_world
 from tagllm.data.dataset import check_columns, tokenise
 from tagllm.data.overlap import check_keys
 from tagllm.data.readers import column_names
@@ -17,7 +18,7 @@ from tagllm.data.recipes import recipe_of
 from tagllm.errors import UserError
 from tagllm.evaluate.text import problems_of
 from tagllm.files import cache_folder
-from tagllm.stage import Stage, check_world, read_stage
+from tagllm.stage import Stage, read_stage
 from tagllm.train.deepspeed_settings import read_deepspeed
 from tagllm.unusual import unusual
 

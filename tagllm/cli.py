@@ -1,19 +1,16 @@
-"""The commands. A user's mistake is one line per problem on stderr and exit status 2, never a traceback."""
+"""The commands: what each takes, and where its work is done."""
 
 from __future__ import annotations
 
-import os
-import signal
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from tagllm import __version__, launched
-from tagllm.errors import LostContact, SharedError, UserError
+from tagllm.errors import UserError
+from tagllm.telling import leave, telling
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -21,8 +18,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Teach a frozen LLM with input tags.",
 )
-HEARD_S = 2.0
-"""A launcher ends all ranks with the first that fails, so one that is silent waits for the one that is to tell."""
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", help="Config values to override.")]
 Offline = Annotated[bool, typer.Option("--offline", help="Block every call to a hub.")]
 
@@ -59,7 +54,7 @@ def check(
         for line in check_config(config, overrides or [], ranks, rows):
             print(line)
 
-    _run(work, offline)
+    telling(work, offline)
 
 
 @app.command()
@@ -85,7 +80,7 @@ def prepare(
         for line in describe(prepare(recipe_of(name), origin, cache_folder())):
             console.print(line)
 
-    _run(work, offline)
+    telling(work, offline)
 
 
 @app.command()
@@ -114,7 +109,7 @@ def plan(
         for part in plan_config(config, overrides or [], hardware):
             console.print(part)
 
-    _run(work, offline)
+    telling(work, offline)
 
 
 @app.command()
@@ -136,7 +131,7 @@ def train(config: Path, overrides: Overrides = None, offline: Offline = False) -
             print(stopped, file=sys.stderr)
             sys.exit(stopped.status)
 
-    _run(work, offline)
+    telling(work, offline)
 
 
 @app.command()
@@ -175,7 +170,7 @@ def sweep(
                 write_summary(found, finished)
                 print("\n".join(describe(finished)))
 
-    _run(work, offline)
+    telling(work, offline)
 
 
 @app.command(name="eval")
@@ -209,7 +204,7 @@ def evaluate(
         if launched.rank() == 0:
             print("\n".join(describe(results)))
 
-    _run(work, offline)
+    telling(work, offline)
 
 
 @app.command()
@@ -244,7 +239,7 @@ def baseline(
         request = Request(method or [], read_rates(lr), budget_s, tune_share, seeds, virtual, fit_rows)
         run_baselines(run, request, jobs)
 
-    _run(work, offline)
+    telling(work, offline)
 
 
 @app.command()
@@ -261,7 +256,7 @@ def compose(config: Path, overrides: Overrides = None, offline: Offline = False)
             if launched.rank() == 0:
                 print("\n".join(describe(results)), flush=True)
 
-    _run(work, offline)
+    telling(work, offline)
 
 
 @app.command()
@@ -297,7 +292,7 @@ def inspect(
             number = write_projector(found, vocabulary, nearest, projector)
             console.print(f"{projector}: {number} points; tensorboard --logdir {projector}, tab PROJECTOR")
 
-    _run(work, offline)
+    telling(work, offline)
 
 
 @app.command()
@@ -313,7 +308,7 @@ def report(
 
         print(write_report(runs, out))
 
-    _run(work, offline=False)
+    telling(work, offline=False)
 
 
 @app.command()
@@ -350,54 +345,11 @@ def predict(
         if launched.rank() == 0:
             print(told)
 
-    _run(work, offline)
-
-
-def _run(work: Callable[[], None], offline: bool) -> None:
-    """Runs a command and turns what the user can mend into lines; of shared errors only rank 0 tells."""
-    if offline:  # read by the libraries when they are imported, so before that
-        os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_OFFLINE="1", HF_DATASETS_OFFLINE="1")
-    if os.environ.get("DS_ACCELERATOR") == "cpu":  # DeepSpeed's launcher shows its ranks GPUs all the same
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # so that files are tidied up
-    try:
-        work()
-    except UserError as error:
-        if _is_mine_to_tell(error):
-            for problem in error.problems:
-                print(f"error: {problem}", file=sys.stderr)
-        elif not _has_joined():
-            time.sleep(HEARD_S)
-        sys.exit(2)
-    except LostContact as lost:
-        print(f"error: {lost}", *lost.stack, sep="\n  ", file=sys.stderr)
-        sys.exit(1)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-
-
-def _is_mine_to_tell(error: UserError) -> bool:
-    """Before the ranks have joined one of each node tells: its files may differ from those of others. After that rank 0
-    tells what all ranks find, and each what it alone does."""
-    if not _has_joined():
-        return int(os.environ.get("LOCAL_RANK", launched.rank())) == 0
-    return launched.rank() == 0 or not isinstance(error, SharedError)
-
-
-def _has_joined() -> bool:
-    """Whether this rank has joined the others."""
-    dist = sys.modules.get("torch.distributed")
-    return dist is not None and dist.is_initialized()
+    telling(work, offline)
 
 
 def main() -> None:
     try:
         app()
     except SystemExit as end:
-        if isinstance(end.code, int | None) and _has_joined():
-            # all is written by now, and gloo's threads abort the interpreter's own end once in a while
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(end.code or 0)
-        raise
+        leave(end)

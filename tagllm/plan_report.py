@@ -9,8 +9,9 @@ from rich.table import Table
 
 from tagllm.config import RunConfig
 from tagllm.config_file import load_config
+from tagllm.contradictions import check_world
 from tagllm.plan import Estimate, Hardware, Load, Placement, Shape, choose, estimate, placements
-from tagllm.stage import check_world, read_stage
+from tagllm.stage import read_stage
 from tagllm.train.placement import figures_of
 
 

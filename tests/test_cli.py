@@ -18,9 +18,10 @@ import yaml
 from typer.testing import CliRunner, Result
 
 from tagllm import __version__
-from tagllm.cli import HEARD_S, app
+from tagllm.cli import app
 from tagllm.origin import hardware
 from tagllm.tags import Tag, TagLibrary
+from tagllm.telling import HEARD_S
 from tagllm.train.signals import EXIT_STOPPED, StopAsked
 from tagllm.train.validation import Validation
 from tests import tiny

@@ -19,9 +19,10 @@ from tagllm.cli import app
 from tagllm.compose_config import CaseConfig, ComposeConfig, PromptConfig, check_compose
 from tagllm.config import RunConfig
 from tagllm.config_file import load_as, load_config
+from tagllm.contradictions import check_world
 from tagllm.errors import UserError
 from tagllm.head import Head
-from tagllm.stage import check_world, read_stage
+from tagllm.stage import read_stage
 from tagllm.sweep.points import Sweep
 from tagllm.tags import BackboneIdentity, Tag, TagLibrary
 

@@ -10,10 +10,11 @@ import torch
 
 from tagllm.config import HeadConfig, RunConfig
 from tagllm.config_file import parse_as
+from tagllm.contradictions import check_world
 from tagllm.errors import UserError
 from tagllm.head import Head
 from tagllm.model.loss import LossWeights
-from tagllm.stage import check_world, read_stage
+from tagllm.stage import read_stage
 from tagllm.tags import BackboneIdentity, Tag, TagLibrary
 from tagllm.template import OUTPUT, SPAN
 from tagllm.train.rows import StepRows

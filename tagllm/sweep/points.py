@@ -16,11 +16,12 @@ import yaml
 from tagllm.build import loaded_digest
 from tagllm.config import RunConfig, Split, digest_of
 from tagllm.config_file import load_config
+from tagllm.contradictions import may_have
 from tagllm.data.dataset import split_records
 from tagllm.errors import UserError
 from tagllm.files import cache_folder, read_json
 from tagllm.run_folder import RunFolder, best_valid_loss, read_config
-from tagllm.stage import may_have, read_stage
+from tagllm.stage import read_stage
 
 LONGEST_NAME = 200
 """Bytes; file systems take 255, `_seed=N` and what stands beside it while it is written come on top."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from tagllm.build import Built, build, loaded_digest, refuse_trained_on
 from tagllm.config import RunConfig, Split
+from tagllm.contradictions import check_world
 from tagllm.errors import SharedError
 from tagllm.evaluate.closed_form import FIT_ROWS
 from tagllm.head import fields_alone
@@ -20,7 +22,7 @@ from tagllm.ranks import Ranks
 from tagllm.rendezvous import in_contact
 from tagllm.run_folder import RunFolder, writing
 from tagllm.run_lock import RunLock
-from tagllm.stage import check_world, read_stage
+from tagllm.stage import read_stage
 from tagllm.targets import check_targets
 from tagllm.train import checkpoint
 from tagllm.train.engine import Engine, sharding
@@ -51,28 +53,24 @@ def train(config: RunConfig, where: str, stop: StopRequest) -> Path:
         return trainer.where() if trainer else f"rank {ranks.rank} before the first step (start the same command again)"
 
     run = RunFolder(Path(config.output))
-    lock = RunLock(run.path)
+    with ExitStack() as held, in_contact(ranks.silent, here):
 
-    def claim() -> RunConfig:
-        lock.__enter__()
-        return run.claim(config, partial(fastest_dtype, ranks.device))
+        def claim() -> RunConfig:
+            held.enter_context(RunLock(run.path))
+            return run.claim(config, partial(fastest_dtype, ranks.device))
 
-    try:
-        with in_contact(ranks.silent, here):
-            ranks.on_rank_zero(lambda: check_world(config, ranks.size, where))  # told once
-            if config.engine.zero_stage == "auto" and ranks.size > 1:
-                config, why = ranks.on_rank_zero(lambda: placed(stage, ranks), long=True)
-                stage = read_stage(config, where)
-                if ranks.rank == 0:
-                    print(f"placement {why}", flush=True)
-            config = ranks.on_rank_zero(claim)
-            built = build(stage._replace(config=config), ranks, sharding(config.optim, config.engine, ranks))
-            held_out: list[Split] = ["valid", "test"]
-            ranks.on_rank_zero(lambda: refuse_trained_on(stage, built.data, stage.loaded_functions, held_out))
-            trainer = Trainer(built, Engine(built.model, config.optim, config.engine, ranks), ranks, run, stop)
-            trainer.run_to_the_end()
-    finally:
-        lock.release()
+        ranks.on_rank_zero(lambda: check_world(config, ranks.size, where))  # told once
+        if config.engine.zero_stage == "auto" and ranks.size > 1:
+            config, why = ranks.on_rank_zero(lambda: placed(stage, ranks), long=True)
+            stage = read_stage(config, where)
+            if ranks.rank == 0:
+                print(f"placement {why}", flush=True)
+        config = ranks.on_rank_zero(claim)
+        built = build(stage._replace(config=config), ranks, sharding(config.optim, config.engine, ranks))
+        held_out: list[Split] = ["valid", "test"]
+        ranks.on_rank_zero(lambda: refuse_trained_on(stage, built.data, stage.loaded_functions, held_out))
+        trainer = Trainer(built, Engine(built.model, config.optim, config.engine, ranks), ranks, run, stop)
+        trainer.run_to_the_end()
     return run.path
 
 
