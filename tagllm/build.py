@@ -6,6 +6,7 @@ import hashlib
 import itertools
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -21,7 +22,7 @@ from tagllm.data.examples import Examples
 from tagllm.data.layout import TagLayout
 from tagllm.data.overlap import refuse_seen, with_files
 from tagllm.data.sampler import Draw, all_draws
-from tagllm.errors import SharedError, UserError
+from tagllm.errors import SharedError
 from tagllm.files import cache_folder
 from tagllm.head import Head
 from tagllm.model.backbone import Backbone, download, fastest_dtype, load_backbone
@@ -31,7 +32,7 @@ from tagllm.model.tagged import TaggedModel
 from tagllm.ranks import Ranks
 from tagllm.stage import Stage
 from tagllm.tags import Tag
-from tagllm.targets import mean_and_spread, targets_of
+from tagllm.targets import check_targets, mean_and_spread, targets_of
 from tagllm.template import Template
 
 
@@ -111,7 +112,7 @@ def build(stage: Stage, ranks: Ranks, place: Place | None = None) -> Built:
     """
     backbone = open_backbone(stage.config.backbone, ranks, place)
     for path, library in stage.libraries.items():
-        library.backbone.require_same(backbone.identity, path)
+        ranks.on_rank_zero(partial(library.backbone.require_same, backbone.identity, path))
     built = build_on(backbone, stage, ranks)
     require_same_everywhere(ranks.gather(built.identity()))
     return built
@@ -155,6 +156,7 @@ def build_on(backbone: Backbone, stage: Stage, ranks: Ranks, splits: Sequence[Sp
     if limit > backbone.max_tokens:
         raise SharedError(f"data.max_tokens is {limit}; the backbone takes at most {backbone.max_tokens}. Lower it.")
     data = tokenise_on_all(config.data, stage.templates, Prompts(layout, backbone.tokenizer, limit), ranks, splits)
+    data = data._replace(doubts=(*data.doubts, *ranks.on_rank_zero(lambda: check_targets(stage, data))))
     tags = stage.loaded | {
         name: new_tag(stage, name, backbone, data) for name in config.tags if name not in stage.loaded
     }
@@ -198,7 +200,7 @@ def new_tag(stage: Stage, name: str, backbone: Backbone, data: Data) -> Tag:
     text = config.init.removeprefix("text:") if config.init.startswith("text:") else ""
     text_ids = backbone.tokenizer(text, add_special_tokens=False).input_ids if text else []
     if config.init.startswith("text:") and not text_ids:
-        raise UserError(f"tags.{name}.init is {config.init!r}; the text after `text:` gives no token. Write a word.")
+        raise SharedError(f"tags.{name}.init is {config.init!r}; the text after `text:` gives no token. Write a word.")
     seed = int(np.random.SeedSequence([stage.config.seed, *name.encode()]).generate_state(1)[0])
     length = len(stage.loaded[name].rows_PD) if name in stage.loaded else config.length
     rows = initial_rows(config.init, length, embedding_VD, text_ids, seed) * backbone.token_scale

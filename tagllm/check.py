@@ -61,8 +61,10 @@ def check_config(path: Path, overrides: list[str], num_ranks: int, rows: bool = 
 
 
 def _of_backbone(name: str) -> list[str]:
-    """A folder that is not there or holds no model; of a name on a hub only loading tells."""
+    """A folder that is not there or holds no model; of a name on a hub, and of the package, only loading tells."""
     folder = Path(name)
+    if name == "smollm2":
+        return []
     if folder.is_dir():
         there = (folder / "config.json").is_file()
         return [] if there else [f"backbone.model is {name!r}, a folder without config.json. Name one of a model."]
@@ -81,7 +83,7 @@ def _of_rows(stage: Stage) -> list[str]:
 
     _, prompts = shape_and_prompts(stage)
     data = tokenise(stage.config.data, stage.templates, prompts, cache_folder())
-    refuse_trained_on(stage, data, stage.loaded_functions, ["valid", "test"])
+    refuse_trained_on(stage, data, stage.knowing, ["valid", "test"])
     lines = []
     for at, about in data.record.items():
         of_splits = {split: examples[int(at)] for split, examples in data.splits.items()}
@@ -91,7 +93,7 @@ def _of_rows(stage: Stage) -> list[str]:
             f"data.sources.{at} ({about['name']}): {counts}; {lengths_n.mean():.0f} tokens on average, "
             f"{lengths_n.max():,} at most, of {prompts.max_tokens:,}"
         )
-    return [*lines, *data.told(), *check_targets(stage, data)]
+    return [*lines, *check_targets(stage, data), *data.told()]
 
 
 def _given(source: SourceConfig) -> Collection[Split]:

@@ -341,7 +341,7 @@ def predict(
         done = predict_file(request, input_file, output_file)
         told = f"{output_file}: {done.rows} rows, {done.failed} without a prediction"
         told += f", {done.cut} cut to the tokens there is room for" if done.cut else ""
-        told += f", {done.emptied} with cells left empty that are no UTF-8 text" if done.emptied else ""
+        told += f", {done.emptied} with cells left empty that are no text" if done.emptied else ""
         if launched.rank() == 0:
             print(told)
 

@@ -256,13 +256,14 @@ class Composer(NamedTuple):
         return [n for n in dict.fromkeys(used) if self.library.kinds[n] == kind]
 
     def _refuse_seen(self, name: str, rows: SourceRows) -> None:
-        """Raises UserError where rows of a case may be some that its function tags were trained on."""
+        """Raises UserError where rows of a case may be some that tags of its first prompt know the answers of."""
         case = self.config.cases[name]
         mine = with_files(drawn_from(case.source, self._key(case), rows.given_splits), case.source)
         if {*mine["by"]} <= {*rows.columns}:
-            for tag in self._first(case, "function"):
-                held_out = self.library.tags[tag].about.get("held_out", [])
-                refuse_seen(tag, held_out, mine, case.split, f"cases.{name}")
+            for tag in self._first(case, "function") + self._first(case, "domain"):
+                if self.library.tags[tag].knows_answers:
+                    held_out = self.library.tags[tag].about.get("held_out", [])
+                    refuse_seen(tag, held_out, mine, case.split, f"cases.{name}")
 
 
 def _trained(library: str) -> dict[str, Any]:

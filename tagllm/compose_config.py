@@ -67,8 +67,8 @@ def check_compose(config: ComposeConfig, library: TagLibrary) -> None:
     """Raises UserError with every mistake in the prompts."""
     problems = problems_of(config.evaluation, "evaluation")
     for name, case in config.cases.items():
-        if "/" in name:
-            problems.append(f"cases.{name}: the name is that of a folder in {config.output}; leave the / out of it.")
+        if "/" in name or name in ("", ".", ".."):
+            problems.append(f"cases.{name}: the name is that of a folder in {config.output}; give one without a /.")
         if case.language and case.language not in known_languages():
             problems.append(
                 f"cases.{name}.language is {case.language!r}; it must be the code of a language that can be told from "

@@ -203,6 +203,10 @@ class SplitConfig(Section):
     valid: Fraction = 0.1
     test: Fraction = 0.1
 
+    def share(self, split: Split) -> float:
+        """Of rows that are in no split; 1 for what is left to train on, however much that is."""
+        return {"train": 1.0, "valid": self.valid, "test": self.test}[split]
+
     @model_validator(mode="after")
     def _leaves_train(self) -> Self:
         if (both := self.valid + self.test) >= 1:

@@ -82,6 +82,8 @@ def _spread(raw: Any, override: str) -> list[str]:
     if first != "tags" or not name or "." in name or not OmegaConf.is_dict(tags) or name in tags:
         return [override]
     if name not in TagConfig.model_fields:
+        if text.lstrip().startswith("{"):  # a whole tag
+            return [override]
         raise UserError(
             f"override {override!r}: {name} is no tag of the config, and no key that all its tags have. "
             f"{did_you_mean(name, [*tags, *TagConfig.model_fields])}"
@@ -120,7 +122,7 @@ def _no_yaml(path: Path, error: MarkedYAMLError) -> str:
     if mark is not None:
         told = f"line {mark.line + 1}, column {mark.column + 1}: {told}"
         line = path.read_text(encoding="utf-8").splitlines()[mark.line : mark.line + 1]
-        if any(sign in "".join(line) for sign in "{}<"):
+        if "mapping values" in told or any(sign in "".join(line) for sign in "{}<"):
             hint = '. Text with braces or a colon stands in quotes, as in template: "{smiles} is <QED>"'
     return f"{path}: not a readable YAML file: {told}{hint}"
 
@@ -135,7 +137,7 @@ def _explain(model: type[BaseModel], where: str, problem: Any) -> str:
         return f"{where}: {place} is missing; it must be given."
     if kind == "value_error":
         return f"{where}: {place or 'config'}: {message}."
-    if kind == "string_type" and isinstance(value, dict):
+    if kind == "string_type" and isinstance(value, dict) and set(value.values()) == {None}:
         message += '; text that begins with a brace stands in quotes, as in "{smiles} is <QED>"'
     return f"{where}: {place} is {value!r}; {message[0].lower()}{message[1:]}."
 

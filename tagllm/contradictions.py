@@ -152,8 +152,7 @@ def _without_effect(config: RunConfig, where: str) -> list[str]:
 
 def may_have(source: SourceConfig, split: Split) -> bool:
     """Recipes and hub data sets may come with such rows, and files that are given by split too."""
-    share = {"train": 1.0, "valid": source.split.valid, "test": source.split.test}
-    return share[split] > 0 or not source.paths or split in source.paths
+    return source.split.share(split) > 0 or not source.paths or split in source.paths
 
 
 def _cannot_remember(config: RunConfig, where: str) -> str:

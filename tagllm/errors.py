@@ -37,7 +37,8 @@ def told_as(place: str, ours: str) -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        raise type(error)(*(problem.replace(ours, place) for problem in error.problems)) from None
+        kind = SharedError if isinstance(error, SharedError) else UserError
+        raise kind(*(problem.replace(ours, place) for problem in error.problems)) from None
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

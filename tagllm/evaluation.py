@@ -39,6 +39,11 @@ from tagllm.tags import Tag, TagLibrary
 from tagllm.template import behind_one_tag
 from tagllm.train.engine import gather_on_use, sharding
 
+NOT_TEST = {
+    "valid": "by the validation rows the best step, heads and penalties were chosen",
+    "train": "from the training rows the tags learned",
+}
+
 
 def evaluate(
     run: Path, config: RunConfig, split: Split, controls: Sequence[Path], ablate: bool = False
@@ -69,15 +74,16 @@ def _results(
 ) -> dict[str, Any]:
     folder, own = RunFolder(run), read_config(run)
     same_weights, overridden = config.backbone.quantize == own.backbone.quantize, config.digest() != own.digest()
-    library = TagLibrary.load(folder.library)
+    library = ranks.on_rank_zero(lambda: TagLibrary.load(folder.library))
     stage = stage_of_run(config, library, str(folder.library))
     if controls and not stage.terms:
         raise SharedError(f"--control: {run} answers with a head and has no loss over tokens to compare. Leave it out.")
     built = _built(stage, ranks)
     if overridden:
-        refuse_trained_on(stage, built.data, {name: built.tags[name] for name in stage.learned}, [split])
+        asked = stage.knowing | {name: built.tags[name] for name in stage.learned}
+        ranks.on_rank_zero(lambda: refuse_trained_on(stage, built.data, asked, [split]))
     else:
-        folder.require_same_rows(built.data, ("train", "valid", split))
+        ranks.on_rank_zero(lambda: folder.require_same_rows(built.data, ("train", "valid", split)))
     if not any(map(len, built.examples(split))):
         raise SharedError(f"{run}: its {split} split has no rows; score another one with --split.")
     evaluation, scores = Evaluation(built, ranks, split), folder.scores(split)
@@ -101,6 +107,7 @@ def _results(
             results[part] |= {f"{at}{name}": value for name, value in found.pop(part).items()}
         results |= found
     notes = [fields_alone({name: tag.head for name, tag in built.tags.items()}), results.get("note", "")]
+    notes += [f"Not of rows to test: {NOT_TEST[split]}."] if split != "test" else []
     notes.append(note_of(results.get("without_repeated", {})))
     results |= {"note": " ".join(filter(None, notes))} if any(notes) else {}
     if ablate:

@@ -70,7 +70,8 @@ class Predictor:
         engine = placed_to_answer(question.backbone, request.engine, self.ranks)
         self.sharded, how = engine.stage == 3, (OptimConfig(steps=1), engine, self.ranks)
         backbone = open_backbone(question.backbone, self.ranks, sharding(*how))
-        question.library.backbone.require_same(backbone.identity, str(request.libraries[0]))
+        same = partial(question.library.backbone.require_same, backbone.identity, str(request.libraries[0]))
+        self.ranks.on_rank_zero(same)
         heads = {n: tag.head.spec for n, tag in tags.items() if tag.head}
         lengths = {n: len(tag.rows_PD) for n, tag in tags.items()}
         known = pools_known(tag.head for tag in tags.values())

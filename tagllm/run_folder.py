@@ -19,7 +19,7 @@ from tagllm.config import BackboneConfig, Dtype, EngineConfig, RunConfig, Sectio
 from tagllm.config_file import from_overrides, load_config
 from tagllm.data.dataset import Data
 from tagllm.errors import UserError
-from tagllm.files import json_bytes, read_json, write_whole
+from tagllm.files import DamagedFile, json_bytes, read_json, write_whole
 from tagllm.origin import origin
 from tagllm.tags import TagLibrary
 
@@ -52,8 +52,12 @@ class RunFolder:
 
     def scored(self) -> Path:
         """The folder of results: those on the rows to test, or else on others."""
-        folders = [self.scores(split) for split in ("test", "valid", "train")]
-        return next((folder for folder in folders if (folder / "results.json").is_file()), self.path)
+        if (self.path / "config.yaml").is_file():  # or what lies in valid/ and train/ is of something else
+            for split in ("test", "valid", "train"):
+                file = self.scores(split) / "results.json"
+                if file.is_file() and read_json(file)["split"] == split:
+                    return self.scores(split)
+        return self.path
 
     def probe(self, split: Split) -> Path:
         """What ridge probes see of the rows to fit and to choose on: eval would need their prefixes again."""
@@ -156,8 +160,7 @@ class _ToAnswer(Section):
 
 def training_seconds(run: Path) -> float:
     """Of all processes that trained the run."""
-    *_, last = (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return float(json.loads(last)["seconds"])
+    return float(_logged(run)[-1]["seconds"])
 
 
 def best_valid_loss(run: Path) -> float:
@@ -166,11 +169,21 @@ def best_valid_loss(run: Path) -> float:
     Raises:
         UserError: it has none, since there are no such rows.
     """
-    lines = map(json.loads, (run / "metrics.jsonl").read_text(encoding="utf-8").splitlines())
-    found = [line["valid/loss_refitted"] for line in lines if "valid/loss_refitted" in line]
+    found = [line["valid/loss_refitted"] for line in _logged(run) if "valid/loss_refitted" in line]
     if not found:
         raise UserError(f"{run}: has no rows for validation, by which values are chosen. Give its sources some.")
     return float(min(found))
+
+
+def _logged(run: Path) -> list[dict[str, float]]:
+    file = run / "metrics.jsonl"
+    try:
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise DamagedFile(file, error) from None
+    if not lines:
+        raise DamagedFile(file, "it is empty")
+    return lines
 
 
 def _differences(one: RunConfig, other: RunConfig) -> list[str]:

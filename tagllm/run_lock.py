@@ -43,7 +43,8 @@ class RunLock:
                 "Wait for it, stop it, or give another output folder (output=...)."
             ) from None
         except (FileExistsError, NotADirectoryError):
-            raise UserError(f"output: {self.path.parent} is a file; a run has a folder. Give output=FOLDER.") from None
+            first = next(path for path in [*self.path.parents][::-1] if os.path.lexists(path) and not path.is_dir())
+            raise UserError(f"{self.path.parent}: cannot be made: {first} is no folder. Give another folder.") from None
         except OSError as error:
             self.release()
             raise UserError(

@@ -58,8 +58,9 @@ class Stage(NamedTuple):
         return all_pools(self.templates, self.kinds, pool_of(self.heads.values()), known)
 
     @property
-    def loaded_functions(self) -> dict[str, Tag]:
-        return {name: tag for name, tag in self.loaded.items() if tag.kind == "function"}
+    def knowing(self) -> dict[str, Tag]:
+        """Loaded tags that were trained on rows with their answers."""
+        return {name: tag for name, tag in self.loaded.items() if tag.knows_answers}
 
     @property
     def weights(self) -> LossWeights:

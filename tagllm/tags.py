@@ -50,6 +50,12 @@ class Tag:
         """The same tag with other rows; with none it takes no place in a prompt."""
         return replace(self, rows_PD=rows_PD)
 
+    @property
+    def knows_answers(self) -> bool:
+        """Whether it was trained on rows with their answers: a function tag, or a domain tag that was enriched."""
+        about = self.about
+        return self.kind == "function" or bool(about.get("target")) or "{output}" in str(about.get("template"))
+
     def answers_like(self, other: Tag) -> bool:
         """With the same rows and the same head, whatever is said about them."""
         if not torch.equal(self.rows_PD, other.rows_PD) or self.head is None or other.head is None:

@@ -14,14 +14,14 @@ from tagllm.stage import Stage
 
 
 def check_targets(stage: Stage, data: Data) -> list[str]:
-    """A line for each head some of whose classes no training row has.
+    """A line for each new head some of whose classes no training row has; loaded ones know what they were trained on.
 
     Raises:
-        UserError: the target of a head that is learned is always the same, or cannot be computed with.
+        UserError: its target is always the same, or cannot be computed with.
     """
     notes, problems = list[str](), list[str]()
     for name, spec in stage.heads.items():
-        if name not in stage.learned:
+        if name in stage.loaded:
             continue
         targets_nK, where = targets_of(stage, name, data), f"tags.{name}.head"
         if not spec.classes:

@@ -4,12 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
+from tagllm.config import OptimConfig
 from tagllm.stage import Stage
 from tagllm.template import Template, marks_of, spans_of
 
 
 def unusual(stage: Stage) -> list[str]:
-    return [*_of_quantisation(stage), *_of_answers_before_fields(stage), *_of_block_mask(stage)]
+    return [
+        *_of_the_warm_up(stage.config.optim),
+        *_of_quantisation(stage),
+        *_of_answers_before_fields(stage),
+        *_of_block_mask(stage),
+    ]
+
+
+def _of_the_warm_up(optim: OptimConfig) -> list[str]:
+    if not optim.steps or optim.warmup_steps < optim.steps:
+        return []
+    return [
+        f"optim.warmup_steps is {optim.warmup_steps} and optim.steps {optim.steps}, so no step has the learning rates "
+        "that are set; lower the former unless that is meant."
+    ]
 
 
 def _of_quantisation(stage: Stage) -> list[str]:

@@ -159,6 +159,12 @@ def test_an_answer_that_no_field_stands_before_is_noted(run: Run, folder: Path, 
     assert ("no field stands" in told.output) == bool(noted) and noted in told.output
 
 
+def test_a_warm_up_as_long_as_the_run_is_noted(run: Run, folder: Path) -> None:
+    for steps, noted in ((4, True), (40, False)):
+        told = run("check", config(folder), f"optim.steps={steps}", "optim.warmup_steps=4")
+        assert told.exit_code == 0 and ("no step has the learning rates" in told.stdout) == noted, told.output
+
+
 def test_check_reports_every_mistake_at_once(run: Run, folder: Path) -> None:
     lines = fails(
         run("check", config(folder, data__template="{smilse} and <W>", optim__rows_per_step=10), "--ranks", 4),
@@ -344,6 +350,31 @@ def test_rows_that_were_trained_on_are_not_scored(run: Run, folder: Path) -> Non
             "Set source.path and source.split as they were in training",
         )
     assert run("eval", folder / "runs/seen", "data.sources.0.rows={test: 3}").exit_code == 0
+    lines = (folder / "rows.csv").read_text().splitlines()
+    (folder / "others.csv").write_text("\n".join([lines[0], *(f"O{line}" for line in lines[1:])]) + "\n")
+    tags = {"W": {"load": "runs/seen/library"}, "D": {"kind": "domain", "length": 2}}
+    over = {"tags": tags, "data__template": "a <D> {smiles} weighs <W>"}
+    file = config(folder, "over_seen", **over, data__path=str(folder / "others.csv"))
+    assert run("train", file).exit_code == 0
+    other = [f"data.sources.0.path={folder / 'rows.csv'}", "data.sources.0.split.seed=1"]
+    fails(run("eval", "runs/over_seen", *other), "<W> was trained on")  # though frozen
+
+
+def test_rows_that_an_enriched_domain_tag_knows_are_not_held_out(run: Run, folder: Path) -> None:
+    """It learned from their answers, as a function tag does; one that read the fields alone did not."""
+    function = {"kind": "function", "length": 2, "head": {"type": "regression"}}
+    other = {"data__template": "a <D> {smiles} weighs <W>", "data__split": {"seed": 1}}
+    for name, has_target in (("enriched", True), ("alone", False)):
+        tags: dict[str, Any] = {"D": {"kind": "domain", "length": 2}} | ({"W": function} if has_target else {})
+        prompt = "a <D> {smiles} weighs <W>" if has_target else "a <D> {smiles}"
+        target = ["weight"] if has_target else []
+        assert run("train", config(folder, name, tags=tags, data__template=prompt, data__target=target)).exit_code == 0
+        tags = {"D": {"load": f"runs/{name}/library"}, "W": function}
+        told = run("train", config(folder, f"behind-{name}", tags=tags, **other))
+        if has_target:
+            fails(told, "<D> was trained on")
+        else:
+            assert told.exit_code == 0, told.output
     assert json.loads((folder / "runs/seen/results.json").read_text())["rows"] == 3
 
 
@@ -501,7 +532,7 @@ MISTAKES: dict[str, tuple[dict[str, Any], list[str], list[str]]] = {
     "constant target": ({"data__target": "same"}, [], ["same"]),
     "bad override": ({}, ["seed"], ["key=value"]),
     "tag not closed": ({"data__template": "{smiles} is <W"}, [], ["<W has no > behind it", "write <W>"]),
-    "folder is a file": ({}, ["output=rows.csv"], ["rows.csv", "is a file"]),
+    "folder is a file": ({}, ["output=rows.csv"], ["rows.csv: cannot be made", "is no folder"]),
 }
 
 
@@ -558,6 +589,9 @@ def test_a_folder_holds_one_run(run: Run, folder: Path, tmp_path: Path) -> None:
     again = run("train", file)
     assert again.exit_code == 0 and "finished before" in again.output and "give another output" in again.output
     assert (folder / "runs/one/library/tags.safetensors").read_bytes() == before
+    shutil.rmtree(folder / "runs/one/library")
+    assert run("train", file).exit_code == 0
+    assert (folder / "runs/one/library/tags.safetensors").read_bytes() == before, "made anew from the last checkpoint"
     (tmp_path / "thesis.txt").write_text("mine")
     fails(run("train", file, f"output={tmp_path}"), "not empty")
     for name, is_taken in ((".git", True), (".tmp-config.yaml", False)):  # the second of a start that was cut off

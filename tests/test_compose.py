@@ -307,7 +307,10 @@ def test_mistakes(folder: Path, run: Run, libraries: list[str], prompts: Any, wo
 
 
 def test_a_case_is_a_folder(folder: Path, run: Run, libraries: list[str]) -> None:
-    fails(run("compose", composed(folder, libraries, {"tags": "{smiles} <W>"}, "EN/FR")), "cases.EN/FR", "leave the /")
+    fails(
+        run("compose", composed(folder, libraries, {"tags": "{smiles} <W>"}, "EN/FR")), "cases.EN/FR", "one without a /"
+    )
+    fails(run("compose", composed(folder, libraries, {"tags": "{smiles} <W>"}, "..")), "cases...:", "one without a /")
 
 
 def test_bad_rows_may_be_skipped_as_in_training(folder: Path, run: Run, libraries: list[str]) -> None:

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 
 from tagllm.config import HeadConfig, OptimConfig, RunConfig, SourceConfig, TagConfig
 from tagllm.config_file import load_config, parse_as
-from tagllm.errors import UserError, did_you_mean
+from tagllm.errors import SharedError, UserError, did_you_mean, told_as
+from tagllm.files import DamagedFile
 from tagllm.run_folder import read_config
 
 BASE: dict[str, Any] = {
@@ -194,6 +195,10 @@ def test_a_key_of_all_new_tags_needs_one(file: Path) -> None:
     assert told == "override 'tags.length=4': all tags of the config are loaded, and none is new. Leave it out."
 
 
+def test_a_whole_tag_can_be_added(file: Path) -> None:
+    assert load_config(file, ["tags.New={kind: function, length: 3}"]).tags["New"].length == 3
+
+
 def test_a_key_that_no_tag_has_is_told(file: Path) -> None:
     told = refused(file, "tags.lenth=4")
     assert "lenth is no tag of the config, and no key that all its tags have" in told
@@ -233,6 +238,7 @@ def test_an_override_is_checked_like_the_file(file: Path) -> None:
         ),
         ("template: {smiles} is <QED>\n", 'stands in quotes, as in template: "{smiles} is <QED>"'),
         ("output: x\ntemplate: {smiles}\n", "template is no key of a config"),
+        ("output: The answer: it\n", "mapping values are not allowed in this context. Text with braces or a colon"),
         ("output: {smiles}\n", "output is {'smiles': None}; input should be a valid string; text that begins with"),
     ],
 )
@@ -359,6 +365,14 @@ def test_a_config_cannot_be_changed_later_and_survives_json() -> None:
     with pytest.raises(ValueError, match="frozen"):
         config.seed = 3  # type: ignore[misc]
     assert RunConfig.model_validate_json(config.model_dump_json(exclude_unset=True)) == config
+
+
+def test_errors_of_all_kinds_are_told_by_the_user_s_own_name_of_the_place() -> None:
+    kinds = [(UserError("data.sources.0: a"), UserError), (SharedError("data.sources.0: a"), SharedError)]
+    for error, kind in [*kinds, (DamagedFile(Path("data.sources.0"), "a"), UserError)]:
+        with pytest.raises(kind, match="^cases.A.source: ") as caught, told_as("cases.A.source", ours="data.sources.0"):
+            raise error
+        assert type(caught.value) is kind
 
 
 def test_did_you_mean() -> None:

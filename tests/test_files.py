@@ -172,6 +172,14 @@ def test_lock_is_refused_while_held_and_names_the_holder(tmp_path: Path) -> None
         pass
 
 
+def test_lock_of_a_folder_that_cannot_be_one_names_what_is_in_the_way(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    (tmp_path / "link").symlink_to("nowhere")
+    for folder, first in (("file", "file"), ("file/deep", "file"), ("link", "link")):
+        with pytest.raises(UserError, match=f"{folder}: cannot be made: {tmp_path / first} is no folder"):
+            RunLock(tmp_path / folder).__enter__()
+
+
 def test_lock_can_wait_for_its_holder(tmp_path: Path) -> None:
     left: list[str] = []
 

@@ -94,6 +94,12 @@ def test_why_no_row_is_left_is_told(run: Run, folder: Path) -> None:
     fails(run("train", file), "no rows for train", "latin1.csv, line 2: column 'who' is not valid UTF-8")
 
 
+def test_a_log_that_is_gone_is_told(run: Run, folder: Path) -> None:
+    assert run("train", config(folder, "no-log")).exit_code == 0
+    (folder / "runs/no-log/metrics.jsonl").unlink()
+    fails(run("eval", "runs/no-log"), "metrics.jsonl: cannot be used", "Restore it")
+
+
 def test_results_that_cannot_be_written_are_told(run: Run, folder: Path) -> None:
     assert run("train", config(folder, "unwritable")).exit_code == 0
     (folder / "runs/unwritable/results.json").mkdir()

@@ -21,8 +21,9 @@ from typer.testing import CliRunner
 from tagllm.cli import app
 from tagllm.config import HeadConfig
 from tagllm.digits import digits
+from tagllm.errors import UserError
 from tagllm.origin import ORIGIN
-from tagllm.report.collect import collect
+from tagllm.report.collect import Run, collect
 from tagllm.report.paper import published_of
 from tagllm.report.sections import Cell, _rate
 from tagllm.report.tags import nearest_tokens
@@ -282,6 +283,32 @@ def test_a_run_without_results_is_told(run: Path, tmp_path: Path) -> None:
     assert result.exit_code == 2 and f"it holds {tmp_path / 'run'}, name these" in result.stderr
     result = RUNNER.invoke(app, ["report", str(tmp_path / "nowhere")])
     assert result.exit_code == 2 and "nowhere: is no folder" in result.stderr
+
+
+def test_results_on_rows_to_test_come_first(run: Path, tmp_path: Path) -> None:
+    """Those of another split are shown where there are none; as they lie, also in runs that were scored in place."""
+    scored, here = json.loads((run / "results.json").read_text()), tmp_path / "run"
+    shutil.copytree(run, here)
+
+    def write(folder: Path, split: str, rows: int) -> None:
+        folder.mkdir(exist_ok=True)
+        (folder / "results.json").write_text(json.dumps(scored | {"split": split, "rows": rows}))
+
+    def shown() -> list[int]:
+        return [found.results["rows"] for found in collect(here) if isinstance(found, Run)]
+
+    write(here / "valid", "valid", 1)
+    assert shown() == [scored["rows"]]
+    write(here, "valid", 2)
+    assert shown() == [1], "what was written in place before is older"
+    shutil.rmtree(here / "valid")
+    assert shown() == [2]
+    (here / "results.json").rename(tmp_path / "results.json")
+    write(here / "train", "train", 3)
+    assert shown() == [3]
+    (here / "config.yaml").unlink()
+    with pytest.raises(UserError, match="holds no run"):
+        collect(here)
 
 
 @pytest.mark.slow

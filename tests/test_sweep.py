@@ -27,7 +27,7 @@ from tagllm.evaluate.seeds import bounds, over_seeds
 from tagllm.origin import ORIGIN
 from tagllm.stage import read_stage
 from tagllm.sweep.points import Point, Sweep
-from tagllm.sweep.run import run_sweep
+from tagllm.sweep.run import run_one, run_sweep
 from tagllm.sweep.summary import summaries
 from tagllm.tags import BackboneIdentity, Tag, TagLibrary
 from tagllm.template import parse_template
@@ -392,6 +392,8 @@ def test_a_split_that_no_source_has_is_told_before_anything_runs(config: Path, t
     sweep = Sweep.of(config, [f"data.sources.0.split.{split}=0"], [], 2, tune=tune)
     with pytest.raises(UserError, match=f"no source has rows for {split}"):
         run_sweep(sweep, jobs=1)
+    with pytest.raises(UserError, match=f"no source has rows for {split}"):
+        run_one(sweep, 0)
     assert not (config.parent / "sweep").exists()
 
 

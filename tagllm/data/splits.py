@@ -193,8 +193,8 @@ def _refuse_overlap(
 
 
 def _refuse_empty(found: Mapping[Split, Indices], source: SourceConfig, table: datasets.Dataset, where: str) -> None:
-    share = {"train": 1.0, "valid": source.split.valid, "test": source.split.test}
-    empty = [split for split in found if not len(found[split]) and (share[split] > 0 or split in source.rows)]
+    share = source.split.share
+    empty = [split for split in found if not len(found[split]) and (share(split) > 0 or split in source.rows)]
     if empty:
         counts = ", ".join(f"{split} {len(rows)}" for split, rows in found.items())
         bad = [at for at, reason in enumerate(table["_bad"][:]) if reason]
@@ -202,7 +202,7 @@ def _refuse_empty(found: Mapping[Split, Indices], source: SourceConfig, table: d
         unreadable = f"{len(bad)} (first: {first['_file']}, line {first['_line']}: {first['_bad']})" if bad else "0"
         raise UserError(
             f"{where}: no rows for {' and '.join(empty)}: {counts}, unreadable {unreadable}; a split that is asked "
-            f"for must have one (split.valid is {share['valid']:g}, split.test is {share['test']:g}). Give more rows, "
+            f"for must have one (split.valid is {share('valid'):g}, split.test is {share('test'):g}). Give more rows, "
             "change the share, or set it to 0 for no such split."
         )
 

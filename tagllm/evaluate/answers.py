@@ -16,7 +16,7 @@ from tagllm.build import Built
 from tagllm.config import Split
 from tagllm.data.encode import Example
 from tagllm.data.examples import Examples
-from tagllm.errors import UserError
+from tagllm.errors import SharedError
 from tagllm.evaluate.kept import Ask, generate_of
 from tagllm.evaluate.text import (
     Scores,
@@ -47,16 +47,16 @@ class Answer(NamedTuple):
     generated: str
 
 
-def text_results(built: Built, split: Split, ranks: Ranks, run: Path) -> dict[str, Any]:
-    """`metrics` and `intervals` over all sources with {output} together, `sources` (the same by template), and RUN/
-    generated.jsonl with every answer. The rows are drawn evenly, as many of each source.
+def text_results(built: Built, split: Split, ranks: Ranks, folder: Path) -> dict[str, Any]:
+    """`metrics` and `intervals` over all sources with {output} together, `sources` (the same by template), and
+    FOLDER/generated.jsonl with every answer. The rows are drawn evenly, as many of each source.
 
     Raises:
         UserError: a model for spBLEU or COMET that is not there.
     """
     settings, templates = built.config.evaluation, built.stage.templates
     if problems := problems_of(settings, "evaluation"):
-        raise UserError(*problems)
+        raise SharedError(*problems)
     held_out = built.examples(split)
     asked = [at for at, template in enumerate(templates) if template.has_output and len(held_out[at])]
     share = max(1, settings.generated_rows // len(asked))
@@ -66,7 +66,7 @@ def text_results(built: Built, split: Split, ranks: Ranks, run: Path) -> dict[st
         for at in asked
     }
     everything = [answer for mine in answers.values() for answer in mine]
-    ranks.on_rank_zero(lambda: write_answers(everything, run))
+    ranks.on_rank_zero(lambda: write_answers(everything, folder))
     sources, source_of = dict[str, Any](), [at for at in asked for _ in answers[at]]
 
     def scored(mine: list[Answer], source_of: list[int], language: str) -> Scores:

@@ -1,4 +1,4 @@
-"""What a run answers on held-out rows, for people and for figures: RUN/held_out.csv and RUN/held_out.safetensors.
+"""What a run answers on held-out rows, for people and for figures: held_out.csv and held_out.safetensors.
 
 n rows, K head outputs.
 """
@@ -24,12 +24,12 @@ from tagllm.run_folder import writing
 NAME = "held_out"
 
 
-def write_held_out(built: Built, split: Split, held_out: Pass, run: Path) -> None:
+def write_held_out(built: Built, split: Split, held_out: Pass, folder: Path) -> None:
     """As tensors `values_nK` and `targets_nK`, with the head's name in front where there are several; and as a table
     of the rows with a target: where each stands in the data, its target and the answer (of classes the likeliest)."""
-    with writing(run):
-        write_whole(run / f"{NAME}.safetensors", tensor_bytes(by_head(built, split, held_out, _pairs)))
-        with open_writer(run / f"{NAME}.csv", ["row"]) as table:
+    with writing(folder):
+        write_whole(folder / f"{NAME}.safetensors", tensor_bytes(by_head(built, split, held_out, _pairs)))
+        with open_writer(folder / f"{NAME}.csv", ["row"]) as table:
             for row in _rows(built, split, held_out):
                 table.write(row)
 

@@ -135,8 +135,8 @@ def load_backbone(config: BackboneConfig, device: torch.device, place: Place | N
         total = torch.cuda.get_device_properties(device).total_memory / 2**30
         raise UserError(
             f"backbone.model: {config.model} does not fit into {device} ({total:.0f} GiB). train and eval shard it "
-            "over ranks (engine.zero_stage=3, under a launcher), and predict does under a launcher; compose holds it "
-            "whole: set backbone.quantize=nf4 or int8, in training too, or take a larger GPU."
+            "over ranks (engine.zero_stage=3, under a launcher), predict and compose do there by themselves. "
+            "Or set backbone.quantize=nf4 or int8, in training too, or take a larger GPU."
         ) from None
     if config.gradient_checkpointing:
         checkpoint_layers(model)

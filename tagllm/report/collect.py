@@ -141,7 +141,7 @@ def _swept(file: Path) -> Swept:
 
 
 def _require_as_then(run: Path, results: dict[str, Any], then: dict[str, Any], file: Path) -> None:
-    """Raises UserError where a run was scored otherwise since its sweep was summed up: on another split, say."""
+    """Raises UserError where a run was scored otherwise since its sweep was summed up: with quantised weights, say."""
     there, here = _scored(then), _scored(results)
     if other := [key for key in there if here.get(key) != there[key]]:
         told = ", ".join(f"{key} {here.get(key)!s:.12} and not {there[key]!s:.12}" for key in other)

@@ -32,8 +32,9 @@ def run_one(sweep: Sweep, at: int) -> None:
     """The run of a process of a Slurm array.
 
     Raises:
-        UserError: there is none of that number, it waits for trials, or it failed.
+        UserError: some run contradicts itself, there is none of that number, it waits for trials, or it failed.
     """
+    sweep.require_stages()
     point, work = sweep.run_number(at), train if at < len(sweep.trials()) else train_and_score
     if failed := work(sweep, [point], jobs=1):
         raise UserError(*failed)

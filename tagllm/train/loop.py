@@ -23,7 +23,6 @@ from tagllm.rendezvous import in_contact
 from tagllm.run_folder import RunFolder, writing
 from tagllm.run_lock import RunLock
 from tagllm.stage import read_stage
-from tagllm.targets import check_targets
 from tagllm.train import checkpoint
 from tagllm.train.engine import Engine, sharding
 from tagllm.train.monitor import Monitor, row_norms
@@ -68,7 +67,7 @@ def train(config: RunConfig, where: str, stop: StopRequest) -> Path:
         config = ranks.on_rank_zero(claim)
         built = build(stage._replace(config=config), ranks, sharding(config.optim, config.engine, ranks))
         held_out: list[Split] = ["valid", "test"]
-        ranks.on_rank_zero(lambda: refuse_trained_on(stage, built.data, stage.loaded_functions, held_out))
+        ranks.on_rank_zero(lambda: refuse_trained_on(stage, built.data, stage.knowing, held_out))
         trainer = Trainer(built, Engine(built.model, config.optim, config.engine, ranks), ranks, run, stop)
         trainer.run_to_the_end()
     return run.path
@@ -94,17 +93,16 @@ class Trainer:
 
     def run_to_the_end(self) -> None:
         self.at = self.first = self._resume()
-        if self.progress.done:
+        if self.progress.done and self.ranks.on_rank_zero(lambda: self.run.is_finished):
             if self.ranks.rank == 0:
                 print(f"finished before: {self.run.library}; to train anew give another output=FOLDER", flush=True)
             return
-        of_targets = self.ranks.on_rank_zero(lambda: check_targets(self.built.stage, self.built.data))
         with self._recorded() as self.monitor:
             self.stop.training = True
             self.monitor.say(f"device: {hardware()}; ranks: {self.ranks.size}")
             if self.first:
                 self.monitor.say(f"going on from step {self.first} of {self.total}")
-            for line in [*self.built.data.told(), *of_targets, *unusual(self.built.stage)]:
+            for line in [*self.built.data.told(), *unusual(self.built.stage)]:
                 self.monitor.say(line)
             try:
                 self._train()
