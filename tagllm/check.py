@@ -19,6 +19,7 @@ from tagllm.errors import UserError
 from tagllm.evaluate.text import problems_of
 from tagllm.files import cache_folder
 from tagllm.stage import Stage, read_stage
+from tagllm.template import parse_template
 from tagllm.train.deepspeed_settings import read_deepspeed
 from tagllm.unusual import unusual
 
@@ -41,17 +42,18 @@ def check_config(path: Path, overrides: list[str], num_ranks: int, rows: bool = 
     if config.engine.deepspeed is not None:
         with _gathered(problems, where):
             read_deepspeed(config.engine.deepspeed)
+    kinds = dict.fromkeys(config.tags, "domain")  # which does not matter to the columns
     for at, source in enumerate(config.data.sources):
         place = f"{where}: data.sources.{at}"
         with _gathered(problems, place, where):
+            template = stage.templates[at] if stage else parse_template(source.template, kinds, f"{place}.template")
             for name, columns in _columns(source).items():
-                if stage is not None:
-                    check_columns(source, stage.templates[at], columns, f"{place} ({name})")
+                check_columns(source, template, columns, f"{place} ({name})")
     if stage is not None:
         with _gathered(problems, where):
             check_keys(config.data.sources, stage.templates, [_given(source) for source in config.data.sources])
     if problems or stage is None:
-        raise UserError(*problems)
+        raise UserError(*dict.fromkeys(problems))
     tags = ", ".join(f"<{name}>{'' if name in stage.learned else ' (frozen)'}" for name in config.tags)
     terms = ", ".join(f"{name} x {weight:g}" for name, weight in stage.weights._asdict().items() if weight)
     length = f"{config.optim.steps} steps" if config.optim.steps else f"{config.optim.epochs:g} epochs"

@@ -20,11 +20,14 @@ from tagllm.compose_config import CaseConfig, ComposeConfig, PromptConfig, check
 from tagllm.config import RunConfig
 from tagllm.config_file import load_as, load_config
 from tagllm.contradictions import check_world
+from tagllm.data.dataset import check_columns
+from tagllm.data.recipes import recipe_of
 from tagllm.errors import UserError
 from tagllm.head import Head
 from tagllm.stage import read_stage
 from tagllm.sweep.points import Sweep
 from tagllm.tags import BackboneIdentity, Tag, TagLibrary
+from tagllm.template import parse_template
 
 ROOT = Path(__file__).parents[1]
 VARIANTS = sorted((ROOT / "configs" / "variants").glob("*.yaml"))
@@ -40,6 +43,11 @@ def test_every_config_is_good(path: Path, monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.chdir(ROOT)
     config = load_config(path)
     check_world(config, 8, str(path))
+    kinds = dict.fromkeys(config.tags, "domain")
+    for source in config.data.sources:
+        if source.recipe is not None:
+            template = parse_template(source.template, kinds)
+            check_columns(source, template, list(recipe_of(source.recipe).columns), source.recipe)
     loads = [tag.load for tag in config.tags.values() if tag.load and not Path(tag.load).exists()]
     if not loads:
         read_stage(config, str(path))
@@ -77,6 +85,12 @@ def test_every_compose_config_is_good(path: Path) -> None:
     if path.stem == "compose_reference":
         tags |= {name: Tag(name, "domain", torch.zeros(1, 4)) for name in ("ES", "PT")}
     check_compose(config, TagLibrary(BackboneIdentity("tiny", "llama", 4, 4, ""), tags))
+    kinds = {name: tag.kind for name, tag in tags.items()}
+    for case in config.cases.values():
+        columns = recipe_of(case.source.recipe).columns if case.source.recipe else {}
+        for prompt in case.prompts.values():
+            fields = [prompt.copies] if prompt.copies else parse_template(prompt.template, kinds).fields
+            assert not columns or {*fields, *case.source.target} <= {*columns}
 
 
 def keys(model: type[BaseModel]) -> set[str]:

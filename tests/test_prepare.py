@@ -413,7 +413,7 @@ def test_the_command_lists_and_prepares(tmp_path: Path, monkeypatch: pytest.Monk
     shown = RUNNER.invoke(app, ["prepare", "davis", "--from", str(origin)])
     assert shown.exit_code == 0, shown.stderr
     about = json.loads((tmp_path / "cache/recipes/davis/recipe.json").read_text())
-    assert "licence  as published with DeepDTA" in shown.stdout and "train 16, test 4" in shown.stdout
+    assert "licence  none stated; published with DeepDTA" in shown.stdout and "train 16, test 4" in shown.stdout
     assert about["sha256"]["train.parquet"] in shown.stdout
     again = RUNNER.invoke(app, ["prepare", "davis"])
     assert again.exit_code == 0 and again.stdout == shown.stdout, "what is there needs no --from"

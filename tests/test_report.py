@@ -25,7 +25,8 @@ from tagllm.errors import UserError
 from tagllm.origin import ORIGIN
 from tagllm.report.collect import Run, collect
 from tagllm.report.paper import published_of
-from tagllm.report.sections import Cell, _rate
+from tagllm.report.sections import _rate
+from tagllm.report.tables import Cell
 from tagllm.report.tags import nearest_tokens
 from tagllm.tags import TagLibrary
 from tests import tiny
@@ -93,6 +94,9 @@ def test_names_are_text_and_figures_are_there(page: str) -> None:
     assert "a&lt;b&gt;&amp;c" in page and "a<b>" not in page
     assert page.count("<svg") == 4, "learning curve, predictions, ablations, tags"
     assert "The paper, on its own rows" in page and "<td>Tag-LLaMA-7B</td>" in page
+    assert (
+        "<th>mse in the paper</th>" in page and "<code>tagllm" in page and "`" not in re.sub("<pre>.*?</pre>", "", page)
+    )
     assert "without &lt;S&gt;" in page
     assert page.count('<tr class="first"><td>tag</td>') == page.count('<tr class="first"><td>as learned</td>') == 1
 
@@ -209,7 +213,10 @@ def test_a_run_its_sweeps_and_what_was_composed_are_all_shown(run: Path, tmp_pat
 
 def test_the_paper_stands_beside_the_same_quantity_alone() -> None:
     assert published_of(["DrugCombination"], {"oneil"}) is None
-    assert published_of(["DrugCombination"], {"drugcomb-css"}) is not None
+    paper = published_of(["DrugCombination"], {"drugcomb-css"})
+    assert paper is not None and paper.metric == "mae"
+    ours = ["tag", "LoRA + head", "no domain tag", "tags.DrugCombination.length=10", "tags.length=5", "boosting"]
+    assert [paper.beside(label) for label in ours] == [12.21, 12.53, 12.39, 12.21, 12.75, None]
     assert published_of(["BindingAffinity"], {"davis"}) is None, "kinases alone are another task"
 
 

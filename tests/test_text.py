@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -124,6 +126,34 @@ def test_spbleu_is_bleu_over_the_pieces_of_the_model(tmp_path: Path) -> None:
     assert found.metrics["bleu"] != pytest.approx(expected, abs=1e-3)
     low, high = found.intervals["spbleu"]
     assert 0 <= low <= expected <= high <= 100
+
+
+def test_comet_is_asked_of_a_folder_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the calls of unbabel-comet 2, whose package cannot be installed beside transformers 5."""
+    asked: dict[str, Any] = {}
+
+    class Model:
+        def predict(self, rows: Any, **how: Any) -> Any:
+            asked.update(rows=rows, how=how)
+            return SimpleNamespace(scores=[0.25, 0.75])
+
+    def load_from_checkpoint(path: str, local_files_only: bool) -> Model:
+        asked.update(path=path, local=local_files_only)
+        return Model()
+
+    package = SimpleNamespace(load_from_checkpoint=load_from_checkpoint, __spec__=ModuleSpec("comet", None))
+    monkeypatch.setitem(sys.modules, "comet", package)
+    model = tmp_path / "checkpoints" / "model.ckpt"
+    model.parent.mkdir()
+    model.touch()
+    config = EvaluationConfig(comet_model=str(model), rows_per_batch=8)
+    assert "that is no model of unbabel-comet" in problems_of(config, "evaluation")[0]
+    (tmp_path / "hparams.yaml").touch()
+    assert problems_of(config, "evaluation") == []
+    found = text_scores(["a", "b"], ["c", "d"], ["e", "f"], config)
+    assert found.metrics["comet"] == 0.5 and 0.25 <= found.intervals["comet"][0] <= found.intervals["comet"][1] <= 0.75
+    assert asked["rows"] == [{"src": "e", "mt": "a", "ref": "c"}, {"src": "f", "mt": "b", "ref": "d"}]
+    assert (asked["path"], asked["local"], asked["how"]["batch_size"]) == (str(model), True, 8)
 
 
 def test_answers_that_have_nothing_in_common_but_one_are_scored() -> None:

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from markupsafe import Markup
+
 from tagllm.errors import UserError
 from tagllm.files import json_bytes, write_whole
 from tagllm.origin import origin
 from tagllm.report.collect import collect
-from tagllm.report.sections import Section, Table, sections_of
+from tagllm.report.sections import Section, sections_of
+from tagllm.report.tables import Table
 
 NAME = "report"
 _TEMPLATE = Path(__file__).parent / "page.html.jinja"
@@ -37,7 +40,14 @@ def html(sections: Sequence[Section]) -> str:
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters["code"] = _code
     return environment.from_string(_TEMPLATE.read_text(encoding="utf-8")).render(sections=sections)
+
+
+def _code(text: str) -> Markup:
+    """What stands between backticks as code."""
+    parts = [Markup("<code>{}</code>" if at % 2 else "{}").format(part) for at, part in enumerate(text.split("`"))]
+    return Markup("").join(parts)
 
 
 def markdown(sections: Sequence[Section]) -> str:

@@ -5,14 +5,30 @@ Data and splits of the paper are not ours unless a run says so: they show orders
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 from typing import NamedTuple
 
+TAG = "Tag-LLaMA-7B"
+_COUNTERPARTS = {
+    "tag": TAG, "full": TAG, "ridge_last": "linear probe", "nearest_row": "nearest neighbour",
+    "enriched domain tag": "ablation: enriched domain tags", "no domain tag": "ablation: no domain tags",
+    "no function tag": "ablation: no function tags", "digits": "ablation: no head",
+}  # fmt: skip
+"""Rows of the paper by those of ours (methods, and the variants of configs/variants/) that are called otherwise."""
+
 
 class Published(NamedTuple):
+    metric: str
     about: str
     rows: dict[str, dict[str, float]]
     """Metrics by method."""
+
+    def beside(self, label: str) -> float | None:
+        """What the paper has for its counterpart of a row of ours."""
+        length = re.search(r"\blength=(\d+)$", label)
+        name = f"ablation: length {length[1]}" if length else _COUNTERPARTS.get(label, label)
+        return self.rows.get(TAG if name == "ablation: length 10" else name, {}).get(self.metric)
 
 
 _VALUES: dict[str, tuple[str, str, dict[str, float]]] = {
@@ -61,7 +77,7 @@ def published_of(names: Sequence[str], recipes: Collection[str] = ()) -> Publish
             continue
         if name in _VALUES:
             metric, about, values = _VALUES[name]
-            return Published(about, {method: {metric: value} for method, value in values.items()})
+            return Published(metric, about, {method: {metric: value} for method, value in values.items()})
         if (pair := name.split()[0] if name.split() else "") in _SPBLEU:
-            return Published("FLORES-101", {"Tag-LLaMA-7B": {"spbleu": _SPBLEU[pair]}})
+            return Published("spbleu", "FLORES-101", {TAG: {"spbleu": _SPBLEU[pair]}})
     return None

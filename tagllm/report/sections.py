@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 from tagllm.digits import digits
 from tagllm.evaluate.ablate import AS_LEARNED
-from tagllm.evaluate.metric_kinds import kind_of
 from tagllm.evaluate.seeds import bounds, over_seeds
 from tagllm.origin import ORIGIN
 from tagllm.report.collect import (
@@ -20,7 +19,6 @@ from tagllm.report.collect import (
     Swept,
     curve,
     headline,
-    metrics_of,
 )
 from tagllm.report.figures import (
     changes,
@@ -30,38 +28,12 @@ from tagllm.report.figures import (
     tag_similarity,
     validation_curves,
 )
-from tagllm.report.paper import published_of
+from tagllm.report.paper import Published, published_of
+from tagllm.report.tables import MeansAndSpread, Table, table_of, table_of_prompts, with_paper
 
 TEXTS = 3
 """Generated texts that are shown of a prompt."""
 INTERVAL = "95 % interval (Student's t; of what no seed changes, over the rows of the first)"
-
-MeansAndSpread = tuple[dict[str, Metrics], dict[str, dict[str, Interval]]]
-"""By method."""
-
-
-class Cell(NamedTuple):
-    value: float | None
-    interval: Interval | None = None
-    best: bool = False
-
-    def __str__(self) -> str:
-        return f"{self.number} ({self.bounds})" if self.bounds else self.number
-
-    @property
-    def number(self) -> str:
-        return "" if self.value is None else digits(self.value, 4)
-
-    @property
-    def bounds(self) -> str:
-        return "–".join(digits(end, 3) for end in self.interval or ())
-
-
-class Table(NamedTuple):
-    title: str
-    corner: str
-    columns: list[str]
-    rows: dict[str, list[Cell]]
 
 
 class Section(NamedTuple):
@@ -87,16 +59,19 @@ def sections_of(found: Run | Composed | Swept) -> list[Section]:
 
 def _of_run(run: Run) -> Section:
     results = run.results
-    tables = [_table("", "method", run.methods, run.intervals)]
-    if paper := published_of([*results["learned"], run.name], run.recipes):
-        tables.append(_table(f"The paper, on its own rows (LLaMA-7B; {paper.about})", "method", paper.rows, {}))
+    paper = _paper(run)
+    tables = [with_paper(table_of("", "method", run.methods, run.intervals), paper, run.first)]
+    if paper:
+        tables.append(table_of(f"The paper, on its own rows (LLaMA-7B; {paper.about})", "method", paper.rows, {}))
     if "sources" in results and len(results["sources"]) > 1:
         sources = {name: source["metrics"] for name, source in results["sources"].items()}
         intervals = {name: source["intervals"] for name, source in results["sources"].items()}
-        tables.append(_table("By source", "source", sources, intervals))
+        tables.append(table_of("By source", "source", sources, intervals))
     if ablations := results.get("ablations", {}):
         ablations = {AS_LEARNED: ablations[AS_LEARNED], **ablations}  # JSON has sorted them
-        tables.append(_table("With other rows in the place of a tag's, nothing trained anew", "change", ablations, {}))
+        tables.append(
+            table_of("With other rows in the place of a tag's, nothing trained anew", "change", ablations, {})
+        )
     tags = list(run.library.tags.values()) if run.library else []
     figures = [
         learning_curves(run), *predicted_against_true(run), _changes(ablations), tag_similarity(tags),
@@ -105,6 +80,10 @@ def _of_run(run: Run) -> Section:
     document = results | {"loss_on_validation": curve(run.log, ON_VALIDATION)}
     shown = [figure for figure in figures if figure]
     return Section(run.name, _notes(run), tables, shown, _texts(run), details, document)
+
+
+def _paper(run: Run | None) -> Published | None:
+    return published_of([*run.results["learned"], run.name], run.recipes) if run else None
 
 
 def _of_composed(composed: Composed) -> Section:
@@ -124,23 +103,13 @@ def _of_composed(composed: Composed) -> Section:
         fewer = [f"{first.name} ({1 + len(others)})" for first, *others in composed.cases if 1 + len(others) < seeds]
         notes += [f"Of fewer seeds: {', '.join(fewer)}."] if fewer else []
     told = dict.fromkeys((name, "bleu", "spbleu", "comet", "in_language"))
-    tables = [table for metric in told if (table := _of_prompts(metric, cases)).columns]
+    tables = [table for metric in told if (table := table_of_prompts(metric, cases)).columns]
     document = {"run": composed.name, "seeds": seeds, "cases": documents}
     return Section(composed.name, notes, tables, [], [], {}, document)
 
 
 def _where_from(results: Mapping[str, Any]) -> dict[str, Any]:
     return {key: results[key] for key in (*ORIGIN, "config_digest", "libraries")}
-
-
-def _of_prompts(metric: str, cases: Mapping[str, MeansAndSpread]) -> Table:
-    prompts = dict.fromkeys(p for means, _ in cases.values() for p, metrics in means.items() if metric in metrics)
-    rows = {}
-    for case, (means, spread) in cases.items():
-        known = {prompt: metrics[metric] for prompt, metrics in means.items() if metric in metrics}
-        best = {prompt for prompt, value in known.items() if value == _best(metric, list(known.values()))}
-        rows[case] = [Cell(known.get(p), spread.get(p, {}).get(metric), p in best) for p in prompts]
-    return Table(metric, "case", list(prompts), rows)
 
 
 def _of_sweep(sweep: Swept) -> Section:
@@ -166,7 +135,8 @@ def _of_sweep(sweep: Swept) -> Section:
     if means:
         beside, of_seeds = _means_and_spread(others)
         of_rows = _intervals_of_example(sweep)
-        tables = [_table("", "run", means | beside, _or_of_rows(spread | of_seeds, of_rows))]
+        table = table_of("", "run", means | beside, _or_of_rows(spread | of_seeds, of_rows))
+        tables = [with_paper(table, _paper(sweep.example))]
         name = headline(means)
         if len(means) > 1 and name:
             figures.append(dots(name, {k: (v[name], spread[k].get(name)) for k, v in means.items() if name in v}))
@@ -204,22 +174,6 @@ def _or_of_rows(
     of_seeds: dict[str, dict[str, Interval]], of_rows: Mapping[str, Mapping[str, Interval]]
 ) -> dict[str, dict[str, Interval]]:
     return {label: {**of_rows.get(label, {}), **intervals} for label, intervals in of_seeds.items()}
-
-
-def _table(
-    title: str, corner: str, rows: Mapping[str, Metrics], intervals: Mapping[str, Mapping[str, Interval]]
-) -> Table:
-    columns = metrics_of(dict(rows))
-    best = {name: _best(name, [metrics[name] for metrics in rows.values() if name in metrics]) for name in columns}
-    cells = {}
-    for method, metrics in rows.items():
-        some = intervals.get(method, {})
-        cells[method] = [Cell(metrics.get(name), some.get(name), metrics.get(name) == best[name]) for name in columns]
-    return Table(title, corner, columns, cells)
-
-
-def _best(metric: str, values: Sequence[float]) -> float:
-    return max(values) if kind_of(metric).higher_is_better else min(values)
 
 
 def _changes(ablations: Mapping[str, Metrics]) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import shlex
+import sys
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -91,6 +94,23 @@ esac
     cluster.wait_for([f"{job}_0", f"{job}_1"])
     found = sorted(log.read_text().splitlines())
     assert found == [f"{what} {task}" for what in ("again", "begin", "end", "leave") for task in (0, 1)]
+
+
+def test_a_sweep_as_an_array(cluster: Cluster) -> None:
+    """Each task trains and scores one run; the same sweep without --only then makes the table and trains nothing."""
+    prompt = {"template": "{smiles} has the size <Size>", "target": "size"}
+    tags = {"Size": {"kind": "function", "length": 2, "head": {}}}
+    sweep = f"{sys.executable} -m tagllm sweep {write(cluster, 'swept', tags, prompt)} --grid tags.length=1,2 --seeds 2"
+    array = ["sbatch", "--parsable", "--array=0-3", "--time=30", "--wrap", f"{sweep} --only $SLURM_ARRAY_TASK_ID"]
+    job = cluster.run(*array).strip()
+    cluster.wait_for([f"{job}_{task}" for task in range(4)])
+    logs = sorted((cluster.folder / "swept").glob("*/metrics.jsonl"))
+    assert len(logs) == 4
+    before = [log.read_bytes() for log in logs]
+    cluster.run(*shlex.split(sweep))
+    assert [log.read_bytes() for log in logs] == before
+    (table,) = (cluster.folder / "swept").glob("sweep*.json")
+    assert [one["runs"] for one in json.loads(table.read_text())["combinations"]] == [2, 2]
 
 
 def test_starts_without_progress_are_capped(cluster: Cluster) -> None:

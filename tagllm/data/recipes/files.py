@@ -117,7 +117,7 @@ RECIPES = (
         "kinase affinities (pKd) of 68 drugs and 379 sequences (Davis et al. 2011), DeepDTA's training folds of "
         "setting 1: folds 0 to 3 are train, fold 4 is test (the published test fold is not in the file); the 442 "
         "targets share these sequences, so 791 of the 5,009 rows of test have the drug and sequence of a row of train",
-        "as published with DeepDTA, for research",
+        "none stated; published with DeepDTA for research",
         "https://github.com/hkmztrk/DeepDTA",
         {"smiles": str, "sequence": str, "drug": str, "target": str, "affinity": float, "key": str},
         _davis,
@@ -127,7 +127,7 @@ RECIPES = (
     Recipe(
         "oneil",
         "Loewe synergy of 38 drugs in pairs on 39 cell lines (O'Neil et al. 2016); no pair of drugs is in two splits",
-        "as published with DeepSynergy, for research",
+        "none stated; published with DeepSynergy for research",
         "https://github.com/AstraZeneca/chemicalx",
         {
             "drug_1": str, "smiles_1": str, "drug_2": str, "smiles_2": str, "cell_line": str, "synergy": float,

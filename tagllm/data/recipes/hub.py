@@ -114,7 +114,7 @@ RECIPES = (
             f"opus100-en-{language}",
             f"English and {language.upper()} sentences that translate each other (OPUS-100), without those pairs "
             "of train that are held out too",
-            "of the corpora in OPUS, see the data set's card",
+            "none of its own: that of each corpus in OPUS (see the data set's card)",
             "hub Helsinki-NLP/opus-100",
             {"en": str, language: str, "key": str},
             partial(_opus100, language),
@@ -132,7 +132,7 @@ RECIPES = (
     Recipe(
         "binding-affinity",
         "1.9 million affinities (-log10 of mol/l) of ligand-protein pairs from BindingDB, PDBbind, BioLIP and others",
-        "of the sources, see the data set's card",
+        "none of its own: that of each source (see the data set's card)",
         "hub jglaser/binding_affinity",
         {"sequence": str, "smiles": str, "affinity": float, "key": str},
         _binding_affinity,
@@ -140,7 +140,7 @@ RECIPES = (
     Recipe(
         "binding-affinity-proteins",
         "the proteins of binding-affinity, each once, with BLOSUM1 (the paper's descriptor) and the isoelectric point",
-        "of the sources, see the data set's card",
+        "none of its own: that of each source (see the data set's card)",
         "hub jglaser/binding_affinity",
         {"sequence": str, "descriptor": float, "isoelectric_point": float, "key": str},
         _proteins,
@@ -149,7 +149,7 @@ RECIPES = (
     Recipe(
         "binding-affinity-molecules",
         "the molecules of binding-affinity that rdkit can parse, each once, with their drug-likeness (QED)",
-        "of the sources, see the data set's card",
+        "none of its own: that of each source (see the data set's card)",
         "hub jglaser/binding_affinity",
         {"smiles": str, "qed": float, "key": str},
         _molecules,
