@@ -115,6 +115,25 @@ def test_a_mistake_of_compose_is_told_once(workspace: Workspace, prompt: object,
     assert words in line
 
 
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["data.sources.0.split.seed=1"], "was trained on"),
+        (["data.sources.0.rows={test: 0}"], "rows"),
+        (["damaged"], "tags.safetensors"),
+    ],
+)
+def test_a_mistake_of_eval_is_told_once(workspace: Workspace, arguments: list[str], words: str) -> None:
+    run = workspace.train(1, f"scored-wrongly-{arguments[0][:4]}", optim__steps=1)
+    if arguments == ["damaged"]:
+        (run.path / "library/tags.safetensors").write_bytes(b"x")
+        arguments = []
+    outcome = finish(start(["tagllm", "eval", str(run.path), *arguments], 2, workspace.folder / "cache"))
+    assert outcome.status == [2, 2], outcome.stderr
+    (line,) = complaints(outcome.stderr)
+    assert words in line
+
+
 def test_ranks_of_predict_read_settings_of_their_own(workspace: Workspace) -> None:
     run = workspace.train(1, "sharded-wrongly", optim__steps=1)
     missing = workspace.folder / "missing.json"
