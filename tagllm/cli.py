@@ -188,7 +188,7 @@ def evaluate(
 ) -> None:
     """Score a run on held-out rows, beside baselines and controls on the same rows; writes RUN/results.json.
 
-    Of other rows than those to test RUN/SPLIT/results.json.
+    Of other rows than those to test in RUN/SPLIT/, with overrides that ask for other rows in a folder that it names.
     """
 
     def work() -> None:

@@ -33,7 +33,7 @@ from tagllm.model.loading import is_sharded
 from tagllm.origin import origin, peak_memory_gib
 from tagllm.ranks import Ranks
 from tagllm.rendezvous import in_contact
-from tagllm.run_folder import RunFolder, read_config, writing
+from tagllm.run_folder import RunFolder, differences, read_config, writing
 from tagllm.stage import Stage, stage_of_run
 from tagllm.tags import Tag, TagLibrary
 from tagllm.template import behind_one_tag
@@ -48,7 +48,8 @@ NOT_TEST = {
 def evaluate(
     run: Path, config: RunConfig, split: Split, controls: Sequence[Path], ablate: bool = False
 ) -> dict[str, Any]:
-    """Scores RUN/library on a split and writes RUN/results.json (RUN/SPLIT/results.json of other rows than test).
+    """Scores RUN/library on a split and writes RUN/results.json (of other rows than test in
+    RUN/SPLIT/, with another config than the run's in RUN/SPLIT-DIGEST/).
 
     Args:
         controls: libraries whose tags are put in the place of the learned ones of their kind, one at a time.
@@ -62,15 +63,17 @@ def evaluate(
     began = time.monotonic()
     ranks = Ranks.start(config.engine.timeout_s)
     config = config.alone() if ranks.size == 1 else config
+    is_other = config.digest() != read_config(run).digest()
+    scores = RunFolder(run).scores(split, config.digest() if is_other else "")
     with in_contact(ranks.silent, lambda: f"rank {ranks.rank} scoring {run}"):
-        results = _results(run, config, split, controls, ablate, ranks)
+        results = _results(run, config, split, controls, ablate, ranks, scores)
         results |= {"seconds": time.monotonic() - began, **ranks.sum_each(peak_memory_gib())}
-        ranks.on_rank_zero(lambda: write_results(RunFolder(run).scores(split), results))
+        ranks.on_rank_zero(lambda: write_results(scores, results))
     return results
 
 
 def _results(
-    run: Path, config: RunConfig, split: Split, controls: Sequence[Path], ablate: bool, ranks: Ranks
+    run: Path, config: RunConfig, split: Split, controls: Sequence[Path], ablate: bool, ranks: Ranks, scores: Path
 ) -> dict[str, Any]:
     folder, own = RunFolder(run), read_config(run)
     same_weights, overridden = config.backbone.quantize == own.backbone.quantize, config.digest() != own.digest()
@@ -86,7 +89,7 @@ def _results(
         ranks.on_rank_zero(lambda: folder.require_same_rows(built.data, ("train", "valid", split)))
     if not any(map(len, built.examples(split))):
         raise SharedError(f"{run}: its {split} split has no rows; score another one with --split.")
-    evaluation, scores = Evaluation(built, ranks, split), folder.scores(split)
+    evaluation = Evaluation(built, ranks, split)
     ranks.on_rank_zero(lambda: _make(scores))
     results: dict[str, Any] = {
         "run": run.name, "split": split, "metrics": {}, "intervals": {}, "baselines": {}, "controls": {},
@@ -97,7 +100,7 @@ def _results(
         "rows": sum(map(len, built.examples(split))), "training": folder.training(), **origin(),
     }  # fmt: skip
     if built.layout.heads:
-        _score_values(evaluation, folder, same_weights and not overridden, results)
+        _score_values(evaluation, folder, same_weights and not overridden, results, scores)
     if stage.terms:
         _score_tokens(evaluation, results, controls)
     if any(t.has_output and len(rows) for t, rows in zip(stage.templates, built.examples(split), strict=True)):
@@ -109,6 +112,9 @@ def _results(
     notes = [fields_alone({name: tag.head for name, tag in built.tags.items()}), results.get("note", "")]
     notes += [f"Not of rows to test: {NOT_TEST[split]}."] if split != "test" else []
     notes.append(note_of(results.get("without_repeated", {})))
+    if overridden:
+        keys = ", ".join(differences(own.model_copy(update={"engine": config.engine}), config))
+        notes.append(f"With other settings than the run's ({keys}); written to {scores}.")
     results |= {"note": " ".join(filter(None, notes))} if any(notes) else {}
     if ablate:
         results["ablations"] = ablations(evaluation)
@@ -128,13 +134,15 @@ def _built(stage: Stage, ranks: Ranks) -> Built:
     return built
 
 
-def _score_values(evaluation: Evaluation, folder: RunFolder, as_trained: bool, results: dict[str, Any]) -> None:
+def _score_values(
+    evaluation: Evaluation, folder: RunFolder, as_trained: bool, results: dict[str, Any], scores: Path
+) -> None:
     """Each head on its own rows, beside baselines that were fitted to its own."""
     built, ranks, split = evaluation
     held_out = score_pass(built, ranks, split, probing=True)
     results["metrics"] |= by_head(built, split, held_out, value_metrics)
     results["intervals"] = ranks.on_rank_zero(lambda: by_head(built, split, held_out, intervals))
-    ranks.on_rank_zero(lambda: write_held_out(built, split, held_out, folder.scores(split)))
+    ranks.on_rank_zero(lambda: write_held_out(built, split, held_out, scores))
     if as_trained:  # other data has other training rows than the tag had
         results |= ranks.on_rank_zero(lambda: {"without_repeated": without_repeated(built, split, held_out)})
     heads = built.layout.heads

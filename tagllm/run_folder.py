@@ -2,7 +2,7 @@
 
 config.yaml  origin.json  splits.json  bad_rows.jsonl  metrics.jsonl  tensorboard/  checkpoints/  library/  last/
 probe-train.safetensors  probe-valid.safetensors  results.json  held_out.safetensors  held_out.csv  generated.jsonl
-baselines/  .lock  valid/ and train/ (the same four of those rows, where eval was asked for them)
+baselines/  .lock  valid/, train/ and SPLIT-DIGEST/ (the same four of other rows, where eval was asked for them)
 """
 
 from __future__ import annotations
@@ -46,9 +46,10 @@ class RunFolder:
         self.last = path / "last"
         """The state of the last step."""
 
-    def scores(self, split: Split) -> Path:
-        """The folder of what `tagllm eval` finds on these rows."""
-        return self.path if split == "test" else self.path / split
+    def scores(self, split: Split, other: str = "") -> Path:
+        """The folder of what `tagllm eval` finds on these rows; `other` is the digest of a config that is not the
+        run's."""
+        return self.path / f"{split}-{other[:8]}" if other else self.path if split == "test" else self.path / split
 
     def scored(self) -> Path:
         """The folder of results: those on the rows to test, or else on others."""
@@ -80,7 +81,7 @@ class RunFolder:
         if held and held.digest() != config.digest():
             raise UserError(
                 f"output: {self.path} already holds another run (its config digest is {held.digest()[:12]}, this "
-                f"one's is {config.digest()[:12]}; they differ in {', '.join(_differences(held, config))}). "
+                f"one's is {config.digest()[:12]}; they differ in {', '.join(differences(held, config))}). "
                 "Give another output=FOLDER, or remove that one."
             )
         return config
@@ -186,6 +187,6 @@ def _logged(run: Path) -> list[dict[str, float]]:
     return lines
 
 
-def _differences(one: RunConfig, other: RunConfig) -> list[str]:
+def differences(one: RunConfig, other: RunConfig) -> list[str]:
     a, b = flat(one.model_dump(mode="json")), flat(other.model_dump(mode="json"))
     return [key for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key) and key != "output"]

@@ -349,7 +349,14 @@ def test_rows_that_were_trained_on_are_not_scored(run: Run, folder: Path) -> Non
             "<W> was trained on",
             "Set source.path and source.split as they were in training",
         )
-    assert run("eval", folder / "runs/seen", "data.sources.0.rows={test: 3}").exit_code == 0
+    assert run("eval", folder / "runs/seen").exit_code == 0
+    own = (folder / "runs/seen/results.json").read_bytes()
+    told = run("eval", folder / "runs/seen", "data.sources.0.rows={test: 3}")
+    assert told.exit_code == 0 and "other settings than the run's (data.sources)" in told.stdout, told.output
+    (scores,) = (folder / "runs/seen").glob("test-*")
+    assert f"written to {scores}" in told.stdout
+    assert json.loads((scores / "results.json").read_text())["rows"] == 3 and (scores / "held_out.csv").is_file()
+    assert (folder / "runs/seen/results.json").read_bytes() == own
     lines = (folder / "rows.csv").read_text().splitlines()
     (folder / "others.csv").write_text("\n".join([lines[0], *(f"O{line}" for line in lines[1:])]) + "\n")
     tags = {"W": {"load": "runs/seen/library"}, "D": {"kind": "domain", "length": 2}}
@@ -375,7 +382,6 @@ def test_rows_that_an_enriched_domain_tag_knows_are_not_held_out(run: Run, folde
             fails(told, "<D> was trained on")
         else:
             assert told.exit_code == 0, told.output
-    assert json.loads((folder / "runs/seen/results.json").read_text())["rows"] == 3
 
 
 def test_text_output_and_composition(run: Run, folder: Path) -> None:
