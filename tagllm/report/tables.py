@@ -65,8 +65,10 @@ def table_of_prompts(metric: str, cases: Mapping[str, MeansAndSpread]) -> Table:
 
 
 def with_paper(table: Table, paper: Published | None, first: str = "") -> Table:
-    """With a column of what the paper has for the same rows; `first` is that of the tag."""
+    """With what the paper has for the same rows beside its metric; `first` is the row of the tag."""
     if paper is None or paper.metric not in table.columns:
         return table
-    rows = {of: [*cells, Cell(paper.beside("tag" if of == first else of))] for of, cells in table.rows.items()}
-    return table._replace(columns=[*table.columns, f"{paper.metric} in the paper"], rows=rows)
+    at = table.columns.index(paper.metric) + 1
+    beside = {of: Cell(paper.beside("tag" if of == first else of)) for of in table.rows}
+    rows = {of: [*cells[:at], beside[of], *cells[at:]] for of, cells in table.rows.items()}
+    return table._replace(columns=[*table.columns[:at], f"{paper.metric} in the paper", *table.columns[at:]], rows=rows)
