@@ -302,6 +302,15 @@ def test_other_draws_of_the_same_rows_are_refused(
         check_keys(found, templates, [given_splits] * 2)
 
 
+def test_keys_in_which_white_space_counts_once_are_refused() -> None:
+    """`MKV AY` is another key than `MKVAY`, but not where residues are spaced."""
+    spaced = {"template": DE, "fields": {"de": {"characters": "spaced"}}}
+    with pytest.raises(UserError, match=r"data.sources.1: has fields.de.characters otherwise than data.sources.0"):
+        check_keys(*sources(spaced, {"template": DE}), [()] * 2)
+    check_keys(*sources(spaced, spaced), [()] * 2)
+    check_keys(*sources(spaced, {"template": DE}), [("train", "valid", "test")] * 2)
+
+
 def test_shares_of_splits_that_are_given_are_never_drawn() -> None:
     check_keys(*sources({"template": DE, "split": {"test": 0.3}}, {"template": DE}), [("test",)] * 2)
 

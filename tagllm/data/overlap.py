@@ -52,6 +52,12 @@ class _Division(NamedTuple):
         return _files(source, [None, *SPLITS]) if source.paths else (source.recipe, source.hub)
 
     @property
+    def unbroken(self) -> list[str]:
+        """Columns of the key in which white space counts for nothing."""
+        fields = self.source.fields
+        return [name for name in self.by if name in fields and fields[name].characters == "spaced"]
+
+    @property
     def told(self) -> bool:
         """Its own key."""
         return bool(self.source.split.by)
@@ -107,6 +113,13 @@ def _same_rows(one: _Division, two: _Division) -> list[str]:
             f"data.sources.{two.at}: is split by {', '.join(two.by)}, and data.sources.{one.at}, which has the same "
             f"rows, by {', '.join(one.by)}; what one holds out the other would train on. Set split.by in "
             "both, to the same columns."
+        ]
+    if one.unbroken != two.unbroken:
+        name = min({*one.unbroken} ^ {*two.unbroken})
+        return [
+            f"data.sources.{two.at}: has fields.{name}.characters otherwise than data.sources.{one.at}, which has the "
+            f"same rows: where it is spaced, white space in {name} is no part of the key, and what one holds out the "
+            "other may train on. Set it alike in both."
         ]
     if one.drawn == two.drawn:
         return []
