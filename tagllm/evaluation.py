@@ -62,35 +62,66 @@ def evaluate(
     """
     began = time.monotonic()
     ranks = Ranks.start(config.engine.timeout_s)
-    config = config.alone() if ranks.size == 1 else config
-    is_other = config.digest() != read_config(run).digest()
-    scores = RunFolder(run).scores(split, config.digest() if is_other else "")
+    asked = _Asked(RunFolder(run), read_config(run), config.alone() if ranks.size == 1 else config, split)
     with in_contact(ranks.silent, lambda: f"rank {ranks.rank} scoring {run}"):
-        results = _results(run, config, split, controls, ablate, ranks, scores)
+        results = _results(asked, controls, ablate, ranks)
         results |= {"seconds": time.monotonic() - began, **ranks.sum_each(peak_memory_gib())}
-        ranks.on_rank_zero(lambda: write_results(scores, results))
+        ranks.on_rank_zero(lambda: write_results(asked.scores, results))
     return results
 
 
-def _results(
-    run: Path, config: RunConfig, split: Split, controls: Sequence[Path], ablate: bool, ranks: Ranks, scores: Path
-) -> dict[str, Any]:
-    folder, own = RunFolder(run), read_config(run)
-    same_weights, overridden = config.backbone.quantize == own.backbone.quantize, config.digest() != own.digest()
+class _Asked(NamedTuple):
+    """What is to be scored: a run with its own config, the config with overrides, and the rows."""
+
+    folder: RunFolder
+    own: RunConfig
+    config: RunConfig
+    split: Split
+
+    @property
+    def is_other(self) -> bool:
+        """Whether other rows are asked than the run divided, or they are asked otherwise."""
+        return self.config.digest() != self.own.digest()
+
+    @property
+    def as_trained(self) -> bool:
+        return not self.is_other and self.config.backbone.quantize == self.own.backbone.quantize
+
+    @property
+    def scores(self) -> Path:
+        """Where results go."""
+        return self.folder.scores(self.split, self.config.digest() if self.is_other else "")
+
+    @property
+    def notes(self) -> list[str]:
+        notes = [f"Not of rows to test: {NOT_TEST[self.split]}."] if self.split != "test" else []
+        if self.is_other:
+            keys = ", ".join(differences(self.own.model_copy(update={"engine": self.config.engine}), self.config))
+            notes.append(f"With other settings than the run's ({keys}); written to {self.scores}.")
+        return notes
+
+    def make_folder(self) -> None:
+        with writing(self.scores):
+            self.scores.mkdir(exist_ok=True)
+
+
+def _results(asked: _Asked, controls: Sequence[Path], ablate: bool, ranks: Ranks) -> dict[str, Any]:
+    folder, config, split = asked.folder, asked.config, asked.split
+    run = folder.path
     library = ranks.on_rank_zero(lambda: TagLibrary.load(folder.library))
     stage = stage_of_run(config, library, str(folder.library))
     if controls and not stage.terms:
         raise SharedError(f"--control: {run} answers with a head and has no loss over tokens to compare. Leave it out.")
     built = _built(stage, ranks)
-    if overridden:
-        asked = stage.knowing | {name: built.tags[name] for name in stage.learned}
-        ranks.on_rank_zero(lambda: refuse_trained_on(stage, built.data, asked, [split]))
+    if asked.is_other:
+        knowing = stage.knowing | {name: built.tags[name] for name in stage.learned}
+        ranks.on_rank_zero(lambda: refuse_trained_on(stage, built.data, knowing, [split]))
     else:
         ranks.on_rank_zero(lambda: folder.require_same_rows(built.data, ("train", "valid", split)))
     if not any(map(len, built.examples(split))):
         raise SharedError(f"{run}: its {split} split has no rows; score another one with --split.")
     evaluation = Evaluation(built, ranks, split)
-    ranks.on_rank_zero(lambda: _make(scores))
+    ranks.on_rank_zero(asked.make_folder)
     results: dict[str, Any] = {
         "run": run.name, "split": split, "metrics": {}, "intervals": {}, "baselines": {}, "controls": {},
         "learned": stage.learned, "backbone": built.backbone.identity._asdict(), "dtype": built.backbone.dtype,
@@ -100,30 +131,21 @@ def _results(
         "rows": sum(map(len, built.examples(split))), "training": folder.training(), **origin(),
     }  # fmt: skip
     if built.layout.heads:
-        _score_values(evaluation, folder, same_weights and not overridden, results, scores)
+        _score_values(evaluation, asked, results)
     if stage.terms:
         _score_tokens(evaluation, results, controls)
     if any(t.has_output and len(rows) for t, rows in zip(stage.templates, built.examples(split), strict=True)):
-        found = text_results(built, split, ranks, scores)
+        found = text_results(built, split, ranks, asked.scores)
         at = "text/" if built.layout.heads else ""  # heads may have metrics of the same name
         for part in ("metrics", "intervals"):
             results[part] |= {f"{at}{name}": value for name, value in found.pop(part).items()}
         results |= found
     notes = [fields_alone({name: tag.head for name, tag in built.tags.items()}), results.get("note", "")]
-    notes += [f"Not of rows to test: {NOT_TEST[split]}."] if split != "test" else []
-    notes.append(note_of(results.get("without_repeated", {})))
-    if overridden:
-        keys = ", ".join(differences(own.model_copy(update={"engine": config.engine}), config))
-        notes.append(f"With other settings than the run's ({keys}); written to {scores}.")
+    notes += [note_of(results.get("without_repeated", {})), *asked.notes]
     results |= {"note": " ".join(filter(None, notes))} if any(notes) else {}
     if ablate:
         results["ablations"] = ablations(evaluation)
     return results
-
-
-def _make(folder: Path) -> None:
-    with writing(folder):
-        folder.mkdir(exist_ok=True)
 
 
 def _built(stage: Stage, ranks: Ranks) -> Built:
@@ -134,19 +156,17 @@ def _built(stage: Stage, ranks: Ranks) -> Built:
     return built
 
 
-def _score_values(
-    evaluation: Evaluation, folder: RunFolder, as_trained: bool, results: dict[str, Any], scores: Path
-) -> None:
+def _score_values(evaluation: Evaluation, asked: _Asked, results: dict[str, Any]) -> None:
     """Each head on its own rows, beside baselines that were fitted to its own."""
     built, ranks, split = evaluation
     held_out = score_pass(built, ranks, split, probing=True)
     results["metrics"] |= by_head(built, split, held_out, value_metrics)
     results["intervals"] = ranks.on_rank_zero(lambda: by_head(built, split, held_out, intervals))
-    ranks.on_rank_zero(lambda: write_held_out(built, split, held_out, scores))
-    if as_trained:  # other data has other training rows than the tag had
+    ranks.on_rank_zero(lambda: write_held_out(built, split, held_out, asked.scores))
+    if asked.as_trained:  # other data has other training rows than the tag had
         results |= ranks.on_rank_zero(lambda: {"without_repeated": without_repeated(built, split, held_out)})
     heads = built.layout.heads
-    probes = _Probes(evaluation, folder if as_trained and len(heads) == 1 else None, held_out)
+    probes = _Probes(evaluation, asked.folder if asked.as_trained and len(heads) == 1 else None, held_out)
     for name in heads:
         test, train = probes.of(split, name), probes.of("train", name)
         if not len(test.targets_nK):

@@ -255,7 +255,8 @@ def test_an_experiment_runs_its_ablations_where_that_is_asked(configs: str, file
     assert next(iter(yaml.safe_load((ROOT / "configs/variants" / f"{file}.yaml").read_text()).values())) == {}, "full"
     done = subprocess.run(
         ["bash", ROOT / "launch" / "experiment.sh", "qed"],
-        env=without_settings() | {"VARIANTS": "1", "CONFIGS": "paper"}, capture_output=True, text=True, timeout=60, check=False,
+        env=without_settings() | {"VARIANTS": "1", "CONFIGS": "paper"},
+        capture_output=True, text=True, timeout=60, check=False,
     )  # fmt: skip
     assert done.returncode == 2 and "there is no configs/variants/paper_qed.yaml" in done.stderr
 
