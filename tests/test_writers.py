@@ -72,13 +72,13 @@ def test_predictions_of_uneven_objects_are_written(suffix: str, tmp_path: Path, 
     lines: list[dict[str, Any]] = [{"smiles": "C", "id": 1}, {"smiles": "CCO", "id": "two", "note": "z"}]
     (tmp_path / "in.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     request = predict.Request([folder / "runs/uneven/library"])
-    assert predict.predict_file(request, tmp_path / "in.jsonl", tmp_path / f"out.{suffix}") == (2, 0, 0)
+    assert predict.predict_file(request, tmp_path / "in.jsonl", tmp_path / f"out.{suffix}") == (2, 0, 0, 0)
     first, second = (row.values for row in read_rows(tmp_path / f"out.{suffix}") if isinstance(row, Row))
     assert list(first) == ["smiles", "id", "note", "W", "tagllm_error"]
     assert (first["id"], second["id"], second["note"]) == ("1", "two", "z")
     assert float(first["W"]) != float(second["W"]) and not first["note"] and not first["tagllm_error"]
     (tmp_path / "late.jsonl").write_text('{"id": 1}\n' + "".join(json.dumps(line) + "\n" for line in lines))
-    assert predict.predict_file(request, tmp_path / "late.jsonl", tmp_path / f"late.{suffix}") == (3, 1, 0)
+    assert predict.predict_file(request, tmp_path / "late.jsonl", tmp_path / f"late.{suffix}") == (3, 1, 0, 0)
     (none, *_) = (row.values for row in read_rows(tmp_path / f"late.{suffix}") if isinstance(row, Row))
     assert none["tagllm_error"] == "smiles is empty; the template needs it"
 
