@@ -122,7 +122,7 @@ def _no_yaml(path: Path, error: MarkedYAMLError) -> str:
     if mark is not None:
         told = f"line {mark.line + 1}, column {mark.column + 1}: {told}"
         line = path.read_text(encoding="utf-8").splitlines()[mark.line : mark.line + 1]
-        if "mapping values" in told or any(sign in "".join(line) for sign in "{}<"):
+        if "duplicate key" not in told and ("mapping values" in told or any(sign in "".join(line) for sign in "{}<")):
             hint = '. Text with braces or a colon stands in quotes, as in template: "{smiles} is <QED>"'
     return f"{path}: not a readable YAML file: {told}{hint}"
 
@@ -137,7 +137,7 @@ def _explain(model: type[BaseModel], where: str, problem: Any) -> str:
         return f"{where}: {place} is missing; it must be given."
     if kind == "value_error":
         return f"{where}: {place or 'config'}: {message}."
-    if kind == "string_type" and isinstance(value, dict) and set(value.values()) == {None}:
+    if kind == "string_type" and isinstance(value, dict) and value and all(one is None for one in value.values()):
         message += '; text that begins with a brace stands in quotes, as in "{smiles} is <QED>"'
     return f"{where}: {place} is {value!r}; {message[0].lower()}{message[1:]}."
 

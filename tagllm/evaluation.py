@@ -49,7 +49,7 @@ def evaluate(
     run: Path, config: RunConfig, split: Split, controls: Sequence[Path], ablate: bool = False
 ) -> dict[str, Any]:
     """Scores RUN/library on a split and writes RUN/results.json (of other rows than test in
-    RUN/SPLIT/, with another config than the run's in RUN/SPLIT-DIGEST/).
+    RUN/SPLIT/, of other data than the run's in RUN/SPLIT-DIGEST/).
 
     Args:
         controls: libraries whose tags are put in the place of the learned ones of their kind, one at a time.
@@ -80,7 +80,7 @@ class _Asked(NamedTuple):
 
     @property
     def is_other(self) -> bool:
-        """Whether other rows are asked than the run divided, or they are asked otherwise."""
+        """Whether anything but how it is computed differs from the run."""
         return self.config.digest() != self.own.digest()
 
     @property
@@ -88,16 +88,20 @@ class _Asked(NamedTuple):
         return not self.is_other and self.config.backbone.quantize == self.own.backbone.quantize
 
     @property
+    def asks_other_rows(self) -> bool:
+        return self.config.data != self.own.data
+
+    @property
     def scores(self) -> Path:
         """Where results go."""
-        return self.folder.scores(self.split, self.config.digest() if self.is_other else "")
+        return self.folder.scores(self.split, self.config.digest() if self.asks_other_rows else "")
 
     @property
     def notes(self) -> list[str]:
         notes = [f"Not of rows to test: {NOT_TEST[self.split]}."] if self.split != "test" else []
-        if self.is_other:
-            keys = ", ".join(differences(self.own.model_copy(update={"engine": self.config.engine}), self.config))
-            notes.append(f"With other settings than the run's ({keys}); written to {self.scores}.")
+        if self.asks_other_rows:
+            keys = ", ".join(differences(self.own.data, self.config.data))
+            notes.append(f"Of other data than the run's (data.{keys}); written to {self.scores}.")
         return notes
 
     def make_folder(self) -> None:

@@ -47,8 +47,8 @@ class RunFolder:
         """The state of the last step."""
 
     def scores(self, split: Split, other: str = "") -> Path:
-        """The folder of what `tagllm eval` finds on these rows; `other` is the digest of a config that is not the
-        run's."""
+        """The folder of what `tagllm eval` finds on these rows; `other` is the digest of a config with other data than
+        the run's."""
         return self.path / f"{split}-{other[:8]}" if other else self.path if split == "test" else self.path / split
 
     def scored(self) -> Path:
@@ -187,6 +187,7 @@ def _logged(run: Path) -> list[dict[str, float]]:
     return lines
 
 
-def differences(one: RunConfig, other: RunConfig) -> list[str]:
+def differences(one: Section, other: Section) -> list[str]:
+    """Keys that are not alike."""
     a, b = flat(one.model_dump(mode="json")), flat(other.model_dump(mode="json"))
     return [key for key in dict.fromkeys([*a, *b]) if a.get(key) != b.get(key) and key != "output"]

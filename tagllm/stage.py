@@ -59,8 +59,9 @@ class Stage(NamedTuple):
 
     @property
     def knowing(self) -> dict[str, Tag]:
-        """Loaded tags that were trained on rows with their answers."""
-        return {name: tag for name, tag in self.loaded.items() if tag.knows_answers}
+        """Loaded tags that were trained on rows with their answers, and take part."""
+        there = {name: tag for name, tag in self.loaded.items() if len(tag.rows_PD) or tag.head}
+        return {name: tag for name, tag in there.items() if tag.knows_answers}
 
     @property
     def weights(self) -> LossWeights:

@@ -53,8 +53,10 @@ class Tag:
     @property
     def knows_answers(self) -> bool:
         """Whether it was trained on rows with their answers: a function tag, or a domain tag that was enriched."""
-        about = self.about
-        return self.kind == "function" or bool(about.get("target")) or "{output}" in str(about.get("template"))
+        if "knows_answers" in self.about:
+            return bool(self.about["knows_answers"])
+        has_output = re.search(r"\{\s*output\s*\}", str(self.about.get("template")))
+        return self.kind == "function" or bool(self.about.get("target")) or has_output is not None
 
     def answers_like(self, other: Tag) -> bool:
         """With the same rows and the same head, whatever is said about them."""

@@ -352,11 +352,14 @@ def test_rows_that_were_trained_on_are_not_scored(run: Run, folder: Path) -> Non
     assert run("eval", folder / "runs/seen").exit_code == 0
     own = (folder / "runs/seen/results.json").read_bytes()
     told = run("eval", folder / "runs/seen", "data.sources.0.rows={test: 3}")
-    assert told.exit_code == 0 and "other settings than the run's (data.sources)" in told.stdout, told.output
+    assert told.exit_code == 0 and "Of other data than the run's (data.sources)" in told.stdout, told.output
     (scores,) = (folder / "runs/seen").glob("test-*")
     assert f"written to {scores}" in told.stdout
     assert json.loads((scores / "results.json").read_text())["rows"] == 3 and (scores / "held_out.csv").is_file()
     assert (folder / "runs/seen/results.json").read_bytes() == own
+    shutil.copytree(folder / "backbone", folder / "moved")
+    assert run("eval", folder / "runs/seen", f"backbone.model={folder / 'moved'}").exit_code == 0
+    assert (folder / "runs/seen/results.json").read_bytes() != own, "the same rows, wherever the backbone lies"
     lines = (folder / "rows.csv").read_text().splitlines()
     (folder / "others.csv").write_text("\n".join([lines[0], *(f"O{line}" for line in lines[1:])]) + "\n")
     tags = {"W": {"load": "runs/seen/library"}, "D": {"kind": "domain", "length": 2}}
@@ -371,11 +374,18 @@ def test_rows_that_an_enriched_domain_tag_knows_are_not_held_out(run: Run, folde
     """It learned from their answers, as a function tag does; one that read the fields alone did not."""
     function = {"kind": "function", "length": 2, "head": {"type": "regression"}}
     other = {"data__template": "a <D> {smiles} weighs <W>", "data__split": {"seed": 1}}
+    text = {"path": str(folder / "rows.csv"), "template": "so <D> {smiles}"}
     for name, has_target in (("enriched", True), ("alone", False)):
         tags: dict[str, Any] = {"D": {"kind": "domain", "length": 2}} | ({"W": function} if has_target else {})
         prompt = "a <D> {smiles} weighs <W>" if has_target else "a <D> {smiles}"
         target = ["weight"] if has_target else []
-        assert run("train", config(folder, name, tags=tags, data__template=prompt, data__target=target)).exit_code == 0
+        both = {
+            "sources": [
+                text | {"split": {"by": ["smiles"]}},
+                text | {"template": prompt, "target": target, "split": {"by": ["smiles"]}},
+            ]
+        }
+        assert run("train", config(folder, name, tags=tags, data=both, loss={"span": 1.0})).exit_code == 0
         tags = {"D": {"load": f"runs/{name}/library"}, "W": function}
         told = run("train", config(folder, f"behind-{name}", tags=tags, **other))
         if has_target:

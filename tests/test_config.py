@@ -239,6 +239,7 @@ def test_an_override_is_checked_like_the_file(file: Path) -> None:
         ("template: {smiles} is <QED>\n", 'stands in quotes, as in template: "{smiles} is <QED>"'),
         ("output: x\ntemplate: {smiles}\n", "template is no key of a config"),
         ("output: The answer: it\n", "mapping values are not allowed in this context. Text with braces or a colon"),
+        ("output: {a: [1]}\n", "output is {'a': [1]}; input should be a valid string."),
         ("output: {smiles}\n", "output is {'smiles': None}; input should be a valid string; text that begins with"),
     ],
 )

@@ -216,6 +216,7 @@ def test_the_paper_stands_beside_the_same_quantity_alone() -> None:
     paper = published_of(["DrugCombination"], {"drugcomb-css"})
     assert paper is not None and paper.metric == "mae"
     ours = ["tag", "LoRA + head", "no domain tag", "tags.DrugCombination.length=10", "tags.length=5", "boosting"]
+    assert paper.beside("optim.tag_lr=0.01, tags.length=5") is None, "more than the length is another"
     assert [paper.beside(label) for label in ours] == [12.21, 12.53, 12.39, 12.21, 12.75, None]
     assert published_of(["BindingAffinity"], {"davis"}) is None, "kinases alone are another task"
 

@@ -308,6 +308,9 @@ def test_keys_in_which_white_space_counts_once_are_refused() -> None:
     with pytest.raises(UserError, match=r"data.sources.1: has fields.de.characters otherwise than data.sources.0"):
         check_keys(*sources(spaced, {"template": DE}), [()] * 2)
     check_keys(*sources(spaced, spaced), [()] * 2)
+    files = [{"path": {"train": "a.csv", "test": f"{name}.csv"}} for name in "bc"]
+    with pytest.raises(UserError, match="by de, and data.sources.0 .* by de without white space"):
+        check_keys(*sources(spaced | files[0], {"template": DE} | files[1]), [("train", "test")] * 2)
     check_keys(*sources(spaced, {"template": DE}), [("train", "valid", "test")] * 2)
 
 

@@ -71,7 +71,8 @@ class _Division(NamedTuple):
     def text(self) -> str:
         """For people."""
         drawn = ", ".join(f"split.{key} {value:g}" for key, value in self.shares.items())
-        return f"{drawn} by {', '.join(self.by)}" if drawn else "nothing"
+        by = ", ".join(f"{name} without white space" if name in self.unbroken else name for name in self.by)
+        return f"{drawn} by {by}" if drawn else "nothing"
 
 
 def _files(source: RowsConfig, of: Collection[Split | None]) -> dict[Split | None, Path]:
@@ -93,7 +94,8 @@ def _same_file(one: _Division, two: _Division) -> list[str]:
     """A file to train on that two have, with other files beside it: the splits that only one is given the other draws
     from it."""
     shared = {*_files(one.source, [None, "train"]).values()} & {*_files(two.source, [None, "train"]).values()}
-    alike = one.shares == two.shares and (one.by == two.by or (one.told and two.told) or not one.drawn)
+    same_key = one.by == two.by and one.unbroken == two.unbroken
+    alike = one.shares == two.shares and (same_key or (one.told and two.told) or not one.drawn)
     if not shared or alike:
         return []
     return [

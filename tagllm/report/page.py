@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -46,7 +47,8 @@ def html(sections: Sequence[Section]) -> str:
 
 def _code(text: str) -> Markup:
     """What stands between backticks as code."""
-    parts = [Markup("<code>{}</code>" if at % 2 else "{}").format(part) for at, part in enumerate(text.split("`"))]
+    pieces = enumerate(re.split(r"`([^`\n]+)`", text))
+    parts = [Markup("<code>{}</code>" if at % 2 else "{}").format(piece) for at, piece in pieces]
     return Markup("").join(parts)
 
 

@@ -26,7 +26,7 @@ class Published(NamedTuple):
 
     def beside(self, label: str) -> float | None:
         """What the paper has for its counterpart of a row of ours."""
-        length = re.search(r"\blength=(\d+)$", label)
+        length = re.fullmatch(r"tags\.(?:[\w-]+\.)?length=(\d+)", label)
         name = f"ablation: length {length[1]}" if length else _COUNTERPARTS.get(label, label)
         return self.rows.get(TAG if name == "ablation: length 10" else name, {}).get(self.metric)
 

@@ -48,6 +48,11 @@ def _history(built: Built, name: str) -> dict[str, Any]:
     source = mine[0]
     now = [built.held_out(at) for at, template in enumerate(templates) if name in template.tags]
     drawn = [*built.tags[name].about.get("held_out", []), *now]  # of a tag that was loaded: its first training, too
+    answered = any(
+        source.target or template.has_output
+        for source, template in zip(sources, templates, strict=True)
+        if name in template.tags
+    )
     fields = {field: config.model_dump() for other in reversed(mine) for field, config in other.fields.items()}
     return {
         "template": source.template,
@@ -55,6 +60,7 @@ def _history(built: Built, name: str) -> dict[str, Any]:
         "output": source.output,
         "fields": fields,
         "max_tokens": built.config.data.max_tokens,
+        "knows_answers": answered or built.tags[name].knows_answers,
         "held_out": [one for at, one in enumerate(drawn) if one not in drawn[:at]],
         "mask": built.config.mask,
         "max_new_tokens": built.config.evaluation.max_new_tokens,
