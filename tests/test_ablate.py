@@ -13,9 +13,8 @@ from hypothesis import strategies as st
 
 from tagllm.evaluate.ablate import changes_of
 from tagllm.tags import Tag, TagLibrary
-from tests.test_cli import Run, config, folder, run
+from tests.commands import Run, config
 
-__all__ = ["folder", "run"]  # fixtures
 TAGS = {"D": {"length": 3}, "E": {"length": 2}, "W": {"kind": "function", "length": 2, "head": {"refit": False}}}
 
 

@@ -15,9 +15,8 @@ from tagllm.errors import UserError
 from tagllm.stage import read_stage
 from tagllm.tags import TagLibrary
 from tests import tiny
-from tests.test_cli import Run, config, fails, folder, run
+from tests.commands import Run, config, fails
 
-__all__ = ["folder", "run"]  # fixtures
 D = "The molecule is <D> {smiles} and weighs <W>"
 TAGS = {"D": {"length": 2}, "W": {"kind": "function", "length": 2, "head": {"refit": False}}}
 

@@ -27,10 +27,9 @@ from tagllm.origin import ORIGIN
 from tagllm.run_lock import RunLock
 from tagllm.side_by_side import Script
 from tagllm.train.schedule import lr_factor
-from tests.test_cli import Run, config, fails, folder, run
+from tests.commands import Run, config, fails
 
 pytest.importorskip("peft")
-__all__ = ["folder", "run"]  # fixtures
 DOMAIN = {"SMILES": {"kind": "domain", "length": 3}}
 W = {"W": {"kind": "function", "length": 2, "head": {"type": "regression", "reads": "both"}}}
 QUICK = ("--lr", "1e-3,1e-2", "--budget-s", "0.5")

@@ -24,9 +24,8 @@ from tagllm.evaluate.ridge import Rows, fit_ridge
 from tagllm.head import Head, measured
 from tagllm.model.value_head import HeadModule
 from tagllm.tags import BackboneIdentity, Tag, TagLibrary
-from tests.test_cli import Run, config, fails, folder, run
+from tests.commands import Run, config, fails
 
-__all__ = ["folder", "run"]  # fixtures
 D = 6
 LIMIT = 50.0
 FITS = {"linear": ("linear", 1), "every row": ("anova", 2000), "landmarks": ("anova", 400)}

@@ -23,9 +23,8 @@ from tagllm.evaluate.answers import chosen, training_means
 from tagllm.evaluate.generate import generate
 from tagllm.ranks import Ranks
 from tagllm.tags import TagLibrary
-from tests.test_cli import Run, config, fails, folder, run
+from tests.commands import Run, config, fails
 
-__all__ = ["folder", "run"]  # fixtures
 W = {"kind": "function", "length": 2, "head": {"type": "regression"}}
 
 

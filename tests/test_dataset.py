@@ -19,9 +19,8 @@ from tagllm.template import parse_template
 from tagllm.train.signals import EXIT_STOPPED, StopAsked
 from tagllm.train.validation import Validation
 from tests import tiny
-from tests.test_cli import Run, config, fails, folder, run
+from tests.commands import Run, config, fails
 
-__all__ = ["folder", "run"]  # fixtures
 KINDS = {"A": "domain", "B": "domain", "F": "function"}
 TEMPLATE = "<A> {a} <B> {b} <F> {output}"
 

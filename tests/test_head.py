@@ -15,9 +15,7 @@ from tagllm.head import Head
 from tagllm.model.value_head import HeadModule
 from tagllm.tags import TagLibrary
 from tests import tiny
-from tests.test_cli import Run, config, fails, folder, run
-
-__all__ = ["folder", "run"]  # fixtures
+from tests.commands import Run, config, fails
 
 
 def head_of(seed: int, outputs: int) -> HeadModule:

@@ -23,9 +23,8 @@ from tagllm.model.tagged import TaggedModel
 from tagllm.report.collect import metrics_of
 from tagllm.train.validation import Validation
 from tests import tiny
-from tests.test_cli import Run, config, fails, folder, run
+from tests.commands import Run, config, fails
 
-__all__ = ["folder", "run"]  # fixtures
 NUMBER: dict[str, Any] = {"kind": "function", "length": 2, "head": {"type": "regression"}}
 LETTER = {"kind": "function", "length": 2, "head": {"type": "classification", "classes": ["a", "b"]}}
 NAME = {"kind": "function", "length": 2, "head": {"type": "classification", "classes": [f"x{i}" for i in range(7)]}}

@@ -15,9 +15,8 @@ from tagllm.data.layout import TagLayout
 from tagllm.model.backbone import checkpoint_layers
 from tagllm.tags import TagLibrary
 from tests import tiny
-from tests.test_cli import Run, config, fails, folder, run
+from tests.commands import Run, config, fails
 
-__all__ = ["folder", "run"]  # fixtures
 LAYERS = (0, 1, 2)
 PROMPTS: list[tuple[str | int, ...]] = [
     (4, "Frozen", "~9", "Frozen", "~4", 3, "F"),

@@ -13,9 +13,7 @@ import pytest
 from tagllm import files
 from tagllm.train.loop import Trainer
 from tagllm.train.signals import EXIT_STOPPED, StopAsked
-from tests.test_cli import Run, config, fails, folder, run
-
-__all__ = ["folder", "run"]  # fixtures
+from tests.commands import Run, config, fails
 
 
 def full(*_: Any, **__: Any) -> None:

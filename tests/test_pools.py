@@ -19,9 +19,8 @@ from tagllm.stage import stage_of_run
 from tagllm.tags import TagLibrary
 from tagllm.template import all_pools, parse_template, pools_of
 from tests import tiny
-from tests.test_cli import Run, config, fails, folder, run
+from tests.commands import Run, config, fails
 
-__all__ = ["folder", "run"]  # fixtures
 KINDS = {"SMILES": "domain", "Protein": "domain", "F": "function"}
 
 

@@ -11,9 +11,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
-from tests.test_cli import Run, config, fails, folder, run
+from tests.commands import Run, config, fails
 
-__all__ = ["folder", "run"]  # fixtures
 ROOT = Path(__file__).parents[1]
 
 
@@ -194,3 +193,22 @@ def test_a_field_is_asked_as_the_function_tag_had_it_and_not_as_a_domain_tag(run
         row["row"].split(", ")[1]: float(row["predicted"]) for row in rows_of(folder / "runs/entire/held_out.csv")
     }
     assert len(held_out) > 2 and {line: predicted[line] for line in held_out} == pytest.approx(held_out, rel=1e-4)
+
+
+def test_predict_refuses_what_would_harm(run: Run, folder: Path) -> None:
+    assert run("train", config(folder, "harm")).exit_code == 0
+    rows = folder / "rows.csv"
+    fails(run("predict", "runs/harm", rows, rows), "never overwritten")
+    fails(run("predict", "runs/harm", rows, folder / "x.xyz"), "xyz")
+    (folder / "clash.csv").write_text("smiles,W\nC,1\n")
+    fails(run("predict", "runs/harm", folder / "clash.csv", folder / "y.csv"), "already")
+    (folder / "later.jsonl").write_text('{"smiles": "C"}\n{"smiles": "CC", "W": 1}\n')
+    fails(run("predict", "runs/harm", folder / "later.jsonl", folder / "y.csv"), "later.jsonl", "'W' already")
+    unusable, late = '{"smiles": ""}\n' * 10_000, '{"smiles": "CC", "W": 1}\n'  # so many objects tell the columns
+    (folder / "later.jsonl").write_text(unusable + late)
+    told = run("predict", "runs/harm", folder / "later.jsonl", folder / "y.csv")
+    fails(told, "later.jsonl, line 10001", "'W' already")
+    (folder / "other.csv").write_text("smile\nC\n")
+    fails(run("predict", "runs/harm", folder / "other.csv", folder / "y.csv"), "Did you mean smile?")
+    fails(run("predict", "runs/harm", rows, folder / "y.csv", "--tag", "V"), "no function tag")
+    assert not (folder / "y.csv").exists()

@@ -12,9 +12,7 @@ import yaml
 
 from tagllm.files import load_tensors
 from tagllm.model.prefix import Piece, PrefixMemory
-from tests.test_cli import Run, config, fails, folder, run
-
-__all__ = ["folder", "run"]  # fixtures
+from tests.commands import Run, config, fails
 
 
 def test_a_run_stays_in_the_dtype_that_it_began_in(run: Run, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -33,9 +33,8 @@ from tagllm.model.backbone import load_backbone
 from tagllm.model.tagged import TaggedModel
 from tagllm.template import parse_template
 from tests import tiny
-from tests.test_cli import Run, config, fails, folder, run
+from tests.commands import Run, config, fails
 
-__all__ = ["folder", "run"]  # fixtures
 FRENCH = ["Le menu d'aide permet de contrôler le système.", "Ouvrez la fenêtre principale de l'application."]
 ENGLISH = ["The help menu lets you control the system.", "Open the main window of the application."]
 

@@ -15,9 +15,7 @@ from tagllm.data.readers import read_rows
 from tagllm.data.row import Row
 from tagllm.data.writers import open_writer
 from tagllm.errors import UserError
-from tests.test_cli import Run, config, folder, run
-
-__all__ = ["folder", "run"]  # fixtures
+from tests.commands import Run, config
 
 LATE: list[dict[str, Any]] = [{"a": "x", "p": 1.5}, {"a": '\u00e4,\n\r"', "b": 3, "p": None}, {"p": 0.1}]
 
