@@ -14,6 +14,7 @@ SPLITS: tuple[Split, ...] = ("train", "valid", "test")
 Count = Annotated[int, Field(ge=1)]
 Weight = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Gib = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 Dtype = Literal["auto", "fp32", "bf16"]
@@ -70,11 +71,11 @@ class HeadConfig(Section):
     state), where that has the lower error on validation. Gradient training always uses the linear head."""
     landmarks: Count = 2048
     """Training rows that the kernel is seen from, all if there are no more; the library holds what they read."""
-    censored_below: float | None = None
+    censored_below: Finite | None = None
     """Targets at or below this are censored: the value is only known to be no greater, as where a drug binds too weakly
     for an assay. The closed-form fit is then a Tobit model and answers with the expected measurement; gradient training
     and model selection use targets as given."""
-    censored_above: float | None = None
+    censored_above: Finite | None = None
     """Likewise at or above this."""
     refit: bool = True
     """Fit in closed form at each evaluation and at the end, and keep that unless the trained head is better on
@@ -256,7 +257,7 @@ class SourceConfig(RowsConfig):
     computed once."""
     rows_per_group: Count = 8
     """So many of them in a row; the rest of a large group comes elsewhere in the epoch."""
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: Rate = 1.0
 
 
 class DataConfig(Section):

@@ -206,6 +206,7 @@ def test_a_run_answers_within_the_limits(run: Run, folder: Path) -> None:
 def test_mistakes(run: Run, folder: Path) -> None:
     for name, head, words in (
         ("crossed", {"censored_below": 9.0, "censored_above": 3.0}, ("censored_below is 9.0 and censored_above 3.0",)),
+        ("no number", {"censored_below": float("nan")}, ("censored_below is nan", "a finite number")),
         ("steps", {"censored_above": 3.0, "refit": False}, ("censored_above is 3.0", "refit: true")),
         (
             "classes",

@@ -102,6 +102,7 @@ def test_a_tag_with_the_name_of_a_key() -> None:
         ("optim.steps", 0, "optim.steps is 0; input should be greater than or equal to 1."),
         ("optim.tag_lr", 0, "optim.tag_lr is 0; input should be greater than 0."),
         ("optim.tag_lr", float("nan"), "optim.tag_lr is nan; input should be a finite number."),
+        ("data.sources.0.weight", float("inf"), "data.sources.0.weight is inf; input should be a finite number."),
         ("optim.schedule", "cos", "optim.schedule is 'cos'; input should be 'cosine', 'linear' or 'constant'."),
         ("engine.zero_stage", 4, "engine.zero_stage is 4; input should be 'auto', 0, 1, 2 or 3."),
         ("checkpoint.keep", 1, "checkpoint.keep is 1; input should be greater than or equal to 2."),

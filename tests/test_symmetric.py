@@ -13,6 +13,7 @@ from tagllm.config import HeadConfig
 from tagllm.errors import UserError
 from tagllm.evaluate.closed_form import fit_head, predictions_of
 from tagllm.evaluate.kernel_ridge import Similarity
+from tagllm.evaluate.kernel_widths import SOME_PENALTIES, _Trial
 from tagllm.evaluate.ridge import Rows
 from tagllm.head import Head, States
 from tagllm.kernel import Landmarks, similarity_parts
@@ -72,6 +73,27 @@ def test_the_kernel_is_the_mean_over_orders_and_what_is_saved_answers_so() -> No
     torch.testing.assert_close(similar(x, turned), expected)
     weight_KM = torch.randn(2, 20, generator=random)
     torch.testing.assert_close(similar.kernel(z, weight_KM)(x), expected @ weight_KM.T, rtol=1e-4, atol=1e-4)
+
+
+def test_widths_are_tried_on_the_kernel_that_is_fitted() -> None:
+    """Also where the columns differ, since some drugs always stand first."""
+    spread_S, unit_SD, orders = (0.3, 0.3, 4.0, 4.0), torch.full((4, D), 3.0), States.of(spec(), (0, 1, 1)).orders
+    seen, unseen = (_lower_first(pairs_of(number, seed, (0, 40))) for number, seed in ((80, 1), (50, 2)))
+    similar = Similarity(unit_SD / torch.tensor(spread_S).sqrt()[:, None], orders)
+    x, z = (torch.from_numpy(rows.features_nF).double() for rows in (seen, unseen))
+    mean = seen.targets_nK.mean()
+    targets_nK, answers_mK = (torch.from_numpy(rows.targets_nK - mean).double() for rows in (seen, unseen))
+    expected = []
+    for penalty in SOME_PENALTIES:
+        weight_nK = torch.linalg.solve(similar(x, x) + penalty * torch.eye(80), targets_nK)
+        expected.append(float((similar(z, x) @ weight_nK - answers_mK).square().mean()))
+    assert _Trial.of(seen, unseen, unit_SD, orders).errors(spread_S).tolist() == pytest.approx(expected, rel=1e-3)
+
+
+def _lower_first(rows: Rows) -> Rows:
+    turned = swapped(rows).features_nF
+    is_lower_n1 = rows.features_nF[:, 2 * D : 2 * D + 1] < turned[:, 2 * D : 2 * D + 1]
+    return Rows(np.where(is_lower_n1, rows.features_nF, turned), rows.targets_nK)
 
 
 @pytest.mark.parametrize("landmarks", [300, 1000], ids=["landmarks", "every row"])

@@ -83,16 +83,21 @@ class _Trial(NamedTuple):
 
     @classmethod
     def of(cls, seen: Rows, unseen: Rows, unit_SD: Tensor, orders: Sequence[Sequence[int]]) -> _Trial:
-        center_F = seen.features_nF.mean(axis=0)
+        center_SD = torch.from_numpy(seen.features_nF.mean(axis=0)).view_as(unit_SD)
         pairs = list(dict.fromkeys(pair for order in orders for pair in enumerate(order)))
         pair_OS = torch.tensor([[pairs.index(pair) for pair in enumerate(order)] for order in orders])
 
         def states(rows: Rows) -> Tensor:
-            features_nSD = torch.from_numpy(rows.features_nF - center_F).reshape(-1, *unit_SD.shape)
-            return (features_nSD / unit_SD).transpose(0, 1)
+            return torch.from_numpy(rows.features_nF).reshape(-1, *unit_SD.shape).transpose(0, 1)
 
         def apart(x_SnD: Tensor, z_SmD: Tensor) -> Tensor:
-            return torch.stack([torch.cdist(x_SnD[one], z_SmD[other]) for one, other in pairs])
+            """Both of a pair about one centre: offsets cost digits, and two centres would set like states apart."""
+
+            def distance(one: int, other: int) -> Tensor:
+                x_nD, z_mD = ((each - center_SD[one]) / unit_SD[one] for each in (x_SnD[one], z_SmD[other]))
+                return torch.cdist(x_nD, z_mD)
+
+            return torch.stack([distance(*pair) for pair in pairs])
 
         seen_SnD, mean_K = states(seen), seen.targets_nK.mean(axis=0)
         targets_nK, answers_mK = (torch.from_numpy(rows.targets_nK - mean_K).float() for rows in (seen, unseen))
