@@ -116,7 +116,7 @@ class Composer(NamedTuple):
             rows = load_rows(case.source, cache_folder())
             self._refuse_seen(name, rows)
             libraries = [sha256_file(Path(path) / "library.json") for path in self.config.libraries]
-            digest = digest_of([FORMAT, settings, libraries, rows.file])
+            digest = digest_of([FORMAT, settings, list(case.prompts), libraries, rows.file])
             if file.is_file() and (found := read_json(file)).get("config_digest") == digest:
                 return digest, found
             with writing(folder):

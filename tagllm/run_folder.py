@@ -8,6 +8,7 @@ baselines/  .lock  valid/, train/ and SPLIT-DIGEST/ (the same four of other rows
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -165,7 +166,7 @@ def training_seconds(run: Path) -> float:
 
 
 def best_valid_loss(run: Path) -> float:
-    """The lowest loss on validation that training logged, heads refitted.
+    """The lowest loss on validation that training logged, heads refitted; infinite where none is a number.
 
     Raises:
         UserError: it has none, since there are no such rows.
@@ -173,7 +174,7 @@ def best_valid_loss(run: Path) -> float:
     found = [line["valid/loss_refitted"] for line in _logged(run) if "valid/loss_refitted" in line]
     if not found:
         raise UserError(f"{run}: has no rows for validation, by which values are chosen. Give its sources some.")
-    return float(min(found))
+    return min(filter(math.isfinite, found), default=math.inf)
 
 
 def _logged(run: Path) -> list[dict[str, float]]:

@@ -90,6 +90,19 @@ def test_widths_are_tried_on_the_kernel_that_is_fitted() -> None:
     assert _Trial.of(seen, unseen, unit_SD, orders).errors(spread_S).tolist() == pytest.approx(expected, rel=1e-3)
 
 
+def test_a_pair_that_stands_either_way_is_tried_once() -> None:
+    """Or each would answer the other when that is left out."""
+    orders = States.of(spec(), (0, 1, 1)).orders
+    seen, unseen = pairs_of(80, 1, (0, 40)), pairs_of(50, 2, (0, 40))
+    twice = Rows(*map(np.concatenate, zip(seen, swapped(seen), strict=True)))
+    once = _Trial.of(seen, unseen, torch.full((4, D), 3.0), orders).once()
+    found = _Trial.of(twice, unseen, torch.full((4, D), 3.0), orders).once()
+    assert len(once.targets_nK) == 80
+    torch.testing.assert_close(found.targets_nK, once.targets_nK)
+    spread_S = (1.0, 0.6, 4.0, 4.0)
+    assert found.error_left_out(spread_S, 0.1) == pytest.approx(once.error_left_out(spread_S, 0.1), rel=1e-3)
+
+
 def _lower_first(rows: Rows) -> Rows:
     turned = swapped(rows).features_nF
     is_lower_n1 = rows.features_nF[:, 2 * D : 2 * D + 1] < turned[:, 2 * D : 2 * D + 1]

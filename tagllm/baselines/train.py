@@ -210,7 +210,8 @@ def errors(head: Head, seen: Features) -> Floats:
     errors_n: Floats
     if head.spec.classes:
         logits_nK, target_n1 = torch.from_numpy(answers_nK), torch.from_numpy(targets_nK)
-        errors_n = value_losses(logits_nK, target_n1, len(head.spec.classes))[:, 0].numpy()
+        nats_n = value_losses(logits_nK, target_n1, len(head.spec.classes))[:, 0].numpy()
+        errors_n = np.nan_to_num(nats_n, nan=np.inf, posinf=np.inf)  # or the first rate that diverges would stay best
     else:
         errors_n = squared_errors(head, answers_nK, targets_nK) / np.float32(head.spec.outputs)
     return errors_n
