@@ -152,10 +152,8 @@ def build_on(backbone: Backbone, stage: Stage, ranks: Ranks, splits: Sequence[Sp
         UserError: on all ranks alike.
     """
     config, layout = stage.config, stage.layout(backbone.vocabulary_size)
-    limit = config.data.max_tokens or backbone.max_tokens
-    if limit > backbone.max_tokens:
-        raise SharedError(f"data.max_tokens is {limit}; the backbone takes at most {backbone.max_tokens}. Lower it.")
-    data = tokenise_on_all(config.data, stage.templates, Prompts(layout, backbone.tokenizer, limit), ranks, splits)
+    prompts = Prompts.of(layout, backbone.tokenizer, config.data.max_tokens, backbone.max_tokens)
+    data = tokenise_on_all(config.data, stage.templates, prompts, ranks, splits)
     data = data._replace(doubts=(*data.doubts, *ranks.on_rank_zero(lambda: check_targets(stage, data))))
     tags = stage.loaded | {
         name: new_tag(stage, name, backbone, data) for name in config.tags if name not in stage.loaded

@@ -99,6 +99,12 @@ def test_check_reads_targets_that_are_all_alike(run: Run, folder: Path) -> None:
     fails(run("check", file, "--rows"), "tags.W.head: the target is the same in all training rows")
 
 
+def test_more_tokens_than_the_backbone_takes(run: Run, folder: Path) -> None:
+    file = config(folder, "long", data__max_tokens=100_000)
+    for command in (["check", file, "--rows"], ["plan", file], ["train", file]):
+        fails(run(*command), "data.max_tokens is 100000; the backbone takes at most")
+
+
 def test_a_tag_of_a_backbone_with_other_weights_is_told(run: Run, folder: Path) -> None:
     first = config(folder, "packed", tags={"D": {"length": 2}}, data__template="A <D> {smiles}", data__target=[])
     assert run("train", first, "backbone.quantize=int8").exit_code == 0

@@ -303,6 +303,14 @@ def test_a_row_that_was_seen_is_its_own_nearest() -> None:
     assert found["nearest_row"] == pytest.approx(targets[:20])
 
 
+def test_words_of_one_and_two_letters_are_their_own_nearest() -> None:
+    words = [a + b for a in "abcdefghij" for b in ("", *"klmnopqrst")]
+    targets = np.arange(len(words), dtype=np.float32)[:, None]
+    nothing = Table({"word": []}, targets[:0])
+    found = classical_baselines(Table({"word": words}, targets), nothing, {"word": words[::-1]})
+    assert found["nearest_row"] == pytest.approx(targets[::-1], abs=1e-3)
+
+
 def test_values_that_never_recur_have_no_means() -> None:
     smiles = {"smiles": ["C" * n + "O" for n in range(1, 41)]}
     targets = np.arange(40, dtype=np.float32)[:, None]

@@ -79,6 +79,26 @@ def test_what_training_left_for_probes_is_what_a_pass_would_find(run: Run, folde
         assert found[0][probe]["mse"] == pytest.approx(found[1][probe]["mse"], rel=1e-4)
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_pair_the_other_way_round_is_known_where_they_may_trade_places(
+    run: Run, folder: Path, symmetric: bool
+) -> None:
+    """Three of the pairs to answer are training pairs turned; the split is by the first of each."""
+    lines = [f"C{'C' * n}O,N{'C' * (n % 5)},{n % 7}" for n in range(30)]
+    turned = [",".join([b, a, y]) for a, b, y in (lines[n].split(",") for n in (3, 7, 20))]
+    for name, rows in (("pairs", lines), ("turned", [*turned, "NNO,OCN,3", "ONO,OCO,1"])):
+        (folder / f"{name}.csv").write_text("a,b,y\n" + "\n".join(rows) + "\n")
+    head = {"reads": "both", "pool": "each", "kernel": "anova", "symmetric": symmetric}
+    tags = {"S": {"length": 2}, "W": {"kind": "function", "length": 2, "head": head}}
+    path = {"train": str(folder / "pairs.csv"), "test": str(folder / "turned.csv")}
+    source = {"path": path, "template": "<S> {a} and <S> {b} <W>", "target": "y", "split": {"by": ["a"], "valid": 0}}
+    name = f"turned-{symmetric}"
+    assert run("train", config(folder, name, tags=tags, data={"sources": [source]})).exit_code == 0
+    told = run("eval", f"runs/{name}")
+    assert told.exit_code == 0, told.output
+    assert ("3 rows ask what a training row asks." in told.stdout) == symmetric
+
+
 def test_rows_that_ask_what_a_training_row_asks_are_told_and_scored_without(run: Run, folder: Path) -> None:
     """Split by name: three molecules of the test rows have two names, one of them in training. They are broken there,
     which their prompt does not show."""

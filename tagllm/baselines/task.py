@@ -88,8 +88,8 @@ def open_tasks(run: Path) -> list[Task]:
     backbone = load_plain(config.backbone, ranks.device)
     library.backbone.require_same(backbone.identity, str(folder.library))
     layout = stage.layout(backbone.vocabulary_size)
-    limit = config.data.max_tokens or backbone.max_tokens
-    data = tokenise_on_all(config.data, stage.templates, Prompts(layout, backbone.tokenizer, limit), ranks)
+    prompts = Prompts.of(layout, backbone.tokenizer, config.data.max_tokens, backbone.max_tokens)
+    data = tokenise_on_all(config.data, stage.templates, prompts, ranks)
     folder.require_same_rows(data, SPLITS)
     trained, num_rows = folder.training(), sum(map(len, data.splits["train"]))
     num_gpus = trained["ranks"] if ranks.device.type == "cuda" else 1  # CPU ranks shared what one now has

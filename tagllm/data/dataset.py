@@ -22,7 +22,7 @@ from tagllm.data.readers import kind_of
 from tagllm.data.row import READ_UPTO, lost_rows
 from tagllm.data.sources import SourceRows, load_rows
 from tagllm.data.splits import answers_in, keys_of, refuse_keyless, split_by, split_record, split_rows
-from tagllm.errors import UserError
+from tagllm.errors import SharedError, UserError
 from tagllm.template import Template
 
 FORMAT = 6
@@ -75,6 +75,17 @@ class Prompts(NamedTuple):
     layout: TagLayout
     tokenizer: Any
     max_tokens: int
+
+    @classmethod
+    def of(cls, layout: TagLayout, tokenizer: Any, wanted: int | None, longest: int) -> Prompts:
+        """Of as many tokens as the config wants (`data.max_tokens`; None: as the backbone takes, `longest`).
+
+        Raises:
+            UserError: the backbone takes fewer.
+        """
+        if wanted is not None and wanted > longest:
+            raise SharedError(f"data.max_tokens is {wanted}; the backbone takes at most {longest}. Lower it.")
+        return cls(layout, tokenizer, wanted or longest)
 
     def digest(self) -> str:
         layout = self.layout._asdict() | {"heads": {n: h.model_dump(mode="json") for n, h in self.layout.heads.items()}}

@@ -143,9 +143,8 @@ def _bits(values: Sequence[str], kind: Kind) -> Any:
         from sklearn.feature_extraction.text import HashingVectorizer
 
         return HashingVectorizer(
-            analyzer="char", ngram_range=(LETTERS, LETTERS), n_features=BITS, binary=True, norm=None,
-            alternate_sign=False, lowercase=False, dtype=np.float32,
-        ).transform(values)  # fmt: skip
+            analyzer=_runs, n_features=BITS, binary=True, norm=None, alternate_sign=False, dtype=np.float32
+        ).transform(values)
     from rdkit import Chem, rdBase
     from rdkit.Chem.rdFingerprintGenerator import GetMorganGenerator
 
@@ -156,6 +155,11 @@ def _bits(values: Sequence[str], kind: Kind) -> Any:
     return csr_matrix(
         [nothing if m is None else generator.GetFingerprintAsNumPy(m).astype(np.float32) for m in molecules]
     )
+
+
+def _runs(value: str) -> list[str]:
+    """Of LETTERS letters; of a shorter value itself, or it would be like no other, nor itself."""
+    return [value[at : at + LETTERS] for at in range(max(len(value) - LETTERS + 1, 1))]
 
 
 def _features(values: Sequence[str], kind: Kind, bits_UF: Any) -> Any:

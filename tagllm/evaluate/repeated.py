@@ -6,7 +6,7 @@ n rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from tagllm.config import FieldConfig, Split
 from tagllm.evaluate.metrics import intervals, value_metrics
 from tagllm.evaluate.passes import Pass
 from tagllm.evaluate.scoring import by_head
-from tagllm.template import unbroken, written
+from tagllm.template import behind_one_tag, unbroken, written
 
 
 def repeated_rows(built: Built, split: Split) -> NDArray[np.bool_]:
@@ -42,12 +42,21 @@ def without_repeated(built: Built, split: Split, held_out: Pass) -> dict[str, An
 
 def _asked(built: Built, split: Split) -> Iterator[int]:
     """A number for what each row asks, in the order of a pass: for the text that its prompt shows."""
-    sources = built.stage.config.data.sources
+    sources, heads = built.stage.config.data.sources, built.layout.heads
     for rows, template, source in zip(built.examples(split), built.stage.templates, sources, strict=True):
         columns = rows.columns(template.fields)
-        texts = [_shown(values, source.fields.get(name, FieldConfig())) for name, values in columns.items()]
-        for asked in zip(*(texts or [[""] * len(rows)]), strict=True):
+        texts = {name: _shown(values, source.fields.get(name, FieldConfig())) for name, values in columns.items()}
+        symmetric = any(heads[tag].symmetric for tag in template.tags if tag in heads)
+        for names in behind_one_tag(template, built.layout.kinds) if symmetric else []:
+            texts |= _in_own_order({name: texts[name] for name in names})
+        for asked in zip(*(texts.values() or [[""] * len(rows)]), strict=True):
             yield hash((template.text, *asked))
+
+
+def _in_own_order(texts: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """Columns whose values may trade places, with those of each row in alphabetical order."""
+    rows = [sorted(row) for row in zip(*texts.values(), strict=True)]
+    return {name: [row[at] for row in rows] for at, name in enumerate(texts)}
 
 
 def _shown(values: Sequence[Any], field: FieldConfig) -> list[str]:

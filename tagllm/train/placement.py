@@ -112,8 +112,9 @@ def shape_and_prompts(stage: Stage) -> tuple[Shape, Prompts]:
     """
     backbone = stage.config.backbone
     model = _skeleton(backbone)
-    shape, limit = Shape.of(model, backbone.quantize), stage.config.data.max_tokens or longest_prompt(model.config)
-    return shape, Prompts(stage.layout(shape.vocabulary), load_tokenizer(backbone.model), limit)
+    shape = Shape.of(model, backbone.quantize)
+    layout, tokenizer = stage.layout(shape.vocabulary), load_tokenizer(backbone.model)
+    return shape, Prompts.of(layout, tokenizer, stage.config.data.max_tokens, longest_prompt(model.config))
 
 
 def _skeleton(backbone: BackboneConfig) -> Any:
