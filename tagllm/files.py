@@ -1,4 +1,4 @@
-"""Durable files, for checkpoints and tag libraries: whole under their name or not there."""
+"""Files: written whole under their name or not at all, and read with a line for people where they are damaged."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from typing import Any
 
 import safetensors.torch
 import torch
+import yaml
 
 from tagllm.errors import UserError
 
@@ -164,21 +165,48 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         DamagedFile: missing, unreadable, over `MAX_JSON_BYTES`, not UTF-8, not JSON, or no object.
     """
-    try:
+    with _read(path, "JSON"):
         with open(path, "rb") as file:
             data = file.read(MAX_JSON_BYTES + 1)
         if len(data) > MAX_JSON_BYTES:
             raise DamagedFile(path, f"it has over {MAX_JSON_BYTES} bytes, more than we ever write")
         value = json.loads(data.decode())
+    if not isinstance(value, dict):
+        raise DamagedFile(path, f"it holds a {type(value).__name__}; it must hold an object {{...}}")
+    return value
+
+
+def read_json_lines(path: Path) -> list[dict[str, Any]]:
+    """What stands in each line.
+
+    Raises:
+        DamagedFile: missing, unreadable, not UTF-8, or a line that is not JSON, as one that was cut off.
+    """
+    with _read(path, "JSON"):
+        text = path.read_text(encoding="utf-8")
+        return [json.loads(line) for line in text.split("\n") if line]  # splitlines would split texts at U+2028 too
+
+
+def read_yaml(path: Path) -> Any:
+    """
+    Raises:
+        DamagedFile: missing, unreadable, not UTF-8, or not YAML.
+    """
+    with _read(path, "YAML"):
+        return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+@contextmanager
+def _read(path: Path, form: str) -> Iterator[None]:
+    """Says of what cannot be read that, and why."""
+    try:
+        yield
     except FileNotFoundError:
         raise DamagedFile(path, "there is no such file") from None
     except OSError as error:
         raise DamagedFile(path, error.strerror or error) from None
-    except (ValueError, RecursionError) as error:
-        raise DamagedFile(path, f"it is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise DamagedFile(path, f"it holds a {type(value).__name__}; it must hold an object {{...}}")
-    return value
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise DamagedFile(path, f"it is not {form}: {' '.join(str(error).split())}") from None
 
 
 def tensor_bytes(tensors: Mapping[str, torch.Tensor]) -> bytes:

@@ -8,7 +8,6 @@ baselines/  .lock  valid/, train/ and SPLIT-DIGEST/ (the same four of other rows
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +19,7 @@ from tagllm.config import BackboneConfig, Dtype, EngineConfig, RunConfig, Sectio
 from tagllm.config_file import from_overrides, load_config
 from tagllm.data.dataset import Data
 from tagllm.errors import UserError
-from tagllm.files import DamagedFile, json_bytes, read_json, write_whole
+from tagllm.files import DamagedFile, json_bytes, read_json, read_json_lines, write_whole
 from tagllm.origin import origin
 from tagllm.tags import TagLibrary
 
@@ -166,7 +165,7 @@ def training_seconds(run: Path) -> float:
 
 
 def best_valid_loss(run: Path) -> float:
-    """The lowest loss on validation that training logged, heads refitted; infinite where none is a number.
+    """The lowest loss on validation that training logged, heads refitted.
 
     Raises:
         UserError: it has none, since there are no such rows.
@@ -174,16 +173,12 @@ def best_valid_loss(run: Path) -> float:
     found = [line["valid/loss_refitted"] for line in _logged(run) if "valid/loss_refitted" in line]
     if not found:
         raise UserError(f"{run}: has no rows for validation, by which values are chosen. Give its sources some.")
-    return min(filter(math.isfinite, found), default=math.inf)
+    return float(min(found))
 
 
-def _logged(run: Path) -> list[dict[str, float]]:
+def _logged(run: Path) -> list[dict[str, Any]]:
     file = run / "metrics.jsonl"
-    try:
-        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-    except (OSError, ValueError) as error:
-        raise DamagedFile(file, error) from None
-    if not lines:
+    if not (lines := read_json_lines(file)):
         raise DamagedFile(file, "it is empty")
     return lines
 

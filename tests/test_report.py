@@ -282,6 +282,23 @@ def test_compose_is_a_table_of_cases_and_shows_what_was_written(tmp_path: Path) 
     assert "&lt;in text&gt;" in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("metrics.jsonl", "is not JSON"), ("config.yaml", "is not YAML"), ("results.json", "is not JSON"),
+        ("held_out.safetensors", "is not a safetensors file"),
+    ],
+)  # fmt: skip
+def test_a_file_that_was_cut_off_is_told(run: Path, tmp_path: Path, name: str, told: str) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    file = tmp_path / "run" / name
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-3] if name != "config.yaml" else whole + b"\n- {")
+    result = RUNNER.invoke(app, ["report", str(tmp_path / "run")])
+    assert result.exit_code == 2
+    assert f"{file}: cannot be used: it {told}" in result.stderr and result.stderr.count("\n") == 1
+
+
 def test_a_run_without_results_is_told(run: Path, tmp_path: Path) -> None:
     shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("results.json"))
     result = RUNNER.invoke(app, ["report", str(tmp_path / "run")])

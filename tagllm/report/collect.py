@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,7 +12,7 @@ from torch import Tensor
 from tagllm.config import flat
 from tagllm.errors import UserError
 from tagllm.evaluate.metric_kinds import KINDS, without_head
-from tagllm.files import load_tensors, read_json
+from tagllm.files import load_tensors, read_json, read_json_lines, read_yaml
 from tagllm.run_folder import RunFolder
 from tagllm.tags import TagLibrary
 
@@ -207,10 +206,8 @@ def _config(path: Path) -> str:
     """Empty where only the results were kept."""
     if not (path / "config.yaml").is_file():
         return ""
-    config = yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8"))
-    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump(read_yaml(path / "config.yaml"), sort_keys=False, allow_unicode=True)
 
 
 def _lines(file: Path) -> list[Any]:
-    text = file.read_text(encoding="utf-8") if file.is_file() else ""
-    return [json.loads(line) for line in text.split("\n") if line]  # splitlines would split texts at U+2028 too
+    return read_json_lines(file) if file.is_file() else []
