@@ -40,7 +40,7 @@ class RunLock:
             self.release()
             raise UserError(
                 f"{self.path.parent}: another process is writing here: {holder}. A run folder has one writer. "
-                "Wait for it, stop it, or give another output folder (output=...)."
+                "Wait for it, stop it, or write to another folder."
             ) from None
         except (FileExistsError, NotADirectoryError):
             first = next(path for path in [*self.path.parents][::-1] if os.path.lexists(path) and not path.is_dir())
@@ -49,7 +49,7 @@ class RunLock:
             self.release()
             raise UserError(
                 f"{self.path}: cannot be locked: {error}. The output folder must be writable and on a file system "
-                "with locks (Lustre: mounted with -o flock). Give another one (output=...)."
+                "with locks (Lustre: mounted with -o flock). Write to another one."
             ) from None
         return self
 

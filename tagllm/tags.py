@@ -179,9 +179,10 @@ class TagLibrary:
     def _read(cls, folder: Path, backbone: BackboneIdentity | None) -> TagLibrary:
         document = read_json(folder / "library.json")
         if document["format"] != FORMAT:
+            later = document["format"] > FORMAT
             raise UserError(
                 f"{folder}/library.json: format is {document['format']}; this version reads format {FORMAT}. "
-                "Update tagllm."
+                f"{'Update tagllm.' if later else 'Train the tags anew, or read them with the tagllm that wrote them.'}"
             )
         file = folder / "tags.safetensors"
         try:

@@ -298,7 +298,7 @@ def test_numbers_are_scored_without_any_training_row(folder: Path, libraries: li
         ),
         ({"tags": {"template": "{smiles}", "copies": "smiles"}}, ("exactly one of template and copies",)),
         ({"tags": {"templat": "{smiles}"}}, ("templat is no key", "Did you mean template?")),
-        ({"tags": "{smile} <T> {output}"}, ("cases.case.source", "there is no column 'smile'")),
+        ({"tags": "{smile} <T> {output}"}, ("cases.case.source", "there is no column 'smile'", "Did you mean smiles?")),
     ],
 )
 def test_mistakes(folder: Path, run: Run, libraries: list[str], prompts: Any, words: tuple[str, ...]) -> None:

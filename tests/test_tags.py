@@ -211,9 +211,10 @@ def test_a_library_json_that_is_none(folder: Path, change: dict[str, Any]) -> No
         TagLibrary.load(folder)
 
 
-def test_a_newer_format(folder: Path) -> None:
-    edit(folder, format=4)
-    with pytest.raises(UserError, match=r"format is 4; this version reads format 3\. Update tagllm\."):
+@pytest.mark.parametrize(("format", "way_out"), [(4, r"Update tagllm\."), (2, "Train the tags anew, or read them")])
+def test_another_format(folder: Path, format: int, way_out: str) -> None:
+    edit(folder, format=format)
+    with pytest.raises(UserError, match=rf"format is {format}; this version reads format 3\. {way_out}"):
         TagLibrary.load(folder)
 
 

@@ -22,7 +22,7 @@ from tagllm.data.readers import kind_of
 from tagllm.data.row import READ_UPTO, lost_rows
 from tagllm.data.sources import SourceRows, load_rows
 from tagllm.data.splits import answers_in, keys_of, refuse_keyless, split_by, split_record, split_rows
-from tagllm.errors import SharedError, UserError
+from tagllm.errors import SharedError, UserError, did_you_mean
 from tagllm.template import Template
 
 FORMAT = 6
@@ -201,9 +201,7 @@ def check_columns(source: SourceConfig, template: Template, columns: Sequence[st
         [*template.fields, *output, *source.target, *source.split.by, *source.group_by, *source.max_characters]
     )
     problems = [
-        f"{where}: there is no column {name!r}. The columns are {', '.join(columns)}."
-        for name in needed
-        if name not in columns
+        f"{where}: there is no column {name!r}. {did_you_mean(name, columns)}" for name in needed if name not in columns
     ]
     if problems:
         raise UserError(*problems)

@@ -131,8 +131,8 @@ def _write(file: Path, table: Any, indices: np.ndarray, encoder: Encoder) -> Non
             write_whole(file.with_suffix(".json"), json.dumps(report).encode())  # first: who finds the rows needs it
     except OSError as error:
         raise UserError(
-            f"{file.parent}: cannot be written: {error}; tokenised rows are cached there. Make room or name another "
-            "folder."
+            f"{file.parent}: cannot be written: {error}; tokenised rows are cached there. Make room, or name another "
+            "folder: TAGLLM_CACHE=FOLDER."
         ) from None
 
 

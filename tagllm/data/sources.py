@@ -151,7 +151,8 @@ def _write(name: str, parts: list[_Part], file: Path) -> None:
                 writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=schema))
     except OSError as error:  # reading has its own errors, so this one is the cache's
         raise UserError(
-            f"{file.parent}: cannot be written: {error}; rows are cached there. Make room or name another folder."
+            f"{file.parent}: cannot be written: {error}; rows are cached there. Make room, or name another folder: "
+            "TAGLLM_CACHE=FOLDER."
         ) from None
 
 
