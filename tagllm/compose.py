@@ -35,14 +35,13 @@ from tagllm.evaluate.kept import generate_once
 from tagllm.evaluate.metrics import intervals, value_metrics
 from tagllm.evaluate.scoring import score_pass
 from tagllm.evaluate.text import Scores, all_numbers, no_spbleu
-from tagllm.files import cache_folder, json_bytes, read_json, sha256_file, write_durably, write_whole
+from tagllm.files import cache_folder, json_bytes, read_json, sha256_file, write_durably, write_whole, writing
 from tagllm.model.backbone import Backbone, as_trained
 from tagllm.model.loading import is_sharded
 from tagllm.origin import origin
 from tagllm.question import fields_as_trained
 from tagllm.ranks import Ranks
 from tagllm.rendezvous import in_contact
-from tagllm.run_folder import writing
 from tagllm.stage import stage_of_run
 from tagllm.tags import TagLibrary
 from tagllm.template import escaped, field_text, parse_template, written

@@ -28,12 +28,13 @@ from tagllm.evaluate.repeated import note_of, without_repeated
 from tagllm.evaluate.results import write_results
 from tagllm.evaluate.scoring import Evaluation, by_head, nats, score_pass, with_tags
 from tagllm.evaluate.value_probes import probe_of, value_baselines
+from tagllm.files import writing
 from tagllm.head import fields_alone
 from tagllm.model.loading import is_sharded
 from tagllm.origin import origin, peak_memory_gib
 from tagllm.ranks import Ranks
 from tagllm.rendezvous import in_contact
-from tagllm.run_folder import RunFolder, differences, read_config, writing
+from tagllm.run_folder import RunFolder, differences, read_config
 from tagllm.stage import Stage, stage_of_run
 from tagllm.tags import Tag, TagLibrary
 from tagllm.template import behind_one_tag

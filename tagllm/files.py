@@ -34,12 +34,29 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tagllm"
 
 
+CACHE_ELSEWHERE = "Make room, or name another folder for the cache: TAGLLM_CACHE=FOLDER."
+"""The way out where `cache_folder` cannot be written."""
+
+
 class DamagedFile(UserError):
     """A file that is missing, unreadable or not what it should be; names the file and the reason."""
 
     def __init__(self, path: Path, reason: object) -> None:
         self.path, self.reason = path, str(reason).strip().rstrip(".")
         super().__init__(f"{path}: cannot be used: {self.reason}. Restore it from a copy, or write it anew.")
+
+
+@contextmanager
+def writing(path: Path, way_out: str = "Make room there and start the same command again.") -> Iterator[None]:
+    """What the operating system refuses in here is told in one line, with a way out.
+
+    Raises:
+        UserError: something could not be written.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error}. {way_out}") from None
 
 
 def sha256_file(path: Path) -> str:

@@ -8,8 +8,7 @@ baselines/  .lock  valid/, train/ and SPLIT-DIGEST/ (the same four of other rows
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,17 +21,6 @@ from tagllm.errors import UserError
 from tagllm.files import DamagedFile, json_bytes, read_json, read_json_lines, write_whole
 from tagllm.origin import origin
 from tagllm.tags import TagLibrary
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """What the operating system refuses in here ends the run, with one line."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"{path}: cannot be written: {error}. Make room there and start the same command again."
-        ) from None
 
 
 class RunFolder:

@@ -10,8 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tagllm.data.encode import Encoder, Example, Unusable
-from tagllm.errors import UserError
-from tagllm.files import appearing, write_whole
+from tagllm.files import CACHE_ELSEWHERE, appearing, write_whole, writing
 
 CACHED = 3
 """Raised where a mended fault changes the examples of rare rows: all are made anew, and runs still go on."""
@@ -123,17 +122,11 @@ def _write(file: Path, table: Any, indices: np.ndarray, encoder: Encoder) -> Non
     columns = [*((k, pa.list_(v)) for k, v in lists.items()), *((k, pa.int64()) for k in numbers)]
     schema = pa.schema([*columns, ("origin", pa.string())])
     report: dict[str, Any] = {"bad_rows": [], "unlabelled": 0, "rows_cut": 0, "tokens_cut": 0}
-    try:
-        with appearing(file, first_stays=True) as unfinished:
-            with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
-                for chunk in _encoded(table, indices, encoder, report):
-                    writer.write_batch(pa.RecordBatch.from_pylist(chunk, schema=schema))
-            write_whole(file.with_suffix(".json"), json.dumps(report).encode())  # first: who finds the rows needs it
-    except OSError as error:
-        raise UserError(
-            f"{file.parent}: cannot be written: {error}; tokenised rows are cached there. Make room, or name another "
-            "folder: TAGLLM_CACHE=FOLDER."
-        ) from None
+    with writing(file.parent, CACHE_ELSEWHERE), appearing(file, first_stays=True) as unfinished:
+        with pa.OSFile(str(unfinished), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+            for chunk in _encoded(table, indices, encoder, report):
+                writer.write_batch(pa.RecordBatch.from_pylist(chunk, schema=schema))
+        write_whole(file.with_suffix(".json"), json.dumps(report).encode())  # first: who finds the rows needs it
 
 
 def _encoded(

@@ -15,7 +15,16 @@ from tagllm import __version__
 from tagllm.config import SPLITS, Split
 from tagllm.data.recipes import RECIPES, Recipe, RecipeRow
 from tagllm.errors import UserError
-from tagllm.files import DamagedFile, appearing_folder, json_bytes, read_json, sha256_file, write_durably
+from tagllm.files import (
+    CACHE_ELSEWHERE,
+    DamagedFile,
+    appearing_folder,
+    json_bytes,
+    read_json,
+    sha256_file,
+    write_durably,
+    writing,
+)
 
 BATCH_ROWS = 10_000
 
@@ -59,18 +68,15 @@ def prepare(recipe: Recipe, origin: Path | None, cache: Path) -> Prepared:
             return _opened(folder)
     except DamagedFile:  # or not there; written anew below
         pass
-    try:
-        with appearing_folder(folder) as unfinished:
-            counts = _write(recipe, origin, unfinished)
-            about = {
-                "name": recipe.name, "description": recipe.description, "licence": recipe.licence,
-                "source": recipe.source, "made_from": made_from, "rows": counts, "columns": list(recipe.columns),
-                "sha256": {f"{name}.parquet": sha256_file(unfinished / f"{name}.parquet") for name in counts},
-                "tagllm": __version__, "date": time.strftime("%Y-%m-%d"),
-            }  # fmt: skip
-            write_durably(unfinished / "recipe.json", json_bytes(about))
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error}. Make room, or set TAGLLM_CACHE.") from None
+    with writing(folder, CACHE_ELSEWHERE), appearing_folder(folder) as unfinished:
+        counts = _write(recipe, origin, unfinished)
+        about = {
+            "name": recipe.name, "description": recipe.description, "licence": recipe.licence,
+            "source": recipe.source, "made_from": made_from, "rows": counts, "columns": list(recipe.columns),
+            "sha256": {f"{name}.parquet": sha256_file(unfinished / f"{name}.parquet") for name in counts},
+            "tagllm": __version__, "date": time.strftime("%Y-%m-%d"),
+        }  # fmt: skip
+        write_durably(unfinished / "recipe.json", json_bytes(about))
     return _opened(folder)
 
 

@@ -15,7 +15,7 @@ from tagllm.data.recipes import recipe_of
 from tagllm.data.recipes.hub import load_hub
 from tagllm.data.row import OWN_COLUMNS, BadRow, Row, checked, checked_names, plain_values
 from tagllm.errors import UserError
-from tagllm.files import appearing, sha256_file
+from tagllm.files import CACHE_ELSEWHERE, appearing, sha256_file, writing
 
 if TYPE_CHECKING:
     import datasets
@@ -140,7 +140,7 @@ def _write(name: str, parts: list[_Part], file: Path) -> None:
     types = _types(name, parts)
     arrow = {str: pa.string(), int: pa.int64(), float: pa.float64(), bool: pa.bool_()}
     schema = pa.schema([(column, arrow[kind]) for column, kind in {**types, **OWN_COLUMNS}.items()])
-    try:
+    with writing(file.parent, CACHE_ELSEWHERE):  # reading has its own errors
         file.parent.mkdir(parents=True, exist_ok=True)
         with (
             appearing(file, first_stays=True) as unfinished,
@@ -149,11 +149,6 @@ def _write(name: str, parts: list[_Part], file: Path) -> None:
         ):
             for columns in _batches(parts, types):
                 writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=schema))
-    except OSError as error:  # reading has its own errors, so this one is the cache's
-        raise UserError(
-            f"{file.parent}: cannot be written: {error}; rows are cached there. Make room, or name another folder: "
-            "TAGLLM_CACHE=FOLDER."
-        ) from None
 
 
 def _batches(parts: list[_Part], types: dict[str, type]) -> Iterator[dict[str, list[Any]]]:

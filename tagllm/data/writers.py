@@ -12,7 +12,7 @@ from tempfile import TemporaryFile
 from typing import IO, Any
 
 from tagllm.errors import UserError
-from tagllm.files import appearing
+from tagllm.files import appearing, writing
 
 KINDS = ("csv", "tsv", "jsonl", "parquet")
 
@@ -86,7 +86,7 @@ def open_writer(path: Path, columns: Sequence[str]) -> Iterator[Writer]:
     """A writer whose file gets its name when everything is written."""
     kind = writable_kind(path)
     packed = path.name.lower().endswith(".gz")
-    try:
+    with writing(path, "Make room there, or name another file."):
         path.parent.mkdir(parents=True, exist_ok=True)
         with (
             appearing(path) as file, _open(file, kind, packed) as stream,
@@ -95,8 +95,6 @@ def open_writer(path: Path, columns: Sequence[str]) -> Iterator[Writer]:
             writer = Writer(stream, kind, columns, spool)
             yield writer
             writer.close()
-    except OSError as error:
-        raise UserError(f"{path}: cannot be written: {error}. Free space there, or name another file.") from None
 
 
 def _open(path: Path, kind: str, packed: bool) -> IO[Any]:

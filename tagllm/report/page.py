@@ -8,8 +8,7 @@ from pathlib import Path
 
 from markupsafe import Markup
 
-from tagllm.errors import UserError
-from tagllm.files import json_bytes, write_whole
+from tagllm.files import json_bytes, write_whole, writing
 from tagllm.origin import origin
 from tagllm.report.collect import collect
 from tagllm.report.sections import Section, sections_of
@@ -28,12 +27,10 @@ def write_report(folders: Sequence[Path], output: Path) -> Path:
     sections = [section for folder in folders for found in collect(folder) for section in sections_of(found)]
     document = {"sections": [section.document for section in sections], **origin()}
     pages = {"html": html(sections).encode(), "md": markdown(sections).encode(), "json": json_bytes(document)}
-    try:
+    with writing(output, "Give another folder with --out."):
         output.mkdir(parents=True, exist_ok=True)
         for kind, content in pages.items():
             write_whole(output / f"{NAME}.{kind}", content)
-    except OSError as error:
-        raise UserError(f"{output}: cannot be written: {error}. Give another folder with --out.") from None
     return output / f"{NAME}.html"
 
 

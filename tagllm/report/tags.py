@@ -13,7 +13,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
-from tagllm.errors import UserError
+from tagllm.files import writing
 from tagllm.tags import Tag, TagLibrary
 
 SAMPLED = 2000
@@ -71,11 +71,8 @@ def write_projector(library: TagLibrary, vocabulary: Vocabulary, nearest: int, f
     chosen = sorted(tokens)
     points.append(vocabulary.embedding_VD[chosen])
     labels += [[vocabulary.text(token), "vocabulary", "token"] for token in chosen]
-    try:
-        with SummaryWriter(str(folder)) as writer:
-            writer.add_embedding(torch.cat(points), labels, metadata_header=["text", "tag", "kind"], tag="tags")
-    except OSError as error:
-        raise UserError(f"--projector {folder}: cannot be written: {error}. Give another folder.") from None
+    with writing(folder, "Give another folder with --projector."), SummaryWriter(str(folder)) as writer:
+        writer.add_embedding(torch.cat(points), labels, metadata_header=["text", "tag", "kind"], tag="tags")
     return len(labels)
 
 

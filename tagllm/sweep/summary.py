@@ -7,9 +7,8 @@ from typing import Any, NamedTuple
 
 from tagllm.digits import digits
 from tagllm.evaluate.seeds import over_seeds
-from tagllm.files import json_bytes, read_json, write_whole
+from tagllm.files import json_bytes, read_json, write_whole, writing
 from tagllm.origin import ORIGIN, origin
-from tagllm.run_folder import writing
 from tagllm.sweep.points import Sweep, written
 
 

@@ -15,12 +15,13 @@ from tagllm.config import RunConfig, Split
 from tagllm.contradictions import check_world
 from tagllm.errors import SharedError
 from tagllm.evaluate.closed_form import FIT_ROWS
+from tagllm.files import writing
 from tagllm.head import fields_alone
 from tagllm.model.backbone import fastest_dtype
 from tagllm.origin import hardware, peak_memory_gib
 from tagllm.ranks import Ranks
 from tagllm.rendezvous import in_contact
-from tagllm.run_folder import RunFolder, writing
+from tagllm.run_folder import RunFolder
 from tagllm.run_lock import RunLock
 from tagllm.stage import read_stage
 from tagllm.train import checkpoint
