@@ -19,9 +19,9 @@ from tagllm.baselines.record import Record
 from tagllm.baselines.task import Task, open_tasks
 from tagllm.baselines.train import Clock, Look, Trained, _warming_up, errors, in_room, refit, see, step, train
 from tagllm.config import BackboneConfig, OptimConfig
+from tagllm.evaluate.choosing import Rows
 from tagllm.evaluate.closed_form import FIT_ROWS, fit_head
 from tagllm.evaluate.results import write_results
-from tagllm.evaluate.ridge import Rows
 from tagllm.head import Head
 from tagllm.origin import ORIGIN
 from tagllm.run_lock import RunLock

@@ -18,9 +18,10 @@ from scipy.stats import norm, spearmanr
 
 from tagllm.config import HeadConfig
 from tagllm.evaluate.censored import Limits, beyond_limits, noise_of
+from tagllm.evaluate.choosing import Rows
 from tagllm.evaluate.closed_form import fit_head, predictions_of
 from tagllm.evaluate.kernel_ridge import KernelFits, Similarity
-from tagllm.evaluate.ridge import Rows, fit_ridge
+from tagllm.evaluate.ridge import fit_ridge
 from tagllm.head import Head, measured
 from tagllm.model.value_head import HeadModule
 from tagllm.tags import BackboneIdentity, Tag, TagLibrary

@@ -11,11 +11,11 @@ from scipy.sparse import csr_matrix
 from scipy.sparse import random as sparse_random
 from sklearn.ensemble import HistGradientBoostingRegressor
 
+from tagllm.evaluate.choosing import Rows
 from tagllm.evaluate.classical import Table, _field_means, _means_of_each, _nearest, _pair_means, classical_baselines
 from tagllm.evaluate.estimators import Problem, boosting, logistic
 from tagllm.evaluate.fields import Field, field_of, kind_of, merged_alike
 from tagllm.evaluate.metrics import concordance, value_metrics
-from tagllm.evaluate.ridge import Rows
 
 MOLECULES = ["CCO", "CCN", "CCCCCC", "c1ccccc1", "c1ccccc1O", "CC(=O)O", "CC(C)C", "C1CCCCC1", "CCCl", "O=C=O"]
 RANDOM = np.random.default_rng(0)

@@ -14,11 +14,12 @@ from sklearn.model_selection import KFold
 from tagllm.config import HeadConfig
 from tagllm.data.batch import Counts
 from tagllm.evaluate import kernel_widths
+from tagllm.evaluate.choosing import Rows, clearly_better
 from tagllm.evaluate.closed_form import fit_head, predictions_of
 from tagllm.evaluate.kernel_ridge import PENALTIES, RANK, KernelFits, Nystroem, Similarity
 from tagllm.evaluate.kernel_widths import SOME_PENALTIES, SPREADS, choose_widths
 from tagllm.evaluate.passes import Pass
-from tagllm.evaluate.ridge import Rows, clearly_better, fit_ridge
+from tagllm.evaluate.ridge import fit_ridge
 from tagllm.head import Head, States, fields_alone
 from tagllm.kernel import BOUNDLESS
 

@@ -7,7 +7,8 @@ import pytest
 from sklearn.linear_model import Ridge
 from sklearn.preprocessing import StandardScaler
 
-from tagllm.evaluate.ridge import ENOUGH_ROWS, PENALTIES, RidgeFit, Rows, clearly_better, fit_ridge
+from tagllm.evaluate.choosing import ENOUGH_ROWS, Rows, clearly_better
+from tagllm.evaluate.ridge import PENALTIES, RidgeFit, fit_ridge
 
 WEIGHT_KF = np.array([[1.0, -2.0, 0.0, 0.5], [0.0, 0.3, 4.0, -1.0]])
 

@@ -11,10 +11,10 @@ import torch
 
 from tagllm.config import HeadConfig
 from tagllm.errors import UserError
+from tagllm.evaluate.choosing import Rows
 from tagllm.evaluate.closed_form import fit_head, predictions_of
 from tagllm.evaluate.kernel_ridge import Similarity
 from tagllm.evaluate.kernel_widths import SOME_PENALTIES, _Trial
-from tagllm.evaluate.ridge import Rows
 from tagllm.head import Head, States
 from tagllm.kernel import Landmarks, similarity_parts
 

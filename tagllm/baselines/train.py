@@ -21,9 +21,9 @@ from tagllm.baselines.methods import Method
 from tagllm.baselines.prompts import Row, alike, pad
 from tagllm.baselines.task import Task
 from tagllm.config import OptimConfig
+from tagllm.evaluate.choosing import clearly_better
 from tagllm.evaluate.closed_form import fit_head, predictions_of, squared_errors
 from tagllm.evaluate.features import Features
-from tagllm.evaluate.ridge import clearly_better
 from tagllm.head import Head
 from tagllm.model.loss import value_losses
 from tagllm.train.placement import host_memory

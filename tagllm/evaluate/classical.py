@@ -15,9 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tagllm.arrays import Doubles, Floats
+from tagllm.evaluate.choosing import ENOUGH_ROWS, Rows
 from tagllm.evaluate.estimators import FIFTH, Problem, boosting, frequencies, logistic, ridge
 from tagllm.evaluate.fields import Field, field_of, merged_alike
-from tagllm.evaluate.ridge import ENOUGH_ROWS, Rows
 
 Fields = Mapping[str, Sequence[str]]
 Key = tuple[str, ...]

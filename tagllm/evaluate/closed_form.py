@@ -14,9 +14,10 @@ import torch
 
 from tagllm.arrays import Floats
 from tagllm.evaluate.censored import Limits, beyond_limits, noise_of
+from tagllm.evaluate.choosing import Rows, clearly_better, errors_of_penalties
 from tagllm.evaluate.kernel_ridge import KernelFit, KernelFits, LandmarkFit, Nystroem
 from tagllm.evaluate.kernel_widths import choose_widths
-from tagllm.evaluate.ridge import RidgeFit, Rows, clearly_better, errors_of_penalties, fit_ridge
+from tagllm.evaluate.ridge import RidgeFit, fit_ridge
 from tagllm.head import Head, States, num_states
 
 FIT_ROWS = 20_000

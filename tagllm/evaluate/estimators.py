@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tagllm.arrays import Doubles, Floats
-from tagllm.evaluate.ridge import ENOUGH_ROWS, Rows, held_out_by
+from tagllm.evaluate.choosing import ENOUGH_ROWS, Rows, held_out_by
 
 PENALTIES = (0.1, 1.0, 10.0, 100.0, 1000.0)
 """Of ridge."""

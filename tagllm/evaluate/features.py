@@ -14,7 +14,7 @@ import torch
 
 from tagllm.arrays import Floats
 from tagllm.config import Reads
-from tagllm.evaluate.ridge import Rows
+from tagllm.evaluate.choosing import Rows
 from tagllm.files import load_tensors, tensor_bytes, write_whole
 from tagllm.head import states_read
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from tagllm.arrays import Doubles, Floats
-from tagllm.evaluate.ridge import RidgeFit, Rows
+from tagllm.evaluate.choosing import Rows
+from tagllm.evaluate.ridge import RidgeFit
 from tagllm.kernel import ROWS_AT_ONCE, Kernel, Landmarks, similarity_parts
 
 PENALTIES = np.logspace(0.5, -3.5, 9)

@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from tagllm.arrays import Floats
+from tagllm.evaluate.choosing import Rows, held_out_by
 from tagllm.evaluate.kernel_ridge import PENALTIES, Similarity
-from tagllm.evaluate.ridge import Rows, held_out_by
 from tagllm.head import States
 from tagllm.kernel import BOUNDLESS, anova, matern
 

@@ -20,9 +20,9 @@ from tagllm.data.encode import Example
 from tagllm.data.examples import Examples
 from tagllm.data.sampler import Draw
 from tagllm.errors import SharedError
+from tagllm.evaluate.choosing import Rows
 from tagllm.evaluate.closed_form import predictions_of, squared_errors
 from tagllm.evaluate.features import Features
-from tagllm.evaluate.ridge import Rows
 from tagllm.head import Head
 from tagllm.model.loss import LossWeights
 from tagllm.model.tagged import Output

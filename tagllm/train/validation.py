@@ -12,11 +12,11 @@ from tagllm.build import Built
 from tagllm.config import Split
 from tagllm.data.batch import Batch
 from tagllm.data.collate import Collator
+from tagllm.evaluate.choosing import clearly_better
 from tagllm.evaluate.closed_form import fit_head
 from tagllm.evaluate.features import Features
 from tagllm.evaluate.metrics import value_metrics
 from tagllm.evaluate.passes import Pass, run_over
-from tagllm.evaluate.ridge import clearly_better
 from tagllm.evaluate.scoring import by_head
 from tagllm.evaluate.value_probes import probe_of
 from tagllm.head import Head
