@@ -99,9 +99,10 @@ def test_the_width_is_the_best_that_kernel_ridge_regression_finds(held_out: int)
 
     def error_at(spread: float) -> float:
         width_F = one_F / np.sqrt(spread)
-        error_P = [np.mean([error_of(penalty, width_F, *pair) for pair in pairs]) for penalty in SOME_PENALTIES]
-        penalty = SOME_PENALTIES[int(np.argmin(error_P))]
-        return min(error_P) * np.mean([error_left_out(penalty, width_F, seen) for seen, _ in pairs])
+        errors = np.array([[error_of(penalty, width_F, *pair) for penalty in SOME_PENALTIES] for pair in pairs])
+        best = [SOME_PENALTIES[at] for at in errors.argmin(axis=1)]
+        left_out = [error_left_out(penalty, width_F, seen) for penalty, (seen, _) in zip(best, pairs, strict=True)]
+        return errors.mean(axis=0).min() * np.mean(left_out)
 
     best = min(SPREADS, key=error_at)
     assert best not in (SPREADS[0], SPREADS[-1]), "or else the test tells little"

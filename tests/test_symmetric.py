@@ -87,7 +87,9 @@ def test_widths_are_tried_on_the_kernel_that_is_fitted() -> None:
     for penalty in SOME_PENALTIES:
         weight_nK = torch.linalg.solve(similar(x, x) + penalty * torch.eye(80), targets_nK)
         expected.append(float((similar(z, x) @ weight_nK - answers_mK).square().mean()))
-    assert _Trial.of(seen, unseen, unit_SD, orders).errors(spread_S).tolist() == pytest.approx(expected, rel=1e-3)
+    assert _Trial.of(seen, unseen, unit_SD, orders).errors(spread_S).held_out_P.tolist() == pytest.approx(
+        expected, rel=1e-3
+    )
 
 
 def test_a_pair_that_stands_either_way_is_tried_once() -> None:
@@ -100,7 +102,7 @@ def test_a_pair_that_stands_either_way_is_tried_once() -> None:
     assert len(once.targets_nK) == 80
     torch.testing.assert_close(found.targets_nK, once.targets_nK)
     spread_S = (1.0, 0.6, 4.0, 4.0)
-    assert found.error_left_out(spread_S, 0.1) == pytest.approx(once.error_left_out(spread_S, 0.1), rel=1e-3)
+    assert found.errors(spread_S).left_out == pytest.approx(once.errors(spread_S).left_out, rel=1e-3)
 
 
 def _lower_first(rows: Rows) -> Rows:

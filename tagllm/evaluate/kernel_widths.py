@@ -51,10 +51,9 @@ def choose_widths(train: Rows, valid: Rows, states: States, landmarks: int) -> S
 
     def error(spread_S: tuple[float, ...]) -> float:
         if spread_S not in error_of:
-            error_P = np.mean([trial.errors(spread_S) for trial in trials], axis=0)
-            at = int(error_P.argmin())
-            left_out = np.mean([trial.error_left_out(spread_S, SOME_PENALTIES[at]) for trial in trials])
-            error_of[spread_S] = float(error_P[at] * left_out)
+            found = [trial.errors(spread_S) for trial in trials]
+            error_P = np.mean([errors.held_out_P for errors in found], axis=0)
+            error_of[spread_S] = float(error_P.min() * np.mean([errors.left_out for errors in found]))
         return error_of[spread_S]
 
     def with_one(spread_S: tuple[float, ...], kind: int, spread: float) -> tuple[float, ...]:
@@ -79,6 +78,16 @@ def _widths(features_nF: Floats, kinds: Sequence[int]) -> Tensor:
     differs_SD = scale_SD > SMALLEST_DEVIATION
     width_SD = scale_SD * np.sqrt(2 * differs_SD.sum(axis=1, keepdims=True))
     return torch.from_numpy(np.where(differs_SD, width_SD, BOUNDLESS)).float()
+
+
+class _Errors(NamedTuple):
+    """Mean squared ones."""
+
+    held_out_P: Floats
+    """At some of the penalties."""
+    left_out: float
+    """Of own rows, each answered by a fit on the others at the best of these penalties: its weight over its place on
+    the diagonal of the inverse (Rasmussen and Williams 2006, equation 5.12)."""
 
 
 class _Trial(NamedTuple):
@@ -129,29 +138,24 @@ class _Trial(NamedTuple):
         across_Amn, targets_nK = self.across_Amn[:, :, first_n], self.targets_nK[first_n]
         return self._replace(among_Ann=among_Ann, across_Amn=across_Amn, targets_nK=targets_nK)
 
-    def errors(self, spread_S: tuple[float, ...]) -> Floats:
-        """Mean squared error (P) at some of the penalties; infinite where rounding makes the system unsolvable."""
+    def errors(self, spread_S: tuple[float, ...]) -> _Errors:
+        """Infinite where rounding makes the system unsolvable."""
         among_nn, across_mn = (self._similar(apart_A, spread_S) for apart_A in (self.among_Ann, self.across_Amn))
         itself_n = among_nn.diagonal().clone()
-        error_P = np.full(len(SOME_PENALTIES), np.inf, np.float32)
+        error_P, best_nn, best_nK = np.full(len(SOME_PENALTIES), np.inf, np.float32), None, self.targets_nK
         for at, penalty in enumerate(SOME_PENALTIES):
             among_nn.diagonal().copy_(itself_n + penalty)
             root_nn, failed = torch.linalg.cholesky_ex(among_nn)
-            if not failed:
-                values_mK = across_mn @ torch.cholesky_solve(self.targets_nK, root_nn)
-                error_P[at] = float((values_mK - self.answers_mK).square().mean())
-        return error_P
-
-    def error_left_out(self, spread_S: tuple[float, ...], penalty: float) -> float:
-        """Mean squared error of each own row by a fit on the others, in closed form: its weight over its place on the
-        diagonal of the inverse (Rasmussen and Williams 2006, equation 5.12); infinite as `errors`."""
-        among_nn = self._similar(self.among_Ann, spread_S)
-        among_nn.diagonal().add_(penalty)
-        root_nn, failed = torch.linalg.cholesky_ex(among_nn)
-        if failed:
-            return np.inf
-        inverse_nn = torch.cholesky_inverse(root_nn)
-        return float((inverse_nn @ self.targets_nK / inverse_nn.diagonal()[:, None]).square().mean())
+            if failed:
+                continue
+            weight_nK = torch.cholesky_solve(self.targets_nK, root_nn)
+            error_P[at] = float((across_mn @ weight_nK - self.answers_mK).square().mean())
+            if error_P[at] <= error_P.min():
+                best_nn, best_nK = root_nn, weight_nK
+        if best_nn is None:
+            return _Errors(error_P, np.inf)
+        left_nK = best_nK / torch.cholesky_inverse(best_nn).diagonal()[:, None]
+        return _Errors(error_P, float(left_nK.square().mean()))
 
     def _similar(self, apart_Amn: Tensor, spread_S: tuple[float, ...]) -> Tensor:
         parts = [
