@@ -87,9 +87,14 @@ def test_widths_are_tried_on_the_kernel_that_is_fitted() -> None:
     for penalty in SOME_PENALTIES:
         weight_nK = torch.linalg.solve(similar(x, x) + penalty * torch.eye(80), targets_nK)
         expected.append(float((similar(z, x) @ weight_nK - answers_mK).square().mean()))
-    assert _Trial.of(seen, unseen, unit_SD, orders).errors(spread_S).held_out_P.tolist() == pytest.approx(
-        expected, rel=1e-3
-    )
+    found = _Trial.of(seen, unseen, unit_SD, orders).errors(spread_S)
+    assert found.held_out_P.tolist() == pytest.approx(expected, rel=1e-3)
+    similar_nn, left = similar(x, x) + SOME_PENALTIES[int(np.argmin(expected))] * torch.eye(80), []
+    for at in range(80):
+        others = torch.arange(80) != at
+        weight_nK = torch.linalg.solve(similar_nn[others][:, others], targets_nK[others])
+        left.append(float((similar_nn[at, others] @ weight_nK - targets_nK[at]).square()))
+    assert found.left_out == pytest.approx(np.mean(left), rel=1e-3)
 
 
 def test_a_pair_that_stands_either_way_is_tried_once() -> None:
