@@ -35,6 +35,8 @@ ROWS_FOR_WIDTH = 4096
 ALIKE = 1e-3
 """Rows whose similarity, at spread 1 and beside that of each to itself, lacks less of 1 are taken for the same: each of
 them would answer the other when that is left out."""
+FEW = 32
+"""Rows at a time that are compared with all others."""
 SOME_PENALTIES = PENALTIES[::2]
 """Enough to tell widths apart; the final fit tries all."""
 
@@ -158,8 +160,10 @@ class _Trial(NamedTuple):
         return _Errors(error_P, float(left_nK.square().mean()))
 
     def _similar(self, apart_Amn: Tensor, spread_S: tuple[float, ...]) -> Tensor:
-        parts = [
-            anova([matern(apart_Amn[pair] * spread**0.5) for pair, spread in zip(pair_S, spread_S, strict=True)])
-            for pair_S in self.pair_OS
-        ]
-        return sum(parts[1:], parts[0]) / len(parts)
+        """A few rows at a time: what is computed of them stays in a core's cache."""
+        similar_mn = torch.zeros_like(apart_Amn[0])
+        for apart_Abn, into_bn in zip(apart_Amn.split(FEW, dim=1), similar_mn.split(FEW), strict=True):
+            for pair_S in self.pair_OS:
+                alike_S = [matern(apart_Abn[pair] * spread**0.5) for pair, spread in zip(pair_S, spread_S, strict=True)]
+                into_bn.add_(anova(alike_S))
+        return similar_mn.div_(len(self.pair_OS))
