@@ -1,6 +1,6 @@
 """What one micro-batch is to the model: stretches of prompts one behind the other, without padding.
 
-B rows, N positions of all rows, M labelled positions, K head outputs, G means over fields that heads read.
+B rows, N positions of all rows, M labelled positions, K head outputs, P pools of fields whose means heads read.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Batch(NamedTuple):
     own: Tokens
     own_keys: tuple[bytes, ...]
     prefix_end_B: tuple[int, ...]
-    num_pooled_BG: Tensor
+    num_pooled_BP: Tensor
     live: Tokens
     labels_3M: Tensor
     read_at_B: Tensor

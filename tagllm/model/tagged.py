@@ -91,7 +91,7 @@ class TaggedModel(nn.Module):
         live_ND, read_ND, _ = self._decode(batch.live, prefix.parts)
         last_BD = live_ND[batch.read_at_B].float()
         pooled_BGD = prefix.pooled_BGD + _pooled(read_ND, batch.live, self.layout.num_pools)
-        mean_BD = fields_read(pooled_BGD, batch.num_pooled_BG, self.layout.reads_lengths)
+        mean_BD = fields_read(pooled_BGD, batch.num_pooled_BP, self.layout.reads_lengths)
         token_loss_M = self._token_losses(live_ND, batch)
         value_sum, values_BK = self._values(last_BD, mean_BD, batch)
         sums = Sums(
