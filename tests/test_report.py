@@ -282,6 +282,16 @@ def test_compose_is_a_table_of_cases_and_shows_what_was_written(tmp_path: Path) 
     assert "&lt;in text&gt;" in (tmp_path / "out" / "report.html").read_text()
 
 
+@pytest.mark.parametrize("missing", ["scoring", "intervals"])
+def test_results_of_an_earlier_version_are_told(run: Path, tmp_path: Path, missing: str) -> None:
+    shutil.copytree(run, tmp_path / "run")
+    file = tmp_path / "run" / "results.json"
+    file.write_text(json.dumps({key: value for key, value in json.loads(file.read_text()).items() if key != missing}))
+    result = RUNNER.invoke(app, ["report", str(tmp_path / "run")])
+    assert result.exit_code == 2
+    assert f"{file}: has no {missing}, as an earlier tagllm wrote it." in result.stderr
+
+
 @pytest.mark.parametrize(
     ("name", "told"),
     [

@@ -20,6 +20,8 @@ Metrics = dict[str, float]
 Log = list[dict[str, float]]
 """Scalars of each logged step."""
 Interval = tuple[float, float]
+ALWAYS = ("split", "rows", "metrics", "intervals", "baselines", "controls", "learned", "backbone", "dtype")
+"""What results have of whatever they are."""
 ON_VALIDATION = "valid/loss_refitted"
 """The scalar by which the best step is chosen."""
 
@@ -129,7 +131,7 @@ def _swept(file: Path) -> Swept:
     done: list[str] = first["folders"]
     others: dict[str, list[Metrics]] = {}
     for at, folder in enumerate(done):
-        results = read_json(path / folder / "results.json")
+        results = _results(path / folder / "results.json")
         _require_as_then(path / folder, results, first["origins"][at], file)
         for method, metrics in {**results["baselines"], **results["controls"]}.items():
             others.setdefault(method, []).append(metrics)
@@ -199,7 +201,16 @@ def read_run(path: Path) -> Run:
     pairs = load_tensors(scored / "held_out.safetensors") if (scored / "held_out.safetensors").is_file() else {}
     library = TagLibrary.load(path / "library") if (path / "library").is_dir() else None
     log, answers = _lines(path / "metrics.jsonl"), _lines(scored / "generated.jsonl")
-    return Run(path.name, read_json(scored / "results.json"), _config(path), log, library, pairs, answers)
+    return Run(path.name, _results(scored / "results.json"), _config(path), log, library, pairs, answers)
+
+
+def _results(file: Path) -> dict[str, Any]:
+    """Of `eval`, or of a case of compose."""
+    found = read_json(file)
+    wanted = (*ALWAYS, "libraries" if "prompt" in found else "scoring")
+    if missing := [key for key in wanted if key not in found]:
+        raise UserError(f"{file}: has no {missing[0]}, as an earlier tagllm wrote it. Remove it and score anew.")
+    return found
 
 
 def _config(path: Path) -> str:
