@@ -78,11 +78,6 @@ def _of_source(stage: Stage, at: int, place: str) -> list[str]:
             f"{place}.template: <{late[0]}> stands behind {{output}}, which is not there yet when the head is to "
             "answer. Put the tag before it."
         )
-    if unread := [] if template.has_output else _behind_heads(template, heads):
-        problems.append(
-            f"{place}.template: {{{unread[0]}}} stands behind every tag with a head, so no answer depends on it. Put "
-            "such a tag behind it, or take it out."
-        )
     unknown = [name for name in source.fields if name not in (*template.fields, "output")]
     problems += [
         f"{place}.fields.{name}: the template has no {{{name}}}. {did_you_mean(name, template.fields)}"
@@ -97,14 +92,6 @@ def _of_source(stage: Stage, at: int, place: str) -> list[str]:
             "field right behind a domain tag with loss.span > 0."
         )
     return problems
-
-
-def _behind_heads(template: Template, heads: Mapping[str, HeadConfig]) -> list[str]:
-    """Fields that stand behind the last tag with a head; none without such a tag."""
-    last = max(
-        (at for at, part in enumerate(template.parts) if part.kind == "tag" and part.value in heads), default=None
-    )
-    return [] if last is None else [part.value for part in template.parts[last:] if part.kind == "field"]
 
 
 def _of_target(source: SourceConfig, template: Template, heads: Mapping[str, HeadConfig], place: str) -> list[str]:

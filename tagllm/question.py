@@ -13,7 +13,7 @@ from tagllm.field_order import order_problems, trained_with
 from tagllm.model.backbone import as_trained
 from tagllm.tags import Tag, TagLibrary
 from tagllm.template import Template, parse_template, pool_of
-from tagllm.unusual import answers_blindly
+from tagllm.unusual import unread_fields
 
 
 class Request(NamedTuple):
@@ -77,7 +77,7 @@ class Question(NamedTuple):
     @property
     def notes(self) -> list[str]:
         """What in its prompt can be meant so, and seldom is."""
-        return answers_blindly(self.template, [n for n, tag in self.tags.items() if tag.head])
+        return unread_fields(self.template, [n for n, tag in self.tags.items() if tag.head])
 
     @property
     def columns(self) -> list[str]:

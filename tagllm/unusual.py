@@ -13,7 +13,7 @@ def unusual(stage: Stage) -> list[str]:
     return [
         *_of_the_warm_up(stage.config.optim),
         *_of_quantisation(stage),
-        *_of_answers_before_fields(stage),
+        *_of_unread_fields(stage),
         *_of_block_mask(stage),
     ]
 
@@ -40,20 +40,33 @@ def _of_quantisation(stage: Stage) -> list[str]:
     return notes
 
 
-def _of_answers_before_fields(stage: Stage) -> list[str]:
-    return list(dict.fromkeys(note for template in stage.templates for note in answers_blindly(template, stage.heads)))
+def _of_unread_fields(stage: Stage) -> list[str]:
+    return list(dict.fromkeys(note for template in stage.templates for note in unread_fields(template, stage.heads)))
 
 
-def answers_blindly(template: Template, heads: Collection[str]) -> list[str]:
-    """A line where no field stands before what answers: it has seen what stands in front alone."""
+def unread_fields(template: Template, heads: Collection[str]) -> list[str]:
+    """A line where no field stands before what answers, or some behind all that does: it has seen what stands in front
+    alone."""
+    answering = [
+        at for at, part in enumerate(template.parts) if part.is_output or (part.kind == "tag" and part.value in heads)
+    ]
     notes = []
-    for at, part in enumerate(template.parts):
-        answers = part.is_output or (part.kind == "tag" and part.value in heads)
-        if answers and template.fields and not any(before.kind == "field" for before in template.parts[:at]):
-            name = "{output}" if part.is_output else f"<{part.value}>"
+    for at in answering:
+        part = template.parts[at]
+        name = "{output}" if part.is_output else f"<{part.value}>"
+        before, behind = (
+            [one.value for one in some if one.kind == "field" and not one.is_output]
+            for some in (template.parts[:at], template.parts[at:])
+        )
+        if template.fields and not before:
             notes.append(
                 f"no field stands before {name} in {template.text!r}, so every row has the same answer; put "
                 f"{{{template.fields[0]}}} in front of it unless that is meant."
+            )
+        elif (unread := [field for field in behind if field not in before]) and at == answering[-1]:
+            notes.append(
+                f"{{{unread[0]}}} stands behind {name} in {template.text!r}, so no answer depends on it; put it in "
+                "front unless that is meant."
             )
     return notes
 

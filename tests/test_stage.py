@@ -278,13 +278,6 @@ def test_a_head_must_answer_before_the_output() -> None:
     assert "<F> stands behind {output}, which is not there yet" in told and "Put the tag before it" in told
 
 
-def test_a_field_that_no_answer_depends_on() -> None:
-    (told,) = problems({"F": HEAD}, "{x} <F> {z}", target="y")
-    assert "data.sources.0.template: {z} stands behind every tag with a head" in told
-    read_stage(config({"F": HEAD}, "{x} <F> as said", target="y"), "c.yaml")
-    read_stage(config({"F": HEAD}, "{x} <F> {z} {output}", target="y"), "c.yaml")  # the text that follows depends on it
-
-
 def test_a_weight_too_small_for_any_row_is_refused() -> None:
     """A function tag that stands only there would never be trained."""
     given = config({"D": {}}, "a <D> {x}", "b <D> {x}").model_dump()
