@@ -10,8 +10,8 @@ import numpy as np
 from tagllm.evaluate.metric_kinds import kind_of
 
 CONFIDENCE = 0.95
-ROUNDING = 1e-3
-"""Relative; what a fit on the same rows differs by in two runs, whose batches round states otherwise."""
+ROUNDING = 1e-4
+"""Relative; what a fit on the same rows differs by in two runs."""
 
 
 def over_seeds(metrics: Sequence[Mapping[str, Any]]) -> dict[str, tuple[float, float | None]]:
