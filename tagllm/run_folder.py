@@ -8,6 +8,7 @@ baselines/  .lock  valid/, train/ and SPLIT-DIGEST/ (the same four of other rows
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -153,15 +154,15 @@ def training_seconds(run: Path) -> float:
 
 
 def best_valid_loss(run: Path) -> float:
-    """The lowest loss on validation that training logged, heads refitted.
+    """The lowest loss on validation that training logged, heads refitted; infinity where none was a finite number.
 
     Raises:
-        UserError: it has none, since there are no such rows.
+        UserError: there are no rows for validation.
     """
-    found = [line["valid/loss_refitted"] for line in _logged(run) if "valid/loss_refitted" in line]
-    if not found:
+    if not any(source["splits"]["valid"]["n"] for source in read_json(run / "splits.json").values()):
         raise UserError(f"{run}: has no rows for validation, by which values are chosen. Give its sources some.")
-    return float(min(found))
+    found = [line["valid/loss_refitted"] for line in _logged(run) if "valid/loss_refitted" in line]
+    return float(min(found, default=math.inf))  # the log has finite numbers alone
 
 
 def _logged(run: Path) -> list[dict[str, Any]]:

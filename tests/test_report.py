@@ -172,6 +172,28 @@ def test_a_sweep_is_a_table_and_a_figure(run: Path, tmp_path: Path) -> None:
     assert all(html.count(f"config of length={n}") == 1 for n in (1, 2))
 
 
+def test_a_baseline_that_knows_nothing_of_the_seeds_has_its_interval_over_the_rows(run: Path, tmp_path: Path) -> None:
+    """Runs that learn a function tag ask the frozen model of the rest: what their baselines differ by is rounding."""
+    results = json.loads((run / "results.json").read_text()) | {"learned": ["QED"]}
+    mse, interval = results["baselines"]["ridge_mean"]["mse"], results["baseline_intervals"]["ridge_mean"]["mse"]
+    for seed in range(2):
+        shutil.copytree(run, tmp_path / "seeds" / f"seed={seed}")
+        results["baselines"]["ridge_mean"]["mse"] = mse * (1 + seed / 100)
+        (tmp_path / "seeds" / f"seed={seed}" / "results.json").write_text(json.dumps(results))
+    about = origin_in_sweep(run)
+    combination = {
+        "shown": {}, "runs": 2, "metrics": {"mse": [0.2, 0.05]}, "tried": {}, "folders": ["seed=0", "seed=1"],
+        "origins": [about] * 2, "notes": [],
+    }  # fmt: skip
+    document = {"run": "seeds", "seeds": [0, 1], "tuned": None, "combinations": [combination], **about}
+    (tmp_path / "seeds" / "sweep.json").write_text(json.dumps(document))
+    assert RUNNER.invoke(app, ["report", str(tmp_path / "seeds"), "--out", str(tmp_path / "out")]).exit_code == 0
+    text = (tmp_path / "out" / "report.md").read_text().split("## ")[1]
+    low, high = (digits(end, 3) for end in interval)
+    assert f"| ridge_mean | {digits(mse * 1.005, 4)} ({low}–{high})" in text.replace("**", "")
+    assert "| tag | 0.2 (0.15–0.25)" in text.replace("**", "")
+
+
 def test_a_variant_that_is_called_as_a_control_keeps_its_own_figures(run: Path, tmp_path: Path) -> None:
     """And so does the control."""
     results = json.loads((run / "results.json").read_text())

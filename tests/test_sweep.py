@@ -381,10 +381,20 @@ def test_a_tuned_sweep_from_the_command_line(config: Path) -> None:
 
 
 def test_without_rows_for_validation_nothing_can_be_chosen(config: Path) -> None:
-    sweep = Sweep.of(config, [], [], 1, tune="optim.tag_lr=1e-3")
+    sweep = Sweep.of(config, ["data.sources[0].split.valid=0"], [], 1, tune="optim.tag_lr=1e-3")
     finished(sweep, sweep.trials()[0], 0.5)
     with pytest.raises(UserError, match="has no rows for validation"):
         sweep.finals()
+
+
+def test_a_rate_at_which_the_loss_on_validation_is_no_number_is_not_chosen(config: Path) -> None:
+    sweep = Sweep.of(config, [], [], 1, tune="optim.tag_lr=1e-3,1e9")
+    small, large = sweep.trials()
+    trained(sweep, large)
+    with pytest.raises(UserError, match="with a finite loss on validation"):
+        sweep.finals()
+    trained(sweep, small, [2.0])
+    assert [point.values["optim.tag_lr"] for point in sweep.finals()] == ["1e-3"]
 
 
 @pytest.mark.parametrize(("tune", "split"), [(None, "test"), ("optim.tag_lr=1e-3", "valid")])

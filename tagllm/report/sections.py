@@ -115,7 +115,7 @@ def _where_from(results: Mapping[str, Any]) -> dict[str, Any]:
 def _of_sweep(sweep: Swept) -> Section:
     """Means and intervals over the seeds; what stands beside the first combination too, over the seeds that have it."""
     combinations = sweep.document["combinations"]
-    others = {_beside(method, sweep): over_seeds(metrics) for method, metrics in sweep.others.items()}
+    others = {_beside(method, sweep): _beside_seeds(method, sweep) for method in sweep.others}
     means, spread = _means_and_spread({_label(one["shown"]): one["metrics"] for one in combinations if one["runs"]})
     runs = ", ".join(f"{_label(one['shown'])}: {one['runs']}" for one in combinations)
     notes = [f"Mean over the seeds, {INTERVAL}. Runs: {runs}.", _line(sweep.document)]
@@ -147,6 +147,17 @@ def _of_sweep(sweep: Swept) -> Section:
     }
     document = {**sweep.document, "others": others, "loss_on_validation": curves}
     return Section(sweep.name, notes, tables, [figure for figure in figures if figure], [], details, document)
+
+
+def _beside_seeds(method: str, sweep: Swept) -> dict[str, tuple[float, float | None]]:
+    """As `over_seeds`. Baselines beside runs that learn function tags alone know nothing of them: what their seeds
+    differ by is rounding, and there is no interval."""
+    found, example = over_seeds(sweep.others[method]), sweep.example
+    if example and example.library and method in example.results["baselines"]:
+        kinds = example.library.kinds
+        if all(kinds.get(tag) == "function" for tag in example.results["learned"]):
+            return {name: (mean, None) for name, (mean, _) in found.items()}
+    return found
 
 
 def _means_and_spread(rows: Mapping[str, Mapping[str, tuple[float, float | None]]]) -> MeansAndSpread:

@@ -225,12 +225,13 @@ class Sweep(NamedTuple):
         return self.final(combination, seed)
 
     def tried(self, combination: Combination) -> dict[str, float]:
-        """The loss on validation by value of the tuned key, of the trials that are finished."""
+        """The loss on validation by value of the tuned key, of the trials that are finished and had a finite one."""
         if self.tuned is None:
             return {}
         key = self.tuned[0]
         trained = [point for point in self._trials_of(combination) if self.trained(point)]
-        return {written(point.values[key]): best_valid_loss(point.folder) for point in trained}
+        losses = {written(point.values[key]): best_valid_loss(point.folder) for point in trained}
+        return {value: loss for value, loss in losses.items() if math.isfinite(loss)}
 
     def final(self, combination: Combination, seed: int) -> Point:
         """
@@ -243,7 +244,8 @@ class Sweep(NamedTuple):
         tried = self.tried(combination)
         if not tried:
             raise UserError(
-                f"--tune {key}: no trial of {combination.shown or 'the config'} is finished; they choose its value."
+                f"--tune {key}: no trial of {combination.shown or 'the config'} is finished with a finite loss on "
+                "validation; they choose its value."
             )
         best = min(values, key=lambda value: tried.get(written(value), math.inf))
         return self._point(combination, {key: best}, seed)
